@@ -1,0 +1,20 @@
+"""Fused operations for transformers in JAX; importable by any JAX project.
+
+Dimensions: B batch, T query length, S key length, D model, N query heads, K KV heads,
+G = N / K, H head dim, V vocabulary.
+"""
+
+from ll3m_kernels.attention.api import flash_attention
+from ll3m_kernels.cross_entropy import linear_cross_entropy
+from ll3m_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from ll3m_kernels.rotary import rotary_embedding
+
+__all__ = [
+  "add_layer_norm",
+  "add_rms_norm",
+  "flash_attention",
+  "layer_norm",
+  "linear_cross_entropy",
+  "rms_norm",
+  "rotary_embedding",
+]

@@ -1,0 +1,1 @@
+"""Attention with grouped queries, windows, segments and soft caps."""

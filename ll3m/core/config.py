@@ -1,0 +1,167 @@
+"""What a decoder-only transformer is: the switches in which the families differ."""
+
+import ast
+import dataclasses
+import difflib
+from typing import Any, Self
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Architecture of a decoder; a field exists only where two families differ or a user sets it.
+
+  Attributes:
+    vocab_size: V, rows of the embedding (with its padding rows).
+    d_model: D, width of the residual stream.
+    d_ff: F, width of the feed-forward layer.
+    num_layers: L.
+    num_heads: N, query heads.
+    num_kv_heads: K, key and value heads; divides N (Ainslie et al., 2023, GQA).
+    head_dim: H; not always D / N.
+    max_positions: the longest context that the model was trained for, in tokens.
+    norm: "rms" (Zhang & Sennrich, 2019) or "layer" (Ba et al., 2016).
+    norm_epsilon: added to the mean square or variance.
+    norm_scale_offset: added to the norm's weight before it is applied; 1.0 for Gemma.
+    activation: of the feed-forward layer.
+    gated_mlp: down(activation(gate(x)) * up(x)) (Shazeer, 2020) instead of
+      down(activation(up(x))).
+    parallel_block: x + attention(norm(x)) + mlp(norm(x)) with one norm (GPT-J, Phi).
+    use_bias: every projection has a bias, the head included.
+    rope_theta: base of the rotary frequencies (Su et al., 2021).
+    rotary_fraction: share of head_dim that is rotated.
+    sliding_window: how many keys a query sees, itself included; None sees all before it.
+    tie_embeddings: the head is the transposed embedding.
+    scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the compute dtype.
+  """
+
+  vocab_size: int
+  d_model: int
+  d_ff: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_positions: int
+  norm_epsilon: float
+  norm: str = "rms"
+  norm_scale_offset: float = 0.0
+  activation: str = "silu"
+  gated_mlp: bool = True
+  parallel_block: bool = False
+  use_bias: bool = False
+  rope_theta: float = 10_000.0
+  rotary_fraction: float = 1.0
+  sliding_window: int | None = None
+  tie_embeddings: bool = False
+  scale_embeddings: bool = False
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is float and type(value) is int:
+        object.__setattr__(self, field.name, float(value))
+      elif not _has_type(value, field.type):
+        raise ValueError(f"{field.name} must be {_type_name(field.type)}, got {value!r}")
+    for name in (
+      "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+      "max_positions", "norm_epsilon", "rope_theta",
+    ):  # fmt: skip
+      if getattr(self, name) <= 0:
+        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+      )
+    if self.norm not in NORMS:
+      raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(
+        f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+      )
+    if not 0 < self.rotary_fraction <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+      raise ValueError(
+        f"rotary_fraction must rotate an even number of the {self.head_dim} head dimensions, "
+        f"got {self.rotary_fraction} ({self.rotary_dim} of them)"
+      )
+    if self.sliding_window is not None and self.sliding_window < 1:
+      raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+
+  @property
+  def rotary_dim(self) -> int:
+    """How many of a head's dimensions are rotated."""
+    return int(self.head_dim * self.rotary_fraction)
+
+  @property
+  def group_size(self) -> int:
+    """G = N / K, query heads per KV head."""
+    return self.num_heads // self.num_kv_heads
+
+  def replace(self, **changes: Any) -> Self:
+    """Returns a copy with some fields changed, validated anew."""
+    return dataclasses.replace(self, **changes)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields as a JSON-serialisable dict."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> Self:
+    """Builds a config from `to_dict`'s output.
+
+    Raises:
+      ValueError: for unknown or missing fields, or values that do not fit.
+    """
+    _check_names(fields)
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(fields)):
+      raise ValueError(f"model config lacks {', '.join(missing)}")
+    return cls(**fields)
+
+
+def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
+  """Applies `key=value,key=value` to a config.
+
+  Values are Python literals (`None`, `True`, `1e4`) or bare words; nothing is evaluated.
+
+  Raises:
+    ValueError: for an unknown field or a value that does not fit it.
+  """
+  changes = {}
+  for item in filter(None, (part.strip() for part in updates.split(","))):
+    name, separator, text = (part.strip() for part in item.partition("="))
+    if not separator or not name or not text:
+      raise ValueError(f"--update_model_config expects key=value,..., got {item!r}")
+    try:
+      changes[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      changes[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+  _check_names(changes)
+  return config.replace(**changes)
+
+
+def did_you_mean(name: str, known: Any) -> str:
+  """Returns ' (did you mean X?)' for the closest known name, or ''."""
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_names(fields: dict[str, Any]) -> None:
+  known = [f.name for f in dataclasses.fields(ModelConfig)]
+  for name in fields:
+    if name not in known:
+      raise ValueError(f"unknown model config field {name!r}{did_you_mean(name, known)}")
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+  if expected is bool or expected is str:
+    return isinstance(value, expected)
+  if isinstance(value, bool):
+    return False
+  return isinstance(value, expected)
+
+
+def _type_name(expected: Any) -> str:
+  return getattr(expected, "__name__", str(expected))

@@ -1,0 +1,223 @@
+"""Command-line flags generated from frozen dataclasses: the one typed table of a command.
+
+Each library declares its options as a dataclass, a name, a type, a default and a help text per
+field; `define` turns them into plain absl flags (dotted names for nested groups, so that absl's
+help and "did you mean" work for every one), and `read` gives the dataclass back, filled in and
+validated. Only commands call `define` and `read`.
+"""
+
+import ast
+import dataclasses
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+from absl import flags as absl_flags
+
+_HELP = "help"
+_CHOICES = "choices"
+_REPEATED = "repeated"
+
+# --help lists the flags of the module sys.argv[0]: the command, whose table all of these are.
+_COMMAND = {"module_name": sys.argv[0]}
+
+_DEBUG = absl_flags.DEFINE_bool("debug", False, "Show the full traceback of an error.", **_COMMAND)
+
+
+def option(
+  default: Any,
+  help: str,
+  *,
+  choices: Sequence[str] | None = None,
+  repeated: bool = False,
+) -> Any:
+  """Declares a dataclass field that is also a flag.
+
+  Args:
+    default: the field's default; None where the field's type allows it.
+    help: what the flag does, with its unit.
+    choices: the strings that are allowed, if they are few.
+    repeated: the flag may be given several times; the field is a tuple of strings.
+
+  Returns:
+    A `dataclasses.field`.
+  """
+  return dataclasses.field(
+    default=default, metadata={_HELP: help, _CHOICES: choices, _REPEATED: repeated}
+  )
+
+
+def group(cls: type) -> Any:
+  """Declares a field that holds a nested dataclass of options (a dotted prefix)."""
+  return dataclasses.field(default_factory=cls)
+
+
+class _LiteralTupleParser(absl_flags.ArgumentParser):
+  """Parses a tuple written as a Python literal: "('targets', )" or "(2048,)"."""
+
+  syntactic_help = "a Python tuple, e.g. (2048,)"
+
+  def __init__(self, item_type: type):
+    super().__init__()
+    self._item_type = item_type
+
+  def parse(self, argument: Any) -> tuple:
+    if isinstance(argument, tuple):
+      return argument
+    try:
+      value = ast.literal_eval(argument.strip())
+    except (ValueError, SyntaxError) as error:
+      raise ValueError(f"expected {self.syntactic_help}, got {argument!r}") from error
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for item in value:
+      if not isinstance(item, self._item_type) or isinstance(item, bool):
+        raise ValueError(f"expected items of type {self._item_type.__name__}, got {argument!r}")
+    return value
+
+  def flag_type(self) -> str:
+    return "tuple"
+
+
+class _TupleSerializer(absl_flags.ArgumentSerializer):
+  def serialize(self, value: tuple) -> str:
+    return repr(value)
+
+
+def _optional_base(annotation: Any) -> Any:
+  """Strips `| None` from a type."""
+  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    (base,) = (a for a in typing.get_args(annotation) if a is not type(None))
+    return base
+  return annotation
+
+
+def _define_one(name: str, annotation: Any, field: dataclasses.Field) -> None:
+  text, default = field.metadata[_HELP], field.default
+  base = _optional_base(annotation)
+  if field.metadata[_REPEATED]:
+    absl_flags.DEFINE_multi_string(name, list(default), text, **_COMMAND)
+  elif field.metadata[_CHOICES]:
+    absl_flags.DEFINE_enum(name, default, list(field.metadata[_CHOICES]), text, **_COMMAND)
+  elif base is bool:
+    absl_flags.DEFINE_bool(name, default, text, **_COMMAND)
+  elif base is int:
+    absl_flags.DEFINE_integer(name, default, text, **_COMMAND)
+  elif base is float:
+    absl_flags.DEFINE_float(name, default, text, **_COMMAND)
+  elif base is str:
+    absl_flags.DEFINE_string(name, default, text, **_COMMAND)
+  elif typing.get_origin(base) is tuple:
+    parser = _LiteralTupleParser(typing.get_args(base)[0])
+    absl_flags.DEFINE(parser, name, default, text, serializer=_TupleSerializer(), **_COMMAND)
+  else:
+    raise TypeError(f"option {name}: flags of type {annotation} are not supported")
+
+
+def define(prefix: str, cls: type) -> None:
+  """Defines one absl flag for every option of a dataclass.
+
+  Args:
+    prefix: what stands before the dot in the flags' names; empty for none.
+    cls: a frozen dataclass whose fields were declared with `option` and `group`.
+  """
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    name = f"{prefix}.{field.name}" if prefix else field.name
+    if _HELP in field.metadata:
+      _define_one(name, hints[field.name], field)
+    else:
+      define(name, hints[field.name])
+
+
+def read[T](prefix: str, cls: type[T]) -> T:
+  """Returns the dataclass with the values that were given on the command line.
+
+  Raises:
+    ValueError: what the dataclass's own validation says.
+  """
+  values = {}
+  for field in dataclasses.fields(cls):
+    name = f"{prefix}.{field.name}" if prefix else field.name
+    if _HELP in field.metadata:
+      value = absl_flags.FLAGS[name].value
+      values[field.name] = tuple(value) if field.metadata[_REPEATED] else value
+    else:
+      values[field.name] = read(name, typing.get_type_hints(cls)[field.name])
+  return cls(**values)
+
+
+def given(name: str) -> bool:
+  """Says whether a flag was set on the command line, as opposed to left at its default."""
+  return absl_flags.FLAGS[name].present > 0
+
+
+def require(value: Any, name: str) -> None:
+  """Demands that a flag was given.
+
+  Raises:
+    ValueError: if its value is None or empty.
+  """
+  if value is None or value == "" or value == ():
+    raise ValueError(f"--{name} must be given")
+
+
+def to_dict(config: Any, prefix: str = "") -> dict[str, Any]:
+  """Flattens a dataclass of options to {dotted flag name: value}."""
+  flat = {}
+  for field in dataclasses.fields(config):
+    name = f"{prefix}.{field.name}" if prefix else field.name
+    value = getattr(config, field.name)
+    flat |= {name: value} if _HELP in field.metadata else to_dict(value, name)
+  return flat
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a command: parses flags, then `main()`; any error ends as one sentence on stderr.
+
+  Exits with 0 when main returns, 1 when it raises, 2 when the flags are wrong. With --debug
+  the traceback is printed before the sentence.
+  """
+
+  def parse(argv: list[str]) -> list[str]:
+    rest = absl_flags.FLAGS(argv)
+    if len(rest) > 1:
+      stray = " ".join(rest[1:])
+      raise absl_flags.IllegalFlagValueError(
+        f"unexpected arguments: {stray} (flags are written --name=value, without spaces)"
+      )
+    return rest
+
+  def guarded_parse(argv: list[str]) -> list[str]:
+    # absl looks for --help only after parsing; parse errors are ours to print in one line.
+    try:
+      return parse(argv)
+    except absl_flags.Error as error:
+      if "--helpfull" in argv or "--help" in argv:
+        raise
+      _exit_with(error, status=2)
+
+  def guarded_main(_: Sequence[str]) -> None:
+    try:
+      main()
+    except Exception as error:  # the boundary between library errors and the person who typed
+      if _DEBUG.value:
+        traceback.print_exc()
+      _exit_with(error, status=1)
+
+  app.run(guarded_main, flags_parser=guarded_parse)
+
+
+def _exit_with(error: Exception, status: int) -> typing.NoReturn:
+  sentence = " ".join(str(error).split()) or type(error).__name__
+  if not isinstance(error, ValueError | NotImplementedError | OSError | absl_flags.Error):
+    sentence = f"{type(error).__name__}: {sentence} (--debug shows the traceback)"
+  sys.stdout.flush()
+  print(f"error: {sentence}", file=sys.stderr, flush=True)
+  # A library's background threads (TensorFlow's, Orbax's) must not hold the exit back, nor
+  # write after the sentence that says what went wrong.
+  os._exit(status)

@@ -1,0 +1,1 @@
+"""The decoder in Haiku: one implementation, whose switches are `ModelConfig`'s."""

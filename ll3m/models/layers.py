@@ -1,0 +1,132 @@
+"""Linear layers, norms and the feed-forward network.
+
+Dimensions: B batch, T length, D model, F feed-forward, V vocabulary. Parameters are cast to the
+activations' dtype where they are used, so that they may be stored in another.
+"""
+
+from collections.abc import Callable, Mapping
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ll3m.core.config import ModelConfig
+from ll3m_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+# GPT-2's initialisation (Radford et al., 2019), as in the families' own configs.
+INIT_STDDEV = 0.02
+
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(hk.Module):
+  """Computes x @ w + b."""
+
+  def __init__(self, size: int, *, use_bias: bool, stddev: float = INIT_STDDEV, name: str):
+    """Args: size of the output; whether there is a bias; standard deviation of the initial w."""
+    super().__init__(name=name)
+    self._size = size
+    self._use_bias = use_bias
+    self._stddev = stddev
+
+  def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    """Returns the projection of the last axis."""
+    w = hk.get_parameter(
+      "w", (x.shape[-1], self._size), init=hk.initializers.TruncatedNormal(self._stddev)
+    )
+    y = x @ w.astype(x.dtype)
+    if self._use_bias:
+      y = y + hk.get_parameter("b", (self._size,), init=jnp.zeros).astype(x.dtype)
+    return y
+
+
+class Norm(hk.Module):
+  """RMSNorm, Gemma's RMSNorm or LayerNorm, with or without the residual addition before it."""
+
+  def __init__(self, config: ModelConfig, *, implementation: str | None, name: str):
+    """Args: the config; see `ll3m_kernels.dispatch` for the implementation."""
+    super().__init__(name=name)
+    self._config = config
+    self._implementation = implementation
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns norm(x)."""
+    plain, _ = self._functions(x.shape[-1])
+    return plain(x)
+
+  def add(
+    self, x: Float[Array, "*B D"], residual: Float[Array, "*B D"]
+  ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """Returns (norm(x + residual), x + residual)."""
+    _, fused = self._functions(x.shape[-1])
+    return fused(x, residual)
+
+  def _functions(self, size: int) -> tuple[Callable, Callable]:
+    config = self._config
+    # The weight acts as (offset + scale): it starts at the identity in every family.
+    start = hk.initializers.Constant(1.0 - config.norm_scale_offset)
+    weights = {"scale": hk.get_parameter("scale", (size,), init=start)}
+    options = {"epsilon": config.norm_epsilon, "implementation": self._implementation}
+    if config.norm == "layer":
+      weights["bias"] = hk.get_parameter("bias", (size,), init=jnp.zeros)
+      plain, fused = layer_norm, add_layer_norm
+    else:
+      options["scale_offset"] = config.norm_scale_offset
+      plain, fused = rms_norm, add_rms_norm
+    return (
+      lambda x: plain(x, **weights, **options),
+      lambda x, residual: fused(x, residual, **weights, **options),
+    )
+
+
+class FeedForward(hk.Module):
+  """The gated (SwiGLU, GeGLU) or plain feed-forward network."""
+
+  def __init__(self, config: ModelConfig, *, fused: bool, name: str = "mlp"):
+    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.engine`)."""
+    super().__init__(name=name)
+    self._config = config
+    self._fused = fused
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Returns the network's output, before the residual addition."""
+    config = self._config
+    activation = _ACTIVATIONS[config.activation]
+    names = ("gate", "up") if config.gated_mlp else ("up",)
+    projected = projections(
+      x, names, (config.d_ff,) * len(names), use_bias=config.use_bias, fused=self._fused
+    )
+    hidden = activation(projected[0])  # [B, T, F]
+    if config.gated_mlp:
+      hidden = hidden * projected[1]
+    return Linear(
+      x.shape[-1], use_bias=config.use_bias, stddev=residual_stddev(config), name="down"
+    )(hidden)
+
+
+def projections(
+  x: Float[Array, "B T D"],
+  names: tuple[str, ...],
+  sizes: tuple[int, ...],
+  *,
+  use_bias: bool,
+  fused: bool,
+) -> list[Array]:
+  """Projects x by several linear layers; as one matrix, named by all of them, if fused."""
+  if not fused:
+    return [
+      Linear(size, use_bias=use_bias, name=name)(x) for name, size in zip(names, sizes, strict=True)
+    ]
+  joined = Linear(sum(sizes), use_bias=use_bias, name="_".join(names))(x)
+  ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+  return jnp.split(joined, ends, axis=-1)
+
+
+def residual_stddev(config: ModelConfig) -> float:
+  """Initial standard deviation of what adds to the residual stream (Radford et al., 2019)."""
+  return INIT_STDDEV * (2 * config.num_layers) ** -0.5
