@@ -38,8 +38,12 @@ def linear_cross_entropy(
   mask: Bool[Array, "*B"] | Float[Array, "*B"] | None = None,
   logits_soft_cap: float | None = None,
   z_loss: float = 0.0,
+  return_correct: bool = False,
   implementation: str | None = None,
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+) -> (
+  tuple[Float[Array, "*B"], Float[Array, "*B"]]
+  | tuple[Float[Array, "*B"], Float[Array, "*B"], Bool[Array, "*B"]]
+):
   """Computes -log softmax(hidden @ head + bias)[label] and the z-loss of every token.
 
   Args:
@@ -51,10 +55,12 @@ def linear_cross_entropy(
     mask: multiplies both losses; where it is 0 they are 0 and give no gradient.
     logits_soft_cap: logits become cap * tanh(logits / cap).
     z_loss: weight of log(Z)^2 (Chowdhery et al., 2022, PaLM).
+    return_correct: also return whether the label has the largest logit, which costs nothing here.
     implementation: see `dispatch.resolve`.
 
   Returns:
-    (loss, z_loss): float32 in the labels' shape; the first does not contain the second.
+    (loss, z_loss): float32 in the labels' shape; the first does not contain the second. With
+    `return_correct`, a third array of booleans (False where the mask is 0), without a gradient.
 
   Raises:
     ValueError: shapes, dtypes or a layout that do not fit.
@@ -64,7 +70,7 @@ def linear_cross_entropy(
   vocabulary = head.shape[head_layout.index("v")]
   options = _Options(head_layout, logits_soft_cap, z_loss, -(-vocabulary // _CHUNK))
   keep = jnp.ones(labels.shape, bool) if mask is None else mask != 0
-  loss, penalty = _losses(
+  loss, penalty, correct = _losses(
     options,
     hidden.reshape(-1, hidden.shape[-1]),
     head,
@@ -75,6 +81,8 @@ def linear_cross_entropy(
   loss, penalty = loss.reshape(labels.shape), penalty.reshape(labels.shape)
   if mask is not None and mask.dtype != jnp.bool_:
     loss, penalty = loss * mask, penalty * mask
+  if return_correct:
+    return loss, penalty, correct.reshape(labels.shape)
   return loss, penalty
 
 
@@ -100,19 +108,20 @@ def _forward(options, hidden, head, bias, labels, keep):
   log_z = largest + jnp.log(total)
   loss = jnp.where(keep, log_z - picked, 0.0)
   penalty = jnp.where(keep, options.z_loss * log_z**2, 0.0)
-  return (loss, penalty), (hidden, head, bias, labels, keep, log_z)
+  correct = keep & (picked >= largest)
+  return (loss, penalty, correct), (hidden, head, bias, labels, keep, log_z)
 
 
 def _backward(options, residuals, cotangents):
   hidden, head, bias, labels, keep, log_z = residuals
-  loss_bar, penalty_bar = (jnp.where(keep, c, 0.0)[:, None] for c in cotangents)
+  loss_bar, penalty_bar = (jnp.where(keep, c, 0.0)[:, None] for c in cotangents[:2])
   # d loss / d logits = p - onehot;  d penalty / d logits = 2 z log_z p
   softmax_bar = loss_bar + penalty_bar * (2 * options.z_loss * log_z)[:, None]
   hidden_bar = jnp.zeros(hidden.shape, jnp.float32)
   head_bars, bias_bars = [], []
   for start, size in _chunks(options, head):
     logits, slope = _logits(options, hidden, head, bias, start, size)
-    onehot = (labels - start)[:, None] == jnp.arange(size)
+    onehot = (labels - start)[:, None] == jnp.arange(size)[None]
     logits_bar = jnp.exp(logits - log_z[:, None]) * softmax_bar - jnp.where(onehot, loss_bar, 0.0)
     if slope is not None:
       logits_bar = logits_bar * slope
@@ -146,7 +155,7 @@ def _logits(options, hidden, head, bias, start, size) -> tuple[Array, Array | No
   part = jax.lax.slice_in_dim(head, start, start + size, axis=axis)
   logits = _dot(hidden, part, (1,), (1 - axis,))
   if bias is not None:
-    logits = logits + bias[start : start + size].astype(jnp.float32)
+    logits = logits + bias[None, start : start + size].astype(jnp.float32)
   if options.logits_soft_cap is None:
     return logits, None
   capped = jnp.tanh(logits / options.logits_soft_cap)

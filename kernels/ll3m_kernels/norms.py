@@ -37,7 +37,7 @@ def rms_norm(
   dispatch.resolve(implementation)
   wide = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-  return (wide * inverse * (scale.astype(jnp.float32) + scale_offset)).astype(x.dtype)
+  return (wide * inverse * (_row(scale, x.ndim) + scale_offset)).astype(x.dtype)
 
 
 def layer_norm(
@@ -68,9 +68,9 @@ def layer_norm(
   wide = x.astype(jnp.float32)
   centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-  out = centred * inverse * scale.astype(jnp.float32)
+  out = centred * inverse * _row(scale, x.ndim)
   if bias is not None:
-    out = out + bias.astype(jnp.float32)
+    out = out + _row(bias, x.ndim)
   return out.astype(x.dtype)
 
 
@@ -119,6 +119,11 @@ def add_layer_norm(
   """
   total = _add(x, residual)
   return layer_norm(total, scale, bias, epsilon=epsilon, implementation=implementation), total
+
+
+def _row(weight: Array, ndim: int) -> Array:
+  """Returns a weight as float32 [1, .., D]."""
+  return weight.astype(jnp.float32).reshape((1,) * (ndim - 1) + weight.shape)
 
 
 def _add(x: Array, residual: Array) -> Array:

@@ -80,7 +80,7 @@ def _cos_sin(positions: Array, theta: float, rotary_dim: int) -> tuple[Array, Ar
   Works in turns instead of radians: whole turns fall away exactly. A plain float32 product
   position * frequency is off by 3e-2 at a million.
   """
-  high, low = _turns(theta, rotary_dim)
+  high, low = (part[None, None, None] for part in _turns(theta, rotary_dim))
   coarse = (positions >> _POSITION_BITS << _POSITION_BITS).astype(jnp.float32)[..., None, None]
   fine = (positions & (2**_POSITION_BITS - 1)).astype(jnp.float32)[..., None, None]
   turns = _fraction(coarse * high) + _fraction(fine * high) + (coarse + fine) * low

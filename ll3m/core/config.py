@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import difflib
-from typing import Any, Self
+from typing import Any
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -61,9 +61,7 @@ class ModelConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.type is float and type(value) is int:
-        object.__setattr__(self, field.name, float(value))
-      elif not _has_type(value, field.type):
+      if not _has_type(value, field.type):
         raise ValueError(f"{field.name} must be {_type_name(field.type)}, got {value!r}")
     for name in (
       "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -99,16 +97,16 @@ class ModelConfig:
     """G = N / K, query heads per KV head."""
     return self.num_heads // self.num_kv_heads
 
-  def replace(self, **changes: Any) -> Self:
+  def replace(self, **changes: Any) -> "ModelConfig":
     """Returns a copy with some fields changed, validated anew."""
-    return dataclasses.replace(self, **changes)
+    return dataclasses.replace(self, **_whole_numbers_as_floats(changes))
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as a JSON-serialisable dict."""
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_dict(cls, fields: dict[str, Any]) -> Self:
+  def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
     """Builds a config from `to_dict`'s output.
 
     Raises:
@@ -118,7 +116,7 @@ class ModelConfig:
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(fields)):
       raise ValueError(f"model config lacks {', '.join(missing)}")
-    return cls(**fields)
+    return cls(**_whole_numbers_as_floats(fields))
 
 
 def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
@@ -153,6 +151,12 @@ def _check_names(fields: dict[str, Any]) -> None:
   for name in fields:
     if name not in known:
       raise ValueError(f"unknown model config field {name!r}{did_you_mean(name, known)}")
+
+
+def _whole_numbers_as_floats(fields: dict[str, Any]) -> dict[str, Any]:
+  """Turns 10000 into 10000.0 where a float is due: JSON and users write both."""
+  floats = {f.name for f in dataclasses.fields(ModelConfig) if f.type is float}
+  return {k: float(v) if k in floats and type(v) is int else v for k, v in fields.items()}
 
 
 def _has_type(value: Any, expected: Any) -> bool:

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
 
 _HELP = "help"
@@ -134,8 +134,14 @@ def define(prefix: str, cls: type) -> None:
       define(name, hints[field.name])
 
 
-def read[T](prefix: str, cls: type[T]) -> T:
+def read[T](prefix: str, cls: type[T], *, fallback: str | None = None) -> T:
   """Returns the dataclass with the values that were given on the command line.
+
+  Args:
+    prefix: as in `define`.
+    cls: as in `define`.
+    fallback: another prefix that was defined with the same dataclass; a flag that was not given
+      takes that prefix's value.
 
   Raises:
     ValueError: what the dataclass's own validation says.
@@ -143,11 +149,12 @@ def read[T](prefix: str, cls: type[T]) -> T:
   values = {}
   for field in dataclasses.fields(cls):
     name = f"{prefix}.{field.name}" if prefix else field.name
+    other = f"{fallback}.{field.name}" if fallback else None
     if _HELP in field.metadata:
-      value = absl_flags.FLAGS[name].value
+      value = absl_flags.FLAGS[name if given(name) or other is None else other].value
       values[field.name] = tuple(value) if field.metadata[_REPEATED] else value
     else:
-      values[field.name] = read(name, typing.get_type_hints(cls)[field.name])
+      values[field.name] = read(name, typing.get_type_hints(cls)[field.name], fallback=other)
   return cls(**values)
 
 
@@ -202,6 +209,8 @@ def run(main: Callable[[], None]) -> None:
       _exit_with(error, status=2)
 
   def guarded_main(_: Sequence[str]) -> None:
+    if not given("verbosity"):  # the libraries' progress reports are not the user's
+      logging.set_verbosity(logging.INFO if _DEBUG.value else logging.WARNING)
     try:
       main()
     except Exception as error:  # the boundary between library errors and the person who typed

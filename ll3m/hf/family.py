@@ -103,7 +103,7 @@ class Family:
           f"of num_attention_heads {fields['num_heads']}"
         )
       fields["head_dim"] = fields["d_model"] // fields["num_heads"]
-    return ModelConfig(**fields)
+    return ModelConfig.from_dict(fields)
 
   def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
     """Writes the config.json of a model: the inverse of `from_hf_config`.
@@ -111,13 +111,8 @@ class Family:
     Rotary parameters are given in both styles, so that every transformers since 4.38 reads them.
 
     Raises:
-      ValueError: the config differs from the family in a switch that config.json cannot say.
+      ValueError: the config has something that the family's config.json cannot say.
     """
-    for name, expected in self.switches.items():
-      if name != "rotary_fraction" and getattr(config, name) != expected:
-        raise ValueError(
-          f"a {self.name} model has {name}={expected!r}, got {getattr(config, name)!r}"
-        )
     activation = next((k for k, v in self.activations.items() if v == config.activation), None)
     if activation is None:
       raise ValueError(f"a {self.name} model cannot have activation={config.activation!r}")
@@ -127,9 +122,15 @@ class Family:
     rope = {"rope_theta": config.rope_theta}
     if "rotary_fraction" in self.switches:
       rope["partial_rotary_factor"] = config.rotary_fraction
-    elif config.rotary_fraction != 1.0:
-      raise ValueError(f"a {self.name} model rotates whole heads, not {config.rotary_fraction}")
-    return hf | rope | {"rope_parameters": {"rope_type": "default"} | rope}
+    hf |= rope | {"rope_parameters": {"rope_type": "default"} | rope}
+    understood = self.from_hf_config(hf).to_dict()
+    for name, value in config.to_dict().items():
+      if understood[name] != value:
+        raise ValueError(
+          f"a {self.name} model has {name}={understood[name]!r}, and its config.json cannot say "
+          f"{value!r}"
+        )
+    return hf
 
   def _activation(self, hf: Mapping[str, Any]) -> str:
     # Gemma's files of 2024 have both keys, and the second one is right.

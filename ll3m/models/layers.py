@@ -41,7 +41,8 @@ class Linear(hk.Module):
     )
     y = x @ w.astype(x.dtype)
     if self._use_bias:
-      y = y + hk.get_parameter("b", (self._size,), init=jnp.zeros).astype(x.dtype)
+      b = hk.get_parameter("b", (self._size,), init=jnp.zeros).astype(x.dtype)
+      y = y + b.reshape((1,) * (y.ndim - 1) + b.shape)
     return y
 
 

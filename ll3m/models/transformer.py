@@ -130,7 +130,7 @@ def logits(
   weight, layout, bias = head(config, params)
   equation = "BTD,DV->BTV" if layout == "dv" else "BTD,VD->BTV"
   y = jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-  return y if bias is None else y + bias.astype(jnp.float32)
+  return y if bias is None else y + bias.astype(jnp.float32)[None, None]
 
 
 def make_model(

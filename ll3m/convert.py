@@ -1,0 +1,69 @@
+"""Converts a published Hugging Face or GGUF model to a folder that the other commands read.
+
+python -m ll3m.convert --checkpoint_dir=DIR --output_dir=DIR [--model=PRESET] [--dtype=bf16]
+"""
+
+import dataclasses
+
+from ll3m.core import flags
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+  """What to convert, and to what."""
+
+  checkpoint_dir: str | None = flags.option(
+    None, "The folder of the published model (config.json and weights), or a .gguf file."
+  )
+  output_dir: str | None = flags.option(None, "The folder to write; it must not exist yet.")
+  output_file: str | None = flags.option(None, "Another name of --output_dir.")
+  model: str | None = flags.option(
+    None, "The preset that the model must be; by default its config.json says what it is."
+  )
+  checkpoint_type: str | None = flags.option(
+    None,
+    "Which files to read, where the folder holds several kinds.",
+    choices=("safetensors", "pt", "gguf"),
+  )
+  dtype: str = flags.option(
+    "keep",
+    "Type of the written parameters; keep leaves them as they are (dequantised GGUF: f32).",
+    choices=("keep", "bf16", "f16", "f32"),
+  )
+
+  def __post_init__(self):
+    flags.require(self.checkpoint_dir, "checkpoint_dir")
+    flags.require(self.output_dir or self.output_file, "output_dir")
+    if self.output_dir and self.output_file and self.output_dir != self.output_file:
+      raise ValueError(
+        f"--output_dir={self.output_dir} and --output_file={self.output_file} name two folders"
+      )
+
+
+flags.define("", ConvertConfig)
+
+
+def main() -> None:
+  """Opens and checks the model, converts it, and says what was done."""
+  config = flags.read("", ConvertConfig)
+
+  from ll3m.hf.conversion import convert_model
+  from ll3m.hf.model_files import open_model
+  from ll3m.hf.tensors import DTYPES
+
+  output = config.output_dir or config.output_file
+  model = open_model(config.checkpoint_dir, config.checkpoint_type, config.model)
+  done = convert_model(model, output, DTYPES.get(config.dtype))
+  if model.ignored:
+    print(f"ignored {len(model.ignored)} tensors that are not parameters:")
+    print("\n".join(f"  {name}" for name in model.ignored))
+  if not model.tokenizer_files:
+    print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer must name one later")
+  print(
+    f"converted a {model.family.name} model of {done.parameters:,} parameters "
+    f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"
+  )
+
+
+if __name__ == "__main__":
+  flags.run(main)

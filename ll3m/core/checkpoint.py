@@ -1,0 +1,227 @@
+"""Where parameters lie on disk, and how they are read back.
+
+Three kinds of folder hold a model:
+
+* a converted folder (`ll3m.convert`): `params/`, `tokenizer/`, `hf/` (the source's config.json)
+  and, written last, `ll3m.json`, without which the folder is not complete;
+* a step folder of a training run: Orbax items `params/`, `meta/`, and for resuming `optimizer/`
+  and `dataset/`;
+* a run's output_dir: `checkpoints/<step>/` beside `tokenizer/` and `hf/`; its latest finished step
+  stands for it.
+
+Paths may be remote (gs://); Orbax and etils read and write them alike.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ll3m.core.config import ModelConfig
+
+FORMAT = 1
+MANIFEST = "ll3m.json"
+PARAMS = "params"
+OPTIMIZER = "optimizer"
+META = "meta"
+DATASET = "dataset"
+STEPS = "checkpoints"
+TOKENIZER = "tokenizer"
+SOURCE = "hf"
+
+Params = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A complete model on disk.
+
+  Attributes:
+    path: the folder that holds `params/`.
+    family: name of the family.
+    config: the architecture.
+    tokenizer_dir: the tokenizer's files, if they travelled along.
+    source_dir: the config.json and generation_config.json it was converted from, if any.
+    step: of a training run, in optimizer steps.
+    meta: everything that the manifest says.
+  """
+
+  path: epath.Path
+  family: str
+  config: ModelConfig
+  tokenizer_dir: epath.Path | None
+  source_dir: epath.Path | None
+  step: int | None
+  meta: Mapping[str, Any]
+
+  @property
+  def params_path(self) -> epath.Path:
+    """The Orbax checkpoint of the parameters."""
+    return self.path / PARAMS
+
+
+def open_checkpoint(path: epath.PathLike) -> Checkpoint:
+  """Finds the model in a converted folder, a run's output_dir or one step folder.
+
+  Args:
+    path: the folder.
+
+  Returns:
+    What is known of it without reading any weight.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: the folder holds no complete model.
+  """
+  path = epath.Path(path)
+  if not path.is_dir():
+    raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
+  if (path / STEPS).is_dir():
+    steps = finished_steps(path)
+    if not steps:
+      raise ValueError(f"not a complete checkpoint: {path} holds no finished step")
+    path = path / STEPS / str(steps[-1])
+  if (path / META).is_dir():
+    home = path.parent.parent
+    meta = _read_json(path / META / "metadata")
+  elif (path / MANIFEST).exists():
+    home = path
+    meta = _read_json(path / MANIFEST)
+  else:
+    raise ValueError(f"not a complete checkpoint: {path} has no {MANIFEST}")
+  if meta.get("format") != FORMAT:
+    raise ValueError(
+      f"not a complete checkpoint: {path} has format {meta.get('format')!r}, expected {FORMAT}"
+    )
+  if not (path / PARAMS).is_dir():
+    raise ValueError(f"not a complete checkpoint: {path} has no {PARAMS}/")
+  return Checkpoint(
+    path=path,
+    family=meta["family"],
+    config=ModelConfig.from_dict(meta["config"]),
+    tokenizer_dir=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
+    source_dir=home / SOURCE if (home / SOURCE).is_dir() else None,
+    step=meta.get("step"),
+    meta=meta,
+  )
+
+
+def finished_steps(output_dir: epath.PathLike) -> list[int]:
+  """Returns the steps of a run that were saved completely, in order."""
+  folder = epath.Path(output_dir) / STEPS
+  if not folder.is_dir():
+    return []
+  return sorted(
+    int(step.name)
+    for step in folder.iterdir()
+    if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) and (step / META).is_dir()
+  )
+
+
+def restore_params(
+  checkpoint: Checkpoint, *, dtype: Any = None, shardings: Params | None = None
+) -> Params:
+  """Reads the parameters, each device its own shards.
+
+  Args:
+    checkpoint: what `open_checkpoint` returned.
+    dtype: to cast to while reading; as saved by default.
+    shardings: like the parameters, a `Sharding` in each place; the first device by default.
+
+  Returns:
+    Haiku parameters.
+
+  Raises:
+    ValueError: the arrays on disk are not those of the config, or cannot be read.
+  """
+  return restore_tree(checkpoint.params_path, dtype=dtype, shardings=shardings)
+
+
+def restore_tree(path: epath.Path, *, dtype: Any = None, shardings: Params | None = None) -> Params:
+  """Reads an Orbax checkpoint of Haiku parameters; see `restore_params`."""
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    metadata = handler.metadata(path).tree
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placement = jax.tree.map(
+      lambda leaf: device, metadata, is_leaf=lambda leaf: hasattr(leaf, "shape")
+    )
+    if shardings is not None:
+      placement = nest(shardings)
+    arguments = jax.tree.map(
+      lambda leaf, sharding: ocp.ArrayRestoreArgs(
+        dtype=dtype, sharding=sharding, global_shape=leaf.shape
+      ),
+      metadata,
+      placement,
+      is_leaf=lambda leaf: hasattr(leaf, "shape"),
+    )
+    return flatten(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments)))
+  except (KeyError, FileNotFoundError, json.JSONDecodeError) as error:
+    raise ValueError(f"cannot read the parameters at {path}: {error}") from error
+
+
+def nest(params: Params) -> dict[str, Any]:
+  """Splits Haiku's module names at the slashes: what Orbax stores."""
+  tree: dict[str, Any] = {}
+  for module, arrays in params.items():
+    node = tree
+    for part in module.split("/"):
+      node = node.setdefault(part, {})
+    node.update(arrays)
+  return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Params:
+  """Joins nested names into Haiku's two levels: the inverse of `nest`."""
+  params: Params = {}
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      params |= flatten(value, f"{prefix}/{name}" if prefix else name)
+    else:
+      params.setdefault(prefix, {})[name] = value
+  return params
+
+
+def model_meta(family: str, config: ModelConfig) -> dict[str, Any]:
+  """Returns the part of a manifest that every folder with a model has."""
+  return {"format": FORMAT, "family": family, "config": config.to_dict()}
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"not a complete checkpoint: cannot read {path}: {error}") from error
+
+
+class BytesHandler(ocp.CheckpointHandler):
+  """Saves a dict of byte strings as one file each: the position in the data."""
+
+  def save(self, directory: epath.Path, args: "BytesSave") -> None:
+    """Writes every entry."""
+    for name, value in args.items.items():
+      (directory / name).write_bytes(value)
+
+  def restore(self, directory: epath.Path, args: "BytesRestore") -> dict[str, bytes]:
+    """Reads every entry."""
+    del args
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+
+
+@ocp.args.register_with_handler(BytesHandler, for_save=True)
+@dataclasses.dataclass
+class BytesSave(ocp.args.CheckpointArgs):
+  """What to save with `BytesHandler`."""
+
+  items: Mapping[str, bytes]
+
+
+@ocp.args.register_with_handler(BytesHandler, for_restore=True)
+@dataclasses.dataclass
+class BytesRestore(ocp.args.CheckpointArgs):
+  """Restores what `BytesSave` saved."""

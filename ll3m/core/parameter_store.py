@@ -1,0 +1,225 @@
+"""Parameters on disk as Orbax lays them out, written and read a slice at a time.
+
+Orbax saves whole arrays; a model that is larger than the host's memory has to be written in
+slices. So this module writes with TensorStore the files that Orbax's PyTree handler restores
+(zarr without OCDBT, `_METADATA` beside), and opens either layout of Orbax for reading.
+"""
+
+import contextlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+# A large layer is cut into chunks of about this size, so that converting needs little memory.
+CHUNK_BYTES = 64 * 2**20
+
+_METADATA = "_METADATA"  # Orbax's name for the file that lists a checkpoint's arrays
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+# Syncing each chunk to disk made converting several times slower; a folder counts as complete
+# only by the file that is written after all of them.
+_CONTEXT = {"file_io_sync": False}
+
+
+class ParameterWriter:
+  """Writes the parameters of a model, each slice as one or more chunks of a zarr array."""
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    stacked: Mapping[str, bool],
+  ):
+    """Creates the arrays, empty.
+
+    Args:
+      directory: a new folder; local or gs://.
+      shapes: of every parameter, by "module/name".
+      dtypes: of every parameter.
+      stacked: whether a parameter has a leading axis of layers.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    self._directory = directory
+    self._paths = list(shapes)
+    self._stacked = dict(stacked)
+    self._context = ts.Context(_CONTEXT)
+    self._rows: dict[str, int] = {}
+    self._arrays: dict[str, ts.TensorStore] = {}
+    for path, shape in shapes.items():
+      layer_shape = shape[1:] if stacked[path] else shape
+      row_bytes = math.prod(layer_shape[1:]) * dtypes[path].itemsize
+      rows = min(layer_shape[0], max(1, CHUNK_BYTES // row_bytes))
+      self._rows[path] = rows
+      chunks = (1,) * stacked[path] + (rows, *layer_shape[1:])
+      self._arrays[path] = self._create(path, shape, dtypes[path], chunks)
+
+  def _create(
+    self, path: str, shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]
+  ) -> ts.TensorStore:
+    return ts.open(
+      {
+        "driver": "zarr",
+        "kvstore": _kvstore(self._directory / ".".join(path.split("/"))),
+        "metadata": {
+          "shape": shape,
+          "chunks": chunks,
+          "dtype": _zarr_dtype(dtype),
+          "compressor": None,  # weights do not compress, and plain bytes are read straight
+          "order": "C",
+          "fill_value": None,
+          "filters": None,
+          "dimension_separator": ".",
+        },
+        "create": True,
+      },
+      context=self._context,
+    ).result()
+
+  def row_ranges(self, path: str) -> Iterator[slice]:
+    """Yields the rows of one layer in the pieces that `write` wants, in order."""
+    shape = self._arrays[path].shape[self._stacked[path] :]
+    for start in range(0, shape[0], self._rows[path]):
+      yield slice(start, min(start + self._rows[path], shape[0]))
+
+  def write(self, path: str, layer: int | None, rows: slice, values: np.ndarray) -> None:
+    """Writes one piece.
+
+    Args:
+      path: "module/name".
+      layer: index along the leading axis; None if the parameter is not stacked.
+      rows: one of `row_ranges`.
+      values: the piece, in the parameter's dtype; not changed by the caller afterwards.
+    """
+    target = self._arrays[path][rows] if layer is None else self._arrays[path][layer, rows]
+    target.write(values, can_reference_source_data_indefinitely=True).result()
+
+  def finish(self) -> None:
+    """Writes the metadata that lets Orbax restore the arrays as a nested dict."""
+    tree = {}
+    for path in self._paths:
+      keys = tuple(path.split("/"))
+      tree[str(keys)] = {
+        "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
+        "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+      }
+    metadata = {
+      "tree_metadata": tree,
+      "use_ocdbt": False,
+      "use_zarr3": False,
+      "store_array_data_equal_to_fill_value": True,
+      "custom_metadata": None,
+    }
+    (self._directory / _METADATA).write_text(json.dumps(metadata))
+    # Orbax asks for this file too, and does without anything in it.
+    (self._directory / _CHECKPOINT_METADATA).write_text("{}")
+
+
+def open_parameters(directory: epath.Path) -> dict[str, ts.TensorStore]:
+  """Opens the arrays of a checkpoint that Orbax or `ParameterWriter` wrote.
+
+  Args:
+    directory: the folder with `_METADATA`.
+
+  Returns:
+    TensorStore arrays by "module/name". A missing chunk is an error when it is read.
+
+  Raises:
+    ValueError: the folder is not a checkpoint of parameters.
+  """
+  directory = epath.Path(directory)
+  try:
+    metadata = json.loads((directory / _METADATA).read_text())
+    trees = [entry["key_metadata"] for entry in metadata["tree_metadata"].values()]
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(f"not a complete checkpoint: {directory} has no valid {_METADATA}") from error
+  context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+  arrays = {}
+  for entries in trees:
+    keys = [str(entry["key"]) for entry in entries]
+    name = ".".join(keys)
+    if metadata.get("use_ocdbt"):
+      kvstore: Any = {"driver": "ocdbt", "base": _kvstore(directory), "path": f"{name}/"}
+    else:
+      kvstore = _kvstore(directory / name)
+    spec = {
+      "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+      "kvstore": kvstore,
+      "fill_missing_data_reads": False,
+    }
+    with _naming(directory, name):
+      arrays["/".join(keys)] = ts.open(spec, context=context, open=True, read=True).result()
+  return arrays
+
+
+def read_slices(array: ts.TensorStore) -> Iterator[tuple[slice, np.ndarray]]:
+  """Reads an array in blocks along its leading axis that do not cut its chunks.
+
+  Yields:
+    The range along the leading axis, and the values.
+  """
+  block = array.chunk_layout.read_chunk.shape[0] if array.shape else 1
+  for start in range(0, array.shape[0], block):
+    part = slice(start, min(start + block, array.shape[0]))
+    yield part, array[part].read().result()
+
+
+def checksum(values: np.ndarray, previous: int = 0) -> int:
+  """Continues the CRC-32 of an array's bytes in C order."""
+  return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), previous)
+
+
+def verify_digests(directory: epath.Path, digests: Mapping[str, list[int]]) -> None:
+  """Reads every array and compares it with the checksums that were taken when it was written.
+
+  Args:
+    directory: the folder with `_METADATA`.
+    digests: by "module/name", the CRC-32 of each layer, or of the whole if it is not stacked.
+
+  Raises:
+    ValueError: names the arrays that differ.
+  """
+  wrong = []
+  arrays = open_parameters(directory)
+  for path, expected in digests.items():
+    if path not in arrays:
+      raise ValueError(f"{directory} lacks the parameter {path}")
+    per_layer = len(expected) > 1
+    found: list[int] = [0] * (arrays[path].shape[0] if per_layer else 1)
+    with _naming(directory, path):
+      for part, values in read_slices(arrays[path]):
+        if per_layer:
+          for layer, value in zip(range(part.start, part.stop), values, strict=True):
+            found[layer] = checksum(value)
+        else:
+          found[0] = checksum(values, found[0])
+    if found != list(expected):
+      wrong.append(path)
+  if wrong:
+    raise ValueError(f"damaged checkpoint {directory}: checksums differ for {', '.join(wrong)}")
+
+
+@contextlib.contextmanager
+def _naming(directory: epath.Path, name: str) -> Iterator[None]:
+  """Names the array in TensorStore's errors (which are ValueErrors of many lines)."""
+  try:
+    yield
+  except ValueError as error:
+    reason = str(error).partition(" [")[0]
+    raise ValueError(f"damaged checkpoint {directory}: cannot read {name}: {reason}") from error
+
+
+def _kvstore(path: epath.Path) -> dict[str, str] | str:
+  text = str(path)
+  if "://" in text:
+    return f"{text}/"
+  return {"driver": "file", "path": f"{path.resolve()}/"}
+
+
+def _zarr_dtype(dtype: np.dtype) -> str:
+  return "bfloat16" if dtype.name == "bfloat16" else dtype.newbyteorder("<").str

@@ -1,0 +1,147 @@
+"""The device mesh, and which dimension of which parameter is split over it.
+
+Axes: dp copies the parameters and splits the batch; fsdp splits both (Zhao et al., 2023); mp
+splits heads, feed-forward and vocabulary (Shoeybi et al., 2019).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("dp", "fsdp", "mp")
+BATCH_AXES = ("dp", "fsdp")
+
+# Parameter path -> the mesh axis of each dimension. Layers are stacked along the first one.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r"embed/embedding", PartitionSpec("mp", "fsdp")),
+  (r"layers/attention/(query|key|value)/w", PartitionSpec(None, "fsdp", "mp")),
+  (r"layers/attention/(query|key|value)/b", PartitionSpec(None, "mp")),
+  (r"layers/attention/out/w", PartitionSpec(None, "mp", "fsdp")),
+  (r"layers/attention/out/b", PartitionSpec(None, "fsdp")),
+  (r"layers/mlp/(gate|up)/w", PartitionSpec(None, "fsdp", "mp")),
+  (r"layers/mlp/(gate|up)/b", PartitionSpec(None, "mp")),
+  (r"layers/mlp/down/w", PartitionSpec(None, "mp", "fsdp")),
+  (r"layers/mlp/down/b", PartitionSpec(None, "fsdp")),
+  (r"layers/(attention|mlp)_norm/(scale|bias)", PartitionSpec()),
+  (r"final_norm/(scale|bias)", PartitionSpec()),
+  (r"head/w", PartitionSpec("fsdp", "mp")),
+  (r"head/b", PartitionSpec("mp")),
+)
+
+
+def parse_mesh_dim(text: str) -> tuple[int, int, int]:
+  """Parses `--mesh_dim`: 'dp,fsdp,mp' or 'dp:1,fsdp:-1,mp:4'; -1 stands for what is left.
+
+  Raises:
+    ValueError: not of that form.
+  """
+  form = "--mesh_dim expects dp,fsdp,mp, e.g. -1,2,4 or dp:1,fsdp:-1,mp:4"
+  parts = [part.strip() for part in text.split(",")]
+  try:
+    if ":" in text:
+      named = {name.strip(): int(size) for name, size in (part.split(":") for part in parts)}
+      if len(named) != len(parts) or not set(named) <= set(AXES):
+        raise ValueError
+      sizes = tuple(named.get(axis, 1) for axis in AXES)
+    else:
+      sizes = tuple(int(part) for part in parts)
+  except ValueError:
+    raise ValueError(f"{form}, got {text!r}") from None
+  if len(sizes) != len(AXES) or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"{form}, got {text!r}")
+  if sizes.count(-1) > 1:
+    raise ValueError(f"at most one size of --mesh_dim may be -1, got {text!r}")
+  return sizes
+
+
+def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arranges the devices in the mesh that `--mesh_dim` asks for.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = parse_mesh_dim(mesh_dim)
+  known = math.prod(size for size in sizes if size != -1)
+  if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    raise ValueError(
+      f"--mesh_dim={mesh_dim} needs {'a multiple of ' * (-1 in sizes)}{known} devices, "
+      f"there are {len(devices)}"
+    )
+  shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
+  arranged = mesh_utils.create_device_mesh(shape, devices=devices)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Returns how a parameter is split: by the table, less what does not divide.
+
+  Args:
+    path: "module/name".
+    shape: with the leading L of stacked parameters.
+    mesh: the mesh.
+
+  Raises:
+    ValueError: not exactly one rule of the table matches.
+  """
+  matches = [spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)]
+  if len(matches) != 1:
+    raise ValueError(f"{len(matches)} sharding rules match parameter {path!r}, expected one")
+  axes: list[Any] = []
+  for size, axis in zip(shape, tuple(matches[0]) + (None,) * len(shape), strict=False):
+    if axis is not None and size % mesh.shape[axis]:
+      logging.info(
+        "%s: dimension %d is not divisible by %s=%d and is not split",
+        path, size, axis, mesh.shape[axis],
+      )  # fmt: skip
+      axis = None
+    axes.append(axis)
+  return PartitionSpec(*axes)
+
+
+def parameter_shardings(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> dict:
+  """Returns a `NamedSharding` for every parameter (arrays or shapes) of a Haiku tree."""
+  return {
+    module: {
+      name: NamedSharding(mesh, parameter_spec(f"{module}/{name}", array.shape, mesh))
+      for name, array in arrays.items()
+    }
+    for module, arrays in params.items()
+  }
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+  """Returns the sharding of [B, ...] arrays: rows over dp and fsdp.
+
+  Args:
+    mesh: the mesh.
+    leading: how many unsplit dimensions stand before B.
+  """
+  return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """Returns which rows of a global batch this process has to read.
+
+  Raises:
+    ValueError: the rows do not divide over dp x fsdp.
+  """
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if batch_size % shards:
+    raise ValueError(
+      f"batch_size must be a multiple of dp x fsdp = {shards}, got {batch_size} "
+      f"(it counts the sequences of a micro-step over all devices)"
+    )
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (rows,) in indices.values() for row in range(batch_size)[rows]})

@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, seqio tasks and mixtures, packing, resumable streams."""

@@ -1,0 +1,263 @@
+"""Batches of packed rows whose order is the same for any number of processes.
+
+A stream is split into S = num_shards shards, each with a pipeline and a packer of its own. Row R
+of the stream, counted over all batches, is row R // S of shard R mod S; batch b of B sequences
+holds the rows b * B ... b * B + B - 1. A process reads the shards that its rows come from, skips
+the rows in them that are others', and can therefore say and restore its position in terms that
+every process agrees on.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ll3m.data import quiet
+from ll3m.data.batch import Batch
+from ll3m.data.config import DatasetConfig
+from ll3m.data.packing import Document, Packer, Row, make_row
+from ll3m.data.tokenizer import Tokenizer
+
+# A stream that repeats and yields this many unusable documents in a row has no usable one.
+_PATIENCE = 10_000
+
+
+class DocumentIterator(Protocol):
+  """What a shard reads from."""
+
+  def __next__(self) -> Document:
+    """Returns the next document; one without tokens was unusable."""
+    ...
+
+  def state(self) -> bytes:
+    """Returns the position."""
+    ...
+
+  def set_state(self, state: bytes) -> None:
+    """Moves to a position that `state()` gave."""
+    ...
+
+
+class _Shard:
+  """One of the stream's pipelines: documents in, rows out."""
+
+  def __init__(self, documents: DocumentIterator, packer: Packer, *, repeat: bool, label: str):
+    self._documents, self._packer = documents, packer
+    self._repeat, self._label = repeat, label
+    self.exhausted = False
+
+  def next_row(self) -> Row | None:
+    """Returns the next row, or None at the end of a stream that does not repeat."""
+    idle = 0
+    while (row := self._packer.row(last=self.exhausted)) is None and not self.exhausted:
+      document = next(self._documents, None)
+      if document is None:
+        self.exhausted = True
+      elif len(document.tokens):
+        self._packer.add(document)
+      idle = 0 if document is not None and len(document.tokens) else idle + 1
+      if self._repeat and (self.exhausted or idle > _PATIENCE):
+        raise ValueError(
+          f"{self._label}: a shard has no usable document; lower seqio_dataset.num_shards, or "
+          "give more data"
+        )
+    return row
+
+  def state(self) -> dict[str, np.ndarray]:
+    documents = np.frombuffer(self._documents.state(), np.uint8)
+    return self._packer.state() | {"documents": documents, "exhausted": np.array(self.exhausted)}
+
+  def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+    self._documents.set_state(state["documents"].tobytes())
+    self._packer.set_state({name: state[name] for name in ("lengths", "tokens", "loss")})
+    self.exhausted = bool(state["exhausted"])
+
+
+class BatchIterator:
+  """Yields this process's rows of every batch.
+
+  When `repeat` is False, rows past the end of a shard are padding (segment ids and mask 0), and
+  iteration stops when all shards that this process reads are exhausted. Other processes may stop
+  a batch earlier or later: one that must keep step goes on with `padding()`.
+
+  Attributes:
+    skipped: how many examples were unusable so far, by reason.
+    num_shards: S.
+  """
+
+  def __init__(
+    self,
+    corpus: Any,
+    config: DatasetConfig,
+    *,
+    rows: Sequence[int],
+    repeat: bool,
+    definition: Mapping[str, Any],
+  ):
+    """Starts at the beginning; pipelines are built when first needed."""
+    options = config.seqio_dataset
+    if not rows or not all(0 <= r < options.batch_size for r in rows):
+      raise ValueError(f"rows must lie in a batch of {options.batch_size}, got {list(rows)}")
+    self._corpus, self._options = corpus, options
+    self._rows, self._repeat, self._definition = tuple(rows), repeat, dict(definition)
+    self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
+    self._next_row = 0
+    self._shards: dict[int, _Shard] = {}
+
+  def __iter__(self) -> "BatchIterator":
+    return self
+
+  def __next__(self) -> Batch:
+    """Reads the next batch.
+
+    Raises:
+      StopIteration: at the end of a stream that does not repeat.
+      ValueError: if a stream that repeats has nothing to read.
+    """
+    mine, found = {}, False
+    own = self._own_shards()
+    for r in range(self._options.batch_size):
+      index = (self._next_row + r) % self.num_shards
+      if index in own:
+        row = self._shard(index).next_row()
+        found = found or row is not None
+        if r in self._rows:
+          mine[r] = row or make_row([], self._options.length)
+    if not found and all(self._shard(index).exhausted for index in own):
+      raise StopIteration
+    self._next_row += self._options.batch_size
+    return Batch(*(np.stack(field) for field in zip(*(mine[r] for r in self._rows), strict=True)))
+
+  def padding(self) -> Batch:
+    """Returns a batch of padding."""
+    row = make_row([], self._options.length)
+    return Batch(*(np.stack([field] * len(self._rows)) for field in row))
+
+  def state(self) -> dict[str, bytes]:
+    """Returns the position after the last batch returned, one entry per shard read here.
+
+    The entries of all processes together are the position of the whole stream; a process needs
+    those of the shards that it reads, on however many processes they were saved.
+    """
+    header = json.dumps({"next_row": self._next_row, "stream": self._definition})
+    states = {}
+    for index in sorted(self._own_shards()):
+      buffer = io.BytesIO()
+      np.savez(buffer, header=np.array(header), **self._shard(index).state())
+      states[_entry(index)] = buffer.getvalue()
+    return states
+
+  def set_state(self, states: Mapping[str, bytes]) -> None:
+    """Moves to a position that `state()` gave.
+
+    Args:
+      states: the entries of at least the shards that this process reads.
+
+    Raises:
+      ValueError: if entries are missing, disagree or belong to another stream.
+    """
+    if not states:
+      raise ValueError("the saved data position is empty")
+    loaded = {}
+    for name, data in states.items():
+      with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        loaded[name] = {key: arrays[key] for key in arrays.files}
+    headers = [json.loads(str(arrays.pop("header"))) for arrays in loaded.values()]
+    self._check_stream(headers[0]["stream"])
+    if any(header != headers[0] for header in headers):
+      raise ValueError("the saved data position mixes entries of different steps")
+    self._next_row, self._shards = headers[0]["next_row"], {}
+    for index in sorted(self._own_shards()):
+      if _entry(index) not in loaded:
+        raise ValueError(
+          f"the saved data position lacks {_entry(index)} of {self.num_shards}, found "
+          f"{', '.join(sorted(loaded))}"
+        )
+      self._shard(index).set_state(loaded[_entry(index)])
+
+  def _own_shards(self) -> set[int]:
+    """The shards that this process's rows come from, in this batch or a later one."""
+    step = math.gcd(self._options.batch_size, self.num_shards)
+    first = {(self._next_row + r) % self.num_shards for r in self._rows}
+    return {(f + k) % self.num_shards for f in first for k in range(0, self.num_shards, step)}
+
+  def _shard(self, index: int) -> _Shard:
+    if index not in self._shards:
+      self._shards[index] = _Shard(
+        self._corpus.open_shard(index),
+        Packer(self._options.length, pack=self._options.pack),
+        repeat=self._repeat,
+        label=self._corpus.label,
+      )
+    return self._shards[index]
+
+  def _check_stream(self, saved: Mapping[str, Any]) -> None:
+    # Through JSON, as the saved one went.
+    expected = json.loads(json.dumps(self._definition))
+    for name in expected | dict(saved):
+      if expected.get(name) != saved.get(name):
+        raise ValueError(
+          f"the saved data position belongs to another stream: {name} was {saved.get(name)!r}, "
+          f"is {expected.get(name)!r}"
+        )
+
+
+def _entry(shard: int) -> str:
+  return f"shard_{shard:05d}"
+
+
+def open_dataset(
+  config: DatasetConfig,
+  tokenizer: Tokenizer,
+  *,
+  rows: Sequence[int],
+  data_dir: str | None = None,
+  seed: int = 0,
+  split_default: str = "train",
+  repeat: bool = True,
+) -> BatchIterator:
+  """Opens a dataset as a stream of batches.
+
+  Args:
+    config: what to read and how to cut it.
+    tokenizer: of the run.
+    rows: which rows of every batch this process wants, in [0, batch_size).
+    data_dir: folder of the text shards; None for $LL3M_DATA_DIR, else ./data.
+    seed: of shuffling and mixing.
+    split_default: the split where the config leaves it open.
+    repeat: start anew at the end, for ever.
+
+  Raises:
+    ValueError: for options that do not fit, before anything is read.
+    FileNotFoundError: for missing files.
+  """
+  config.check(data_dir=data_dir, split_default=split_default)
+  with quiet.tensorflow_import():
+    if config.type == "huggingface" and config.huggingface_dataset.streaming:
+      from ll3m.data.hf_stream import open_corpus
+    else:
+      from ll3m.data.documents import open_corpus
+  corpus = open_corpus(
+    config, tokenizer, data_dir=data_dir, seed=seed, split_default=split_default, repeat=repeat
+  )
+  options = config.seqio_dataset
+  definition = {
+    "type": config.type,
+    "seqio_dataset.mixture_or_task_name": options.mixture_or_task_name,
+    "seqio_dataset.split": options.split or split_default,
+    "seqio_dataset.task_feature_field": options.task_feature_field,
+    "seqio_dataset.shuffle": repeat if options.shuffle is None else options.shuffle,
+    "seqio_dataset.num_shards": corpus.num_shards,
+    **{f"json_dataset.{k}": v for k, v in dataclasses.asdict(config.json_dataset).items()},
+    **{f"huggingface_dataset.{k}": v
+       for k, v in dataclasses.asdict(config.huggingface_dataset).items()},
+    **{f"text_processor.{k}": v for k, v in dataclasses.asdict(config.text_processor).items()},
+    "tokenizer": tokenizer.fingerprint,
+    "seed": seed,
+    "repeat": repeat,
+  }  # fmt: skip
+  return BatchIterator(corpus, config, rows=rows, repeat=repeat, definition=definition)

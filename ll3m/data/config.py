@@ -1,0 +1,302 @@
+"""The options of a dataset and of a tokenizer, and what can be checked of them early.
+
+No TensorFlow here: commands validate a run with these before anything slow is imported.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from ll3m.core import flags
+from ll3m.core.config import did_you_mean
+from ll3m.data import mixtures
+
+TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
+# Values for `split` that text shards and the built-in tasks have.
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioDatasetConfig:
+  """What is read with `type=seqio`, and how the stream is cut, whatever its type."""
+
+  mixture_or_task_name: str | None = flags.option(
+    None, "Which seqio mixture or task to read (type=seqio); docs/dataset.md lists them."
+  )
+  module: str | None = flags.option(
+    None, "Python module to import first; it registers seqio tasks and mixtures of your own."
+  )
+  split: str | None = flags.option(
+    None, "Split of the mixture or task; default: train to train on, validation to evaluate on."
+  )
+  batch_size: int = flags.option(
+    8, "Sequences per micro-step over all devices; holds for every dataset type."
+  )
+  task_feature_field: tuple[str, ...] = flags.option(
+    ("targets",),
+    "Features of the task that make up a document, in this order; the last one is trained on.",
+  )
+  task_feature_lengths: tuple[int, ...] = flags.option(
+    (1024,),
+    "Tokens per feature; a row is as long as their sum. Holds for every dataset type.",
+  )
+  shuffle: bool | None = flags.option(
+    None, "Shuffle the documents (every dataset type); default: to train yes, to evaluate no."
+  )
+  pack: bool = flags.option(
+    True,
+    "Fill rows with consecutive documents (every dataset type); False starts each document on "
+    "a row of its own.",
+  )
+  num_shards: int = flags.option(
+    8,
+    "Independent pipelines that the stream is split into (every dataset type). It fixes the "
+    "order of the data, whatever the number of processes; must not change within a run.",
+  )
+
+  def __post_init__(self):
+    for name in ("batch_size", "num_shards"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"seqio_dataset.{name} must be at least 1, got {getattr(self, name)}")
+    fields, lengths = self.task_feature_field, self.task_feature_lengths
+    if not fields or len(fields) != len(lengths):
+      raise ValueError(
+        "seqio_dataset.task_feature_lengths must give one length for each of "
+        f"task_feature_field: {fields}, got {lengths}"
+      )
+    if min(lengths) < 1 or sum(lengths) < 2:
+      raise ValueError(
+        "seqio_dataset.task_feature_lengths must be positive and make up at least 2 tokens, "
+        f"got {lengths}"
+      )
+
+  @property
+  def length(self) -> int:
+    """T, tokens of a row."""
+    return sum(self.task_feature_lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonDatasetConfig:
+  """JSON Lines files (type=json)."""
+
+  path: str | None = flags.option(
+    None, "File or glob of JSON Lines, plain or .gz: one JSON object a line (type=json)."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceDatasetConfig:
+  """A dataset that the `datasets` library can load (type=huggingface)."""
+
+  path: str | None = flags.option(
+    None, "Dataset repository or local folder, as datasets.load_dataset takes it."
+  )
+  name: str | None = flags.option(None, "Configuration of the dataset.")
+  split: str = flags.option("train", "Split of the dataset, e.g. train or train[:1%].")
+  streaming: bool = flags.option(
+    False, "Read over the network while training instead of downloading first."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextProcessorConfig:
+  """How an example of a json or huggingface dataset becomes a document."""
+
+  fields: str = flags.option(
+    "",
+    "Fields that make up a document: commas separate fields, + joins subfields, brackets mean "
+    "no loss, e.g. '[system+prompt],answer'; 'messages' applies the tokenizer's chat template "
+    "with loss on assistant turns. Default: messages where an example has them, else text.",
+  )
+  subfield_separator: str = flags.option(" ", "What stands between subfields that + joins.")
+
+  def __post_init__(self):
+    parse_fields(self.fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+  """A stream of batches: where the text comes from and how it is cut."""
+
+  type: str = flags.option(
+    "seqio", "Where the text comes from.", choices=("seqio", "json", "huggingface")
+  )
+  seqio_dataset: SeqioDatasetConfig = flags.group(SeqioDatasetConfig)
+  json_dataset: JsonDatasetConfig = flags.group(JsonDatasetConfig)
+  huggingface_dataset: HuggingFaceDatasetConfig = flags.group(HuggingFaceDatasetConfig)
+  text_processor: TextProcessorConfig = flags.group(TextProcessorConfig)
+
+  def check(self, *, data_dir: str | None, split_default: str = "train") -> None:
+    """Checks that what is to be read exists, without reading it.
+
+    Args:
+      data_dir: folder of the text shards; None for `default_data_dir()`.
+      split_default: the split where none was chosen.
+
+    Raises:
+      ValueError: for an unknown mixture or split, or an option that is missing.
+      FileNotFoundError: for files that are missing.
+    """
+    if self.type == "json":
+      _require(self.json_dataset.path, "json_dataset.path", self.type)
+      json_files(self.json_dataset.path)
+    elif self.type == "huggingface":
+      _require(self.huggingface_dataset.path, "huggingface_dataset.path", self.type)
+    else:
+      _require(self.seqio_dataset.mixture_or_task_name, "seqio_dataset.mixture_or_task_name",
+               self.type)  # fmt: skip
+      self._check_mixture(data_dir, self.seqio_dataset.split or split_default)
+
+  def _check_mixture(self, data_dir: str | None, split: str) -> None:
+    name, known = self.seqio_dataset.mixture_or_task_name, mixtures.known_names()
+    if name not in known:
+      if self.seqio_dataset.module:
+        return  # that module's own, which it checks itself
+      raise ValueError(
+        f"unknown mixture or task {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+      )
+    if split not in SPLITS:
+      raise ValueError(f"{name} has the splits {', '.join(SPLITS)}, got {split!r}")
+    for source in mixtures.sources_of(name):
+      if source in mixtures.TEXT_SOURCES:
+        text_shards(data_dir, source, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Which tokenizer a run uses."""
+
+  type: str | None = flags.option(
+    None,
+    f"One of {', '.join(TOKENIZER_NAMES)} (found in the checkpoint, or at --tokenizer.path), or "
+    "a path itself. Default: the tokenizer that travels with the checkpoint.",
+  )
+  path: str | None = flags.option(
+    None, "SentencePiece file or Hugging Face tokenizer folder, instead of the checkpoint's."
+  )
+  extra_tokens: tuple[str, ...] = flags.option(
+    (), "Token to append to the vocabulary; may be repeated.", repeated=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class GinConfig:
+  """Settings in gin's language."""
+
+  gin_bindings: tuple[str, ...] = flags.option(
+    (),
+    'gin binding, e.g. data.data_utils.get_default_vocabulary.tokenizer_type="llama"; several '
+    "are separated by newlines or commas, or the flag is repeated.",
+    repeated=True,
+  )
+  gin_config: tuple[str, ...] = flags.option(
+    (), "gin file to read before the bindings; may be repeated.", repeated=True
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextField:
+  """One field of a document: subfields that are joined, trained on or not."""
+
+  names: tuple[str, ...]
+  loss: bool
+
+
+def parse_fields(spec: str) -> tuple[TextField, ...]:
+  """Parses '[system+prompt],answer' into fields; brackets may enclose several.
+
+  Raises:
+    ValueError: if the brackets do not match or a name is missing.
+  """
+  fields, inside = [], False
+  for item in spec.split(",") if spec.strip() else ():
+    text = item.strip()
+    opens, closes = text.startswith("["), text.endswith("]")
+    names = tuple(name.strip() for name in text[opens : len(text) - closes].split("+"))
+    if (
+      opens
+      and inside
+      or closes
+      and not (inside or opens)
+      or not all(names)
+      or any(re.search(r"[\[\]]", name) for name in names)
+    ):
+      raise ValueError(
+        "text_processor.fields expects field names separated by commas, some in brackets, "
+        f"e.g. '[prompt],answer', got {spec!r}"
+      )
+    inside = inside or opens
+    fields.append(TextField(names, loss=not inside))
+    inside = inside and not closes
+  if inside:
+    raise ValueError(f"text_processor.fields has a bracket that is not closed: {spec!r}")
+  if fields and not any(field.loss for field in fields):
+    raise ValueError(f"text_processor.fields has no field to learn from outside brackets: {spec!r}")
+  return tuple(fields)
+
+
+def default_data_dir() -> str:
+  """Returns $LL3M_DATA_DIR, or ./data."""
+  return os.environ.get("LL3M_DATA_DIR") or "data"
+
+
+def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
+  """Lists the TFRecord shards of a source, all of them, in order.
+
+  Args:
+    data_dir: local or gs:// folder; None for `default_data_dir()`.
+    source: a sub-folder, e.g. "wiki".
+    split: "train" or "validation".
+
+  Raises:
+    FileNotFoundError: if the folder or any shard of the set is missing.
+  """
+  from etils import epath
+
+  root = epath.Path(data_dir or default_data_dir())
+  if not root.exists():
+    raise FileNotFoundError(
+      f"data_dir {root} does not exist: give --data_dir or LL3M_DATA_DIR (docs/dataset.md)"
+    )
+  found = {}
+  for path in (root / source).glob(f"{split}-*-of-*.tfrecord"):
+    if match := re.fullmatch(rf"{split}-(\d+)-of-(\d+)\.tfrecord", path.name):
+      found[int(match[1]), int(match[2])] = os.fspath(path)
+  counts = {count for _, count in found}
+  expected = max(counts, default=32)
+  if len(counts) > 1 or len(found) != expected:
+    raise FileNotFoundError(
+      f"expected {expected} shards {root / source}/{split}-00000-of-{expected:05d}.tfrecord ..., "
+      f"found {len(found)} (docs/dataset.md)"
+    )
+  return [found[key] for key in sorted(found)]
+
+
+def json_files(path: str) -> list[str]:
+  """Lists the files of a path or glob, sorted.
+
+  Raises:
+    FileNotFoundError: if there are none.
+  """
+  from etils import epath
+
+  if any(character in path for character in "*?["):
+    folder, _, pattern = path.rpartition("/")
+    wild = next((i for i, part in enumerate(folder.split("/")) if re.search(r"[*?\[]", part)), None)
+    if wild is not None:  # epath globs below a folder without wildcards
+      parts = folder.split("/")
+      folder, pattern = "/".join(parts[:wild]), "/".join([*parts[wild:], pattern])
+    base = epath.Path(folder or ("/" if path.startswith("/") else "."))
+    files = sorted(os.fspath(file) for file in base.glob(pattern) if not file.is_dir())
+  else:
+    files = [path] if epath.Path(path).exists() and not epath.Path(path).is_dir() else []
+  if not files:
+    raise FileNotFoundError(f"json_dataset.path: no file matches {path!r}")
+  return files
+
+
+def _require(value: Any, name: str, kind: str) -> None:
+  if not value:
+    raise ValueError(f"a dataset of type {kind} needs {name}")

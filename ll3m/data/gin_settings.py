@@ -1,0 +1,80 @@
+"""The reference program's gin bindings, which choose the tokenizer of a run.
+
+--gin_bindings='data.data_utils.get_default_vocabulary.tokenizer_type="llama"'
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import gin
+
+from ll3m.data.config import GinConfig, TokenizerConfig
+
+
+@gin.configurable(module="data.data_utils", denylist=["config"])
+def get_default_vocabulary(
+  config: TokenizerConfig,
+  tokenizer_type: str | None = None,
+  has_extra_token: bool | None = None,
+) -> TokenizerConfig:
+  """Decides which tokenizer the tasks use.
+
+  Args:
+    config: what the flags say.
+    tokenizer_type: as `--tokenizer.type`, and over it.
+    has_extra_token: False leaves the extra tokens out; True demands that there are some.
+
+  Raises:
+    ValueError: if extra tokens are demanded and none are given.
+  """
+  if tokenizer_type is not None:
+    config = dataclasses.replace(config, type=tokenizer_type)
+  if has_extra_token and not config.extra_tokens:
+    raise ValueError("has_extra_token=True needs --tokenizer.extra_tokens, got none")
+  if has_extra_token is False:
+    config = dataclasses.replace(config, extra_tokens=())
+  return config
+
+
+def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
+  """Returns the tokenizer's options with the gin files and bindings applied.
+
+  Raises:
+    ValueError: for a binding that gin cannot parse or that names nothing known.
+    FileNotFoundError: for a gin file that does not exist.
+  """
+  bindings = [one for text in settings.gin_bindings for one in split_bindings(text)]
+  gin.clear_config()
+  try:
+    gin.parse_config_files_and_bindings(list(settings.gin_config), bindings)
+    return get_default_vocabulary(config)
+  except OSError as error:
+    raise FileNotFoundError(f"--gin_config: {error}") from error
+  except (SyntaxError, TypeError, ValueError) as error:
+    # gin appends where in its own parser it failed; the first line says what.
+    first = next((line for line in str(error).splitlines() if line.strip()), str(error))
+    raise ValueError(f"gin settings {bindings or settings.gin_config}: {first.strip()}") from error
+
+
+def split_bindings(text: str) -> Sequence[str]:
+  r"""Splits at newlines and commas that stand outside quotes and brackets.
+
+  >>> split_bindings('a.b="x,y", c.d=(1, 2)\ne.f=3')
+  ['a.b="x,y"', 'c.d=(1, 2)', 'e.f=3']
+  """
+  parts, depth, quote, previous = [""], 0, "", ""
+  for character in text:
+    if quote:
+      quote = "" if character == quote and previous != "\\" else quote
+    elif character in "'\"":
+      quote = character
+    elif character in "([{":
+      depth += 1
+    elif character in ")]}":
+      depth -= 1
+    if character in ",\n" and not quote and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += character
+    previous = "" if previous == "\\" else character
+  return [part.strip() for part in parts if part.strip()]

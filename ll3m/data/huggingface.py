@@ -1,0 +1,43 @@
+"""Datasets that the `datasets` library loads."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+from ll3m.data.config import HuggingFaceDatasetConfig
+
+
+def load_huggingface(
+  options: HuggingFaceDatasetConfig,
+) -> datasets.Dataset | datasets.IterableDataset:
+  """Opens a dataset, downloading it first unless it is streamed.
+
+  Raises:
+    ValueError: if it cannot be opened.
+  """
+  try:
+    return datasets.load_dataset(
+      options.path, options.name, split=options.split, streaming=options.streaming
+    )
+  except Exception as error:  # of the many libraries below `datasets`
+    raise ValueError(
+      f"huggingface dataset {options.path!r} (name {options.name!r}, split {options.split!r}) "
+      f"cannot be loaded: {error}"
+    ) from error
+
+
+class HuggingFaceRows(Sequence[bytes]):
+  """The rows of a downloaded dataset as JSON objects, by number."""
+
+  def __init__(self, rows: datasets.Dataset):
+    """Wraps a dataset."""
+    self._rows = rows
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> bytes:
+    row: dict[str, Any] = self._rows[index]
+    return json.dumps(row, default=str).encode()

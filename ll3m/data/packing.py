@@ -1,0 +1,107 @@
+"""Rows of exactly T tokens, cut from a sequence of documents.
+
+T tokens per row. A segment is the part of one document that lies in one row; segment ids count
+from 1 within a row, positions restart at each segment, 0 is padding.
+"""
+
+import collections
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+
+class Row(NamedTuple):
+  """One sequence of a batch."""
+
+  inputs: Int32[np.ndarray, "T"]
+  targets: Int32[np.ndarray, "T"]  # the next token of the same segment
+  mask: Float32[np.ndarray, "T"]  # 1 where the target counts for the loss
+  segment_ids: Int32[np.ndarray, "T"]  # 1.. per document, 0 for padding
+  positions: Int32[np.ndarray, "T"]  # within the segment
+
+
+class Document(NamedTuple):
+  """Tokens, and for each whether predicting it is trained."""
+
+  tokens: Int32[np.ndarray, "n"]
+  loss: Int32[np.ndarray, "n"]
+
+
+class Packer:
+  """Turns documents into rows; every token lands in exactly one row, in order.
+
+  With `pack`, a row is T consecutive tokens of the documents; a document that does not fit is
+  continued in the next row, as a segment of its own. Without, every document starts a new row.
+  """
+
+  def __init__(self, length: int, *, pack: bool):
+    """Starts empty.
+
+    Args:
+      length: T.
+      pack: whether documents share rows.
+    """
+    self._length, self._pack = length, pack
+    self._pending: collections.deque[Document] = collections.deque()
+    self._num_pending = 0  # tokens
+
+  def add(self, document: Document) -> None:
+    """Appends a document of at least one token."""
+    self._pending.append(document)
+    self._num_pending += len(document.tokens)
+
+  def row(self, *, last: bool = False) -> Row | None:
+    """Takes the next row, or returns None while there are too few tokens to fill one.
+
+    Args:
+      last: no document will follow, so that a row may end in padding.
+    """
+    enough = self._num_pending >= self._length if self._pack else self._pending
+    if not enough and not (last and self._pending):
+      return None
+    segments, room = [], self._length
+    while room and self._pending and (self._pack or not segments):
+      document = self._pending.popleft()
+      segments.append(Document(*(part[:room] for part in document)))
+      if len(document.tokens) > room:
+        self._pending.appendleft(Document(*(part[room:] for part in document)))
+      room -= len(segments[-1].tokens)
+    self._num_pending -= self._length - room
+    return make_row(segments, self._length)
+
+  def state(self) -> dict[str, np.ndarray]:
+    """Returns the tokens that wait for a row."""
+    return {
+      "lengths": np.array([len(d.tokens) for d in self._pending], np.int64),
+      "tokens": np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in self._pending)]),
+      "loss": np.concatenate([np.zeros(0, np.int32), *(d.loss for d in self._pending)]),
+    }
+
+  def set_state(self, state: dict[str, np.ndarray]) -> None:
+    """Returns to what `state()` said."""
+    cuts = np.cumsum(state["lengths"])[:-1] if len(state["lengths"]) else []
+    parts = zip(np.split(state["tokens"], cuts), np.split(state["loss"], cuts), strict=True)
+    self._pending = collections.deque(Document(*p) for p in parts if len(p[0]))
+    self._num_pending = int(state["lengths"].sum())
+
+
+def make_row(segments: list[Document], length: int) -> Row:
+  """Lays segments out in a row of T tokens, padded at the end.
+
+  Args:
+    segments: at most T tokens together; none gives a row of padding.
+    length: T.
+  """
+  row = Row(*(np.zeros(length, t) for t in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+  start = 0
+  for number, (tokens, loss) in enumerate(segments, start=1):
+    end = start + len(tokens)
+    row.inputs[start:end] = tokens
+    # The first token of a segment is nobody's target.
+    row.targets[start : end - 1] = tokens[1:]
+    row.mask[start : end - 1] = loss[1:]
+    row.segment_ids[start:end] = number
+    row.positions[start:end] = np.arange(len(tokens))
+    start = end
+  return row

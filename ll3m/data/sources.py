@@ -1,0 +1,247 @@
+"""Where documents come from, as seqio sources that can be split into any number of shards."""
+
+import collections
+import functools
+import gzip
+import importlib.metadata
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, override
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from etils import epath
+
+from ll3m.data import run_context
+from ll3m.data.config import SPLITS, json_files, text_shards
+from ll3m.data.text_processor import TextProcessor, Unusable
+from ll3m.data.vocabularies import python_op
+
+# One in this many of the built-in documents is held out for validation.
+_HELD_OUT = 10
+# Numbers of examples in a shard's shuffle buffer; they are saved with every checkpoint.
+_INDEX_BUFFER = 512
+
+
+class TextShardSource(seqio.DataSource):
+  """TFRecord shards of `id`, `text` in the run's data folder (`tools/prepare_text.py`).
+
+  With at least as many files as shards, a shard reads its own files; else it reads every file
+  and keeps its share of the examples.
+  """
+
+  supports_arbitrary_sharding = True
+
+  def __init__(self, name: str):
+    """Reads `{data_dir}/{name}/{split}-00000-of-00032.tfrecord` and its sisters."""
+    super().__init__(splits=SPLITS)
+    self._name = name
+
+  @override
+  def list_shards(self, split: str) -> Sequence[str]:
+    return text_shards(run_context.current().data_dir, self._name, split)
+
+  @override
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **_: Any,
+  ) -> tf.data.Dataset:
+    files = self.list_shards(split)
+    index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
+    by_file = len(files) >= count
+    dataset = tf.data.Dataset.from_tensor_slices(files[index::count] if by_file else files)
+    # Files are shuffled only where a file belongs to one shard: shards that divide the examples
+    # of all files must see these in the same order.
+    if by_file and shuffle:
+      dataset = dataset.shuffle(len(files), seed=seed)
+    dataset = dataset.interleave(
+      lambda file: tf.data.TFRecordDataset(file, buffer_size=1 << 18),
+      cycle_length=4,
+      block_length=16,
+    )
+    if not by_file:
+      dataset = dataset.shard(count, index)
+    features = {"text": tf.io.FixedLenFeature([], tf.string)}
+    return dataset.map(lambda record: tf.io.parse_single_example(record, features))
+
+
+class IndexedSource(seqio.DataSource):
+  """Examples that can be fetched by their number, so that a position is a number too.
+
+  Shuffling visits them in one pseudo-random permutation of them all, and within each shard anew
+  at every pass: numbers wait in the buffer, not tokenised documents.
+  """
+
+  supports_arbitrary_sharding = True
+
+  def __init__(
+    self,
+    load: Callable[[str], Sequence[str | bytes]],
+    splits: Sequence[str] = SPLITS,
+    feature: str = "text",
+  ):
+    """Remembers how to load.
+
+    Args:
+      load: returns the examples of a split; called when the first pipeline is built.
+      splits: what `load` accepts.
+      feature: the name under which an example is yielded.
+    """
+    super().__init__(splits=splits, performs_internal_shuffling=True)
+    self._load = functools.cache(load)
+    self._feature = feature
+
+  @override
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [split]
+
+  @override
+  def num_input_examples(self, split: str) -> None:
+    return None  # a number would make seqio cache the examples in memory a second time
+
+  @override
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **_: Any,
+  ) -> tf.data.Dataset:
+    examples = self._load(split)
+    index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
+    last = len(examples) - 1
+    dataset = tf.data.Dataset.range(index, last + 1, count)
+    if shuffle and last > 0:
+      key = tf.constant([seed or 0, 0], tf.int64)
+      dataset = dataset.map(lambda i: tf.random.experimental.index_shuffle(i, key, max_index=last))
+      dataset = dataset.shuffle(_INDEX_BUFFER, seed=seed)
+
+    def fetch(i: np.ndarray) -> bytes:
+      example = examples[int(i)]
+      return example.encode("utf-8", errors="replace") if isinstance(example, str) else example
+
+    def to_features(i: tf.Tensor) -> dict[str, tf.Tensor]:
+      text = python_op(fetch, [i], tf.string)
+      text.set_shape([])
+      return {self._feature: text}
+
+    return dataset.map(to_features)
+
+
+def python_reference(split: str) -> list[str]:
+  """Returns the language reference that every CPython carries, one topic a document."""
+  from pydoc_data.topics import topics
+
+  return [topics[name] for name in sorted(topics) if _is_held_out(name) == (split != "train")]
+
+
+def package_descriptions(split: str) -> list[str]:
+  """Returns the long descriptions of the installed distributions, one a document."""
+  descriptions = {}
+  for distribution in importlib.metadata.distributions():
+    metadata = distribution.metadata
+    text = metadata.get("Description") or metadata.get_payload() or ""
+    if metadata.get("Name") and len(text.strip()) > len("UNKNOWN"):
+      descriptions[metadata["Name"].lower()] = text.strip()
+  return [text for n, text in sorted(descriptions.items()) if _is_held_out(n) == (split != "train")]
+
+
+def _is_held_out(name: str) -> bool:
+  """By name, so that a document stays in its split whatever else is installed."""
+  return zlib.crc32(name.encode()) % _HELD_OUT == 0
+
+
+class JsonLines(Sequence[bytes]):
+  """The usable lines of JSON Lines files, by number; `skipped` counts the others by reason."""
+
+  def __init__(self, path: str, processor: TextProcessor):
+    """Scans the files once.
+
+    Args:
+      path: file or glob.
+      processor: says which examples are usable.
+
+    Raises:
+      ValueError: if no line is usable.
+    """
+    self.skipped: collections.Counter[str] = collections.Counter()
+    self._buffers, found = [], []
+    for number, file in enumerate(json_files(path)):
+      buffer = _open_bytes(file)
+      self._buffers.append(buffer)
+      start = 0
+      while start < len(buffer):
+        end = buffer.find(b"\n", start)
+        end = len(buffer) if end < 0 else end
+        reason = _problem(buffer[start:end], processor)
+        if reason is None:
+          found.append((number, start, end))
+        elif reason:
+          self.skipped[reason] += 1
+        start = end + 1
+    self._lines = np.array(found, np.int64).reshape(-1, 3)
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in self.skipped.most_common())
+    if not found:
+      raise ValueError(f"{path} has no usable line: {reasons or 'it is empty'}")
+    if reasons:
+      logging.warning(
+        "%s: %d usable lines, skipped %d: %s", path, len(found), self.skipped.total(), reasons
+      )
+
+  def __len__(self) -> int:
+    return len(self._lines)
+
+  def __getitem__(self, index: int) -> bytes:
+    number, start, end = self._lines[index]
+    return self._buffers[number][start:end]
+
+
+def _open_bytes(file: str) -> bytes | mmap.mmap:
+  """Maps a local plain file; reads a compressed or remote one into memory."""
+  if file.endswith(".gz"):
+    try:
+      return gzip.decompress(epath.Path(file).read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{file} is not a complete gzip file: {error}") from error
+  if "://" in file or os.path.getsize(file) == 0:
+    return epath.Path(file).read_bytes()
+  with open(file, "rb") as opened:
+    return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _problem(line: bytes, processor: TextProcessor) -> str | None:
+  """Returns why a line is unusable, "" for a blank one, None for a usable one."""
+  if not line.strip():
+    return ""
+  try:
+    processor.check(parse_json(line))
+  except Unusable as error:
+    return str(error)
+  return None
+
+
+def parse_json(line: bytes) -> dict[str, Any]:
+  """Parses one JSON object.
+
+  Raises:
+    Unusable: if it is anything else.
+  """
+  try:
+    example = json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError:
+    raise Unusable("not UTF-8") from None
+  except (json.JSONDecodeError, RecursionError):
+    raise Unusable("not JSON") from None
+  if not isinstance(example, dict):
+    raise Unusable("not a JSON object")
+  return example

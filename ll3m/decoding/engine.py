@@ -1,0 +1,184 @@
+"""Generating text: batches of prompts, token by token.
+
+Dimensions: B batch, T prompt length, C cache length.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ll3m.core.config import ModelConfig
+from ll3m.decoding.decoder import make_decoder, unstack
+from ll3m.decoding.sampling import Sampling, sample
+from ll3m.models.transformer import Params
+
+# Every new length of prompt or cache is a new compilation: lengths go up to a power of two, and
+# short ones to this.
+_SMALLEST_LENGTH = 16
+
+GREEDY = Sampling()
+
+
+class Engine:
+  """Generates with one model, in as many batches as one likes."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Params,
+    *,
+    num_tokens: int | None = None,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+  ):
+    """Prepares the parameters for decoding; the given ones are not needed afterwards.
+
+    Args:
+      config: the architecture.
+      params: stacked over layers, as `models.transformer.make_model` has them.
+      num_tokens: ids from here on pad the vocabulary and are never generated; None if none do.
+      dtype: of parameters, activations and cache.
+      implementation: of the kernels.
+
+    Raises:
+      ValueError: more tokens than the vocabulary has.
+    """
+    num_tokens = config.vocab_size if num_tokens is None else num_tokens
+    if not 0 < num_tokens <= config.vocab_size:
+      raise ValueError(
+        f"the model has {config.vocab_size} rows of embedding; num_tokens must be within 1 and "
+        f"that, got {num_tokens}"
+      )
+    self._config = config
+    self._weights = unstack(config, params, dtype)
+    self._decoder = make_decoder(config, dtype=dtype, implementation=implementation)
+
+    def choose(ends, hidden, seeds, positions, sampling):
+      logits = self._decoder.logits(ends, hidden)
+      real = jnp.arange(config.vocab_size) < num_tokens
+      return sample(jnp.where(real[None], logits, -jnp.inf), seeds, positions, sampling)
+
+    self._choose = jax.jit(choose, static_argnames="sampling")
+
+  def stream(
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    stop_tokens: Collection[int] = (),
+  ) -> Iterator[list[int | None]]:
+    """Generates token by token.
+
+    Args:
+      prompts: token ids of each row.
+      max_new_tokens: how many tokens a row gets at most.
+      sampling: how tokens are drawn.
+      seeds: of each row, 0 <= seed < 2**32; by default its place in the batch. A prompt with the
+        same seed gives the same tokens in any batch.
+      stop_tokens: ids that end a row.
+
+    Returns:
+      An iterator over steps, each with every row's token, or None for a row that has ended. A
+      stop token is its row's last.
+
+    Raises:
+      ValueError: a request that the model cannot serve.
+    """
+    check_request(self._config, prompts, max_new_tokens)
+    seeds = list(range(len(prompts)) if seeds is None else seeds)
+    if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
+      raise ValueError(f"expected {len(prompts)} seeds within 0..{2**32 - 1}, got {seeds}")
+    return self._steps(prompts, max_new_tokens, sampling, seeds, frozenset(stop_tokens))
+
+  def _steps(self, prompts, max_new_tokens, sampling, seeds, stop_tokens):
+    length = _bucket(max(len(prompt) for prompt in prompts))
+    padded = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+      row[length - len(prompt) :] = prompt
+    starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
+    seeds = np.array(seeds, np.uint32)
+    # The last token is not fed back: it needs no slot.
+    cache_length = _bucket(length + max_new_tokens - 1)
+    if self._config.sliding_window is not None:
+      cache_length = min(cache_length, self._config.sliding_window)
+
+    def choose(hidden, column):
+      return self._choose(self._weights.ends, hidden, seeds, column - starts, sampling=sampling)
+
+    running = [True] * len(prompts)
+    hidden, cache = self._decoder.prefill(self._weights, padded, starts, cache_length)
+    tokens = choose(hidden, length)
+    for column in range(length, length + max_new_tokens):
+      current = tokens
+      if column + 1 < length + max_new_tokens:
+        # Under way before the host looks at the current tokens; in vain if they are the last.
+        hidden, cache = self._decoder.step(self._weights, cache, current, np.int32(column), starts)
+        tokens = choose(hidden, column + 1)
+      row_tokens = np.asarray(current).tolist()
+      yield [token if run else None for token, run in zip(row_tokens, running, strict=True)]
+      running = [
+        run and token not in stop_tokens for token, run in zip(row_tokens, running, strict=True)
+      ]
+      if not any(running):
+        return
+
+  def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """Generates whole continuations.
+
+    Args:
+      prompts: token ids of each row.
+      **options: those of `stream`.
+
+    Returns:
+      Each row's new tokens, with the stop token where there was one.
+
+    Raises:
+      ValueError: a request that the model cannot serve.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in self.stream(prompts, **options):
+      for row, token in zip(rows, step, strict=True):
+        if token is not None:
+          row.append(token)
+    return rows
+
+
+def check_request(
+  config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+  """Checks, without any weights, that a model can serve a batch.
+
+  Args:
+    config: the architecture.
+    prompts: token ids of each row.
+    max_new_tokens: how many tokens a row gets at most.
+
+  Raises:
+    ValueError: no prompt, an empty one, an unknown token, or more tokens than positions.
+  """
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+  if not prompts:
+    raise ValueError("expected at least one prompt, got none")
+  for number, prompt in enumerate(prompts, start=1):
+    if not prompt:
+      raise ValueError(f"prompt {number} is empty: the model needs a token to start from")
+    if len(prompt) + max_new_tokens > config.max_positions:
+      raise ValueError(
+        f"prompt {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones is more "
+        f"than the {config.max_positions} positions of the model"
+      )
+    if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
+      raise ValueError(
+        f"prompt {number} has tokens from {min(prompt)} to {max(prompt)}; the model's vocabulary "
+        f"is 0..{config.vocab_size - 1}"
+      )
+
+
+def _bucket(length: int) -> int:
+  return max(_SMALLEST_LENGTH, 1 << (length - 1).bit_length())

@@ -1,0 +1,96 @@
+"""Measures a model's held-out loss: `python -m ll3m.evaluate --checkpoint=PATH`."""
+
+import dataclasses
+import json
+
+import jax
+from tqdm import tqdm
+
+from ll3m.core import flags, sharding
+from ll3m.data import gin_settings
+from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
+from ll3m.hf.sources import open_source
+from ll3m.training.evaluation import evaluate
+from ll3m.training.setup import DTYPES, ModelOptions, build_model, check_length, choose_model
+from ll3m.training.step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(ModelOptions, GinConfig):
+  """Flags of the command itself."""
+
+  checkpoint: str | None = flags.option(
+    None, "A converted folder, a run's output_dir, one of its step folders, or hf::DIR."
+  )
+  eval_steps: int = flags.option(100, "Batches at most; fewer if the data ends before.")
+  data_dir: str | None = flags.option(
+    None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
+  )
+  seed: int = flags.option(42, "Of the data's order, where it is shuffled.")
+  json: bool = flags.option(False, "Print the result as one line of JSON.")
+
+  def __post_init__(self):
+    if self.eval_steps < 1:
+      raise ValueError(f"--eval_steps must be at least 1, got {self.eval_steps}")
+
+
+flags.define("", EvaluateOptions)
+flags.define("tokenizer", TokenizerConfig)
+flags.define("eval_dataset", DatasetConfig)
+
+
+def main() -> None:
+  """Evaluates."""
+  options = flags.read("", EvaluateOptions)
+  flags.require(options.checkpoint, "checkpoint")
+  dataset = flags.read("eval_dataset", DatasetConfig)
+  dataset.check(data_dir=options.data_dir, split_default="validation")
+  source = open_source(options.checkpoint)
+  family, config = choose_model(options, source)
+  check_length(dataset.seqio_dataset.length, config)
+  mesh = sharding.make_mesh(options.mesh_dim)
+  rows = sharding.local_rows(mesh, dataset.seqio_dataset.batch_size)
+  tokenizer = load_tokenizer(
+    gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig)),
+    checkpoint_dir=source.tokenizer_dir,
+    family=family.name,
+    embedding_size=config.vocab_size,
+  )
+  from ll3m.data.batches import open_dataset  # loads TensorFlow
+
+  batches = open_dataset(
+    dataset,
+    tokenizer,
+    rows=rows,
+    data_dir=options.data_dir,
+    seed=options.seed,
+    split_default="validation",
+    repeat=False,
+  )
+  model = build_model(config, mesh, dtype=options.dtype)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = source.load_params(
+    dtype=DTYPES[options.dtype], shardings=sharding.parameter_shardings(shapes, mesh)
+  )
+  with tqdm(total=options.eval_steps, unit="batch", disable=None, leave=False) as bar:
+    record = evaluate(
+      jax.jit(make_eval_step(model)),
+      params,
+      batches,
+      steps=options.eval_steps,
+      mesh=mesh,
+      on_batch=bar.update,
+    )
+  if options.json:
+    print(json.dumps(record))
+    return
+  print(
+    f"loss {record['loss']:.4f}  perplexity {record['perplexity']:.3f}  "
+    f"accuracy {record['accuracy']:.4f}  over {record['tokens']:.0f} tokens  "
+    f"({record['tokens_per_second']:.0f} tokens/s)"
+  )
+
+
+if __name__ == "__main__":
+  flags.run(main)

@@ -1,0 +1,58 @@
+"""Exports a model to a folder that Hugging Face transformers loads.
+
+python -m ll3m.export --checkpoint=PATH --output_dir=DIR [--dtype=bf16] [--max_shard_size=5GB]
+"""
+
+import dataclasses
+
+from ll3m.core import flags
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+  """What to export, and how."""
+
+  checkpoint: str | None = flags.option(
+    None, "A converted folder, a run's output_dir (its latest good step) or one step folder."
+  )
+  output_dir: str | None = flags.option(None, "The folder to write; it must not exist yet.")
+  dtype: str = flags.option(
+    "keep",
+    "Type of the written tensors; keep leaves them as they are.",
+    choices=("keep", "bf16", "f16", "f32"),
+  )
+  max_shard_size: str = flags.option("5GB", "The largest file of tensors, as in 5GB or 200MB.")
+
+  def __post_init__(self):
+    flags.require(self.checkpoint, "checkpoint")
+    flags.require(self.output_dir, "output_dir")
+
+
+flags.define("", ExportConfig)
+
+
+def main() -> None:
+  """Exports a model, and says what was done."""
+  config = flags.read("", ExportConfig)
+
+  from ll3m.core.checkpoint import open_checkpoint
+  from ll3m.hf.exporting import export_model, parse_size
+  from ll3m.hf.tensors import DTYPES
+
+  checkpoint = open_checkpoint(config.checkpoint)
+  done = export_model(
+    checkpoint,
+    config.output_dir,
+    dtype=DTYPES.get(config.dtype),
+    max_shard_bytes=parse_size(config.max_shard_size),
+  )
+  if checkpoint.tokenizer_dir is None:
+    print(f"{config.checkpoint} holds no tokenizer; none was exported")
+  print(
+    f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "
+    f"tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {config.output_dir}"
+  )
+
+
+if __name__ == "__main__":
+  flags.run(main)

@@ -1,0 +1,213 @@
+"""Continues prompts with a model.
+
+python -m ll3m.generate --checkpoint=PATH|hf::DIR --prompt="The capital of France is" --stream
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from ll3m.core import flags
+from ll3m.data.config import TokenizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+  """What to continue, with which model, and how."""
+
+  checkpoint: str | None = flags.option(
+    None, "hf::DIR, a converted folder, a run's output_dir or one of its step folders."
+  )
+  prompt: str | None = flags.option(None, "The text to continue.")
+  prompt_file: str | None = flags.option(
+    None,
+    'A file of prompts: one per line, or in a .jsonl file {"prompt": "..."} per line. '
+    "Blank lines are skipped. Line i, counted from 0, draws with --seed + i.",
+  )
+  chat: bool = flags.option(
+    False, "The prompt is a user's message, put into the tokenizer's own chat template."
+  )
+  max_new_tokens: int = flags.option(128, "How many tokens a prompt gets at most.")
+  temperature: float = flags.option(0.0, "Divides the logits; 0 takes the most likely token.")
+  top_k: int = flags.option(0, "Draw from this many of the most likely tokens; 0: from all.")
+  top_p: float = flags.option(
+    1.0, "Draw from the most likely tokens that have this probability together; 1: from all."
+  )
+  seed: int = flags.option(0, "Of the draws, when the temperature is not 0.")
+  stream: bool = flags.option(False, "Show the text of a single prompt while it is generated.")
+  json: bool = flags.option(
+    False, "Print a line of JSON per prompt: prompt, completion, tokens, and whether it ended."
+  )
+  batch_size: int = flags.option(8, "How many prompts of a file are continued at a time.")
+  dtype: str = flags.option("f32", "Of parameters, activations and cache.", choices=("f32", "bf16"))
+
+  def __post_init__(self):
+    flags.require(self.checkpoint, "checkpoint")
+    if (self.prompt is None) == (self.prompt_file is None):
+      raise ValueError("give either --prompt or --prompt_file")
+    if self.stream and (self.prompt is None or self.json):
+      raise ValueError("--stream shows a single --prompt as text, without --json")
+    if self.batch_size < 1:
+      raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}")
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f"--seed must be within 0..{2**31 - 1}, got {self.seed}")
+
+
+flags.define("", GenerateConfig)
+flags.define("tokenizer", TokenizerConfig)
+
+
+def main() -> None:
+  """Checks everything that can be known without weights, loads them, and generates."""
+  config = flags.read("", GenerateConfig)
+
+  from ll3m.data.tokenizer import load_tokenizer
+  from ll3m.decoding.engine import Engine, check_request
+  from ll3m.decoding.sampling import Sampling
+  from ll3m.hf.sources import open_source
+  from ll3m.hf.tensors import DTYPES
+
+  sampling = Sampling(config.temperature, config.top_k, config.top_p)
+  texts = _read_prompts(config)
+  source = open_source(config.checkpoint)
+  tokenizer = load_tokenizer(
+    flags.read("tokenizer", TokenizerConfig),
+    checkpoint_dir=source.tokenizer_dir,
+    family=source.family,
+    embedding_size=source.config.vocab_size,
+  )
+  prompts = [_encode(tokenizer, text, config.chat) for text in texts]
+  check_request(source.config, prompts, config.max_new_tokens)
+
+  dtype = DTYPES[config.dtype]
+  engine = Engine(
+    source.config, source.load_params(dtype=dtype), num_tokens=tokenizer.vocab_size, dtype=dtype
+  )
+  stop_tokens = _stop_tokens(source, tokenizer, config.chat)
+  for start in range(0, len(prompts), config.batch_size):
+    batch = slice(start, start + config.batch_size)
+    steps = engine.stream(
+      prompts[batch],
+      max_new_tokens=config.max_new_tokens,
+      sampling=sampling,
+      seeds=[config.seed + row for row in range(len(prompts))[batch]],
+      stop_tokens=stop_tokens,
+    )
+    rows = _collect(_timed(steps), prompts[batch], tokenizer, show=config.stream)
+    for text, (completion, tokens) in zip(texts[batch], rows, strict=True):
+      if config.json:
+        ended = tokens[-1] in stop_tokens
+        record = {"prompt": text, "completion": completion, "tokens": len(tokens), "ended": ended}
+        print(json.dumps(record, ensure_ascii=False))
+      elif config.prompt_file:
+        print(f"> {text}\n{completion}\n")
+      elif not config.stream:
+        print(completion)
+
+
+def _read_prompts(config: GenerateConfig) -> list[str]:
+  if config.prompt_file is None:
+    texts = [config.prompt]
+  else:
+    lines = epath.Path(config.prompt_file).read_text().splitlines()
+    numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if config.prompt_file.endswith(".jsonl"):
+      texts = [_prompt_of(line, f"{config.prompt_file}, line {i}") for i, line in numbered]
+    else:
+      texts = [line for _, line in numbered]
+    if not texts:
+      raise ValueError(f"{config.prompt_file} holds no prompt")
+  if not all(texts):
+    raise ValueError("expected a prompt, got an empty text")
+  return texts
+
+
+def _prompt_of(line: str, where: str) -> str:
+  try:
+    prompt = json.loads(line)["prompt"]
+  except (ValueError, KeyError, TypeError):
+    prompt = None
+  if not isinstance(prompt, str):
+    raise ValueError(f'{where}: expected {{"prompt": "..."}}, got {line[:80]}')
+  return prompt
+
+
+def _encode(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
+  """Tokenises what the user wrote; control tokens in it are plain text."""
+  if not is_chat:
+    return [*tokenizer.prefix, *tokenizer.encode(text)]
+  from ll3m.data.chat import encode_prompt
+
+  return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+
+
+def _stop_tokens(source: Any, tokenizer: Any, is_chat: bool) -> set[int]:
+  """Returns the tokens that end a text: the tokenizer's, the model's and the chat template's."""
+  stop = {tokenizer.eos_id}
+  path = source.source_dir and source.source_dir / "generation_config.json"
+  if path and path.exists():
+    eos = json.loads(path.read_text()).get("eos_token_id")
+    stop |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+  if is_chat:
+    from ll3m.data import chat
+
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    tokens, is_answer = chat.encode(tokenizer, chat.render(tokenizer, turns))
+    stop |= {int(t) for t in tokens[is_answer == 1] if not tokenizer.decode([t])}
+  return stop
+
+
+def _collect(
+  steps: Iterator[list[int | None]], prompts: list[list[int]], tokenizer: Any, *, show: bool
+) -> list[tuple[str, list[int]]]:
+  """Gathers the text and the tokens of every row; shows the text of a single one as it comes."""
+  from ll3m.decoding.text import TextStream
+
+  streams = [TextStream(tokenizer.decode, prompt) for prompt in prompts]
+  texts: list[list[str]] = [[] for _ in prompts]
+  tokens: list[list[int]] = [[] for _ in prompts]
+
+  def add(row: int, piece: str) -> None:
+    texts[row].append(piece)
+    if show:
+      print(piece, end="", flush=True)
+
+  for step in steps:
+    for row, token in enumerate(step):
+      if token is not None:
+        tokens[row].append(token)
+        add(row, streams[row].push(token))
+  for row, stream in enumerate(streams):
+    add(row, stream.finish())
+  if show:
+    print()
+  return [("".join(text), row) for text, row in zip(texts, tokens, strict=True)]
+
+
+def _timed(steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+  """Passes the steps on, and prints the speed at the end."""
+  start = time.perf_counter()
+  first, later = 0, 0
+  first_at = start
+  for number, step in enumerate(steps):
+    count = sum(token is not None for token in step)
+    if number == 0:
+      first, first_at = count, time.perf_counter()
+    else:
+      later += count
+    yield step
+  seconds = time.perf_counter() - first_at
+  line = f"{first + later} tokens; the first step took {first_at - start:.1f} s with compiling"
+  if later:
+    line += f", then {later / seconds:.1f} tokens/s"
+  sys.stdout.flush()
+  print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+  flags.run(main)

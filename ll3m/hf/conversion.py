@@ -1,0 +1,129 @@
+"""Writes a published model as a folder of ours, with memory that does not grow with the model.
+
+The folder holds `params/` (stacked over layers, as Orbax reads it), `tokenizer/` and `hf/` (the
+source's config files), and, written last, the manifest without which it is not a checkpoint.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from ll3m.core import checkpoint, parameter_store
+from ll3m.hf.mapping import parameter_shapes
+from ll3m.hf.model_files import HfModel
+from ll3m.hf.tensors import read_part
+
+# Says that a folder is ours and was not finished, so that a second attempt may replace it.
+UNFINISHED = "ll3m.unfinished"
+
+# Each thread holds one piece in memory; two keep reading, transposing and writing busy.
+_THREADS = 2
+
+
+class Conversion(NamedTuple):
+  """What was written."""
+
+  tensors: int
+  parameters: int
+  nbytes: int
+  seconds: float
+
+
+def convert_model(
+  model: HfModel, output: epath.PathLike, dtype: np.dtype | None = None
+) -> Conversion:
+  """Converts a model, piece by piece, with a progress bar on stderr.
+
+  Args:
+    model: what to convert; its tensors have been checked.
+    output: the folder to make; local or gs://.
+    dtype: to cast every parameter to; None keeps each as it is.
+
+  Returns:
+    Counts for the report.
+
+  Raises:
+    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, or
+      a value does not fit the dtype.
+  """
+  start = time.perf_counter()
+  output = epath.Path(output)
+  shapes = parameter_shapes(model.family.rules, model.config)
+  dtypes = model.parameter_dtypes(dtype)
+  stacked = {spec.ours: spec.layer is not None for spec in model.specs.values()}
+  counts = {path: int(np.prod(shape)) for path, shape in shapes.items()}
+  nbytes = sum(count * dtypes[path].itemsize for path, count in counts.items())
+  prepare_output(output, nbytes)
+  model.save_companions(output)
+
+  writer = parameter_store.ParameterWriter(output / checkpoint.PARAMS, shapes, dtypes, stacked)
+  digests = {path: [0] * (shape[0] if stacked[path] else 1) for path, shape in shapes.items()}
+  with tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert") as bar:
+
+    def convert_tensor(name: str) -> None:
+      spec, digest = model.specs[name], 0
+      for rows, values in _pieces(model, writer, name, dtypes[spec.ours]):
+        digest = parameter_store.checksum(values, digest)
+        writer.write(spec.ours, spec.layer, rows, values)
+        bar.update(values.nbytes)
+      digests[spec.ours][spec.layer or 0] = digest
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+      jobs = [pool.submit(convert_tensor, name) for name in model.specs]
+      try:
+        for job in as_completed(jobs):
+          job.result()
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+  writer.finish()
+  meta = checkpoint.model_meta(model.family.name, model.config) | {"digests": digests}
+  # Renaming is atomic: there is no moment at which half a manifest could be read.
+  (output / UNFINISHED).write_text(json.dumps(meta, indent=1) + "\n")
+  (output / UNFINISHED).rename(output / checkpoint.MANIFEST)
+  return Conversion(len(model.specs), sum(counts.values()), nbytes, time.perf_counter() - start)
+
+
+def prepare_output(output: epath.Path, nbytes: int) -> None:
+  """Makes a new folder, or empties one that an earlier attempt left unfinished.
+
+  Args:
+    output: the folder.
+    nbytes: how much will be written.
+
+  Raises:
+    ValueError: there is something else, or too little room.
+  """
+  if output.exists() and not output.is_dir():
+    raise ValueError(f"the output folder {output} is a file")
+  unfinished = (output / UNFINISHED).exists()
+  if output.exists() and any(output.iterdir()) and not unfinished:
+    raise ValueError(f"the output folder {output} already holds something; give a new one")
+  if unfinished:
+    output.rmtree()
+  output.mkdir(parents=True, exist_ok=True)
+  if "://" not in str(output):
+    free = shutil.disk_usage(output).free
+    if free < nbytes:
+      raise ValueError(
+        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
+      )
+  (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
+
+
+def _pieces(
+  model: HfModel, writer: parameter_store.ParameterWriter, name: str, dtype: np.dtype
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields a tensor's pieces in our orientation, as the writer wants them."""
+  tensor, spec = model.tensors[name], model.specs[name]
+  shape = spec.shape[::-1] if spec.transpose else spec.shape
+  rest = tuple(slice(0, size) for size in shape[1:])
+  for rows in writer.row_ranges(spec.ours):
+    yield rows, read_part(tensor, (rows, *rest), transpose=spec.transpose, dtype=dtype)

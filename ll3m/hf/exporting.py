@@ -1,0 +1,200 @@
+"""Writes a model of ours as a Hugging Face folder: the rules of conversion run backwards."""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+from tqdm import tqdm
+
+from ll3m import families
+from ll3m.core import parameter_store
+from ll3m.core.checkpoint import Checkpoint
+from ll3m.hf.family import Family
+from ll3m.hf.mapping import TensorSpec, expected_tensors, parameter_shapes
+from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
+from ll3m.hf.tensors import arrange
+from ll3m.hf.weights import SafetensorsWriter, TensorInfo
+
+# What a config.json says beside the architecture, and generate() needs.
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Export(NamedTuple):
+  """What was written."""
+
+  tensors: int
+  parameters: int
+  nbytes: int
+  seconds: float
+
+
+def parse_size(text: str) -> int:
+  """Reads a size as Hugging Face writes it: 5GB, 200MB, 1000.
+
+  Raises:
+    ValueError: not such a size, or nothing.
+  """
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|)", text.strip().upper())
+  size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if size <= 0:
+    raise ValueError(f"expected a size such as 5GB or 200MB, got {text!r}")
+  return size
+
+
+def export_model(
+  checkpoint: Checkpoint,
+  output: str | os.PathLike,
+  *,
+  dtype: np.dtype | None = None,
+  max_shard_bytes: int = 5 * 10**9,
+) -> Export:
+  """Exports a model, with a progress bar on stderr; the folder appears only when it is complete.
+
+  Args:
+    checkpoint: what to export.
+    output: the folder to make, on a local disk.
+    dtype: to cast every tensor to; None keeps each as it is.
+    max_shard_bytes: tensor bytes in one file.
+
+  Returns:
+    Counts for the report.
+
+  Raises:
+    ValueError: the folder already holds something, the parameters are not those of the config,
+      are damaged, or do not fit the dtype.
+  """
+  start = time.perf_counter()
+  output = Path(output)
+  _check_output(output)
+  family = families.FAMILIES[checkpoint.family]
+  arrays = parameter_store.open_parameters(checkpoint.params_path)
+  _check_arrays(checkpoint, family, arrays)
+  specs = expected_tensors(family.rules, checkpoint.config)
+  tensors = {
+    name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype.numpy_dtype))
+    for name, spec in specs.items()
+  }
+  config_files = _config_files(checkpoint, family, tensors)
+  nbytes = sum(info.nbytes for info in tensors.values())
+
+  unfinished = output.with_name(f".{output.name}.unfinished")
+  shutil.rmtree(unfinished, ignore_errors=True)
+  unfinished.mkdir(parents=True)
+  try:
+    free = shutil.disk_usage(unfinished).free
+    if free < nbytes:
+      raise ValueError(
+        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
+      )
+    with SafetensorsWriter(unfinished, tensors, max_shard_bytes) as writer:
+      _write_tensors(checkpoint, arrays, specs, tensors, writer)
+    for name, content in config_files.items():
+      (unfinished / name).write_bytes(content)
+    for file in checkpoint.tokenizer_dir.iterdir() if checkpoint.tokenizer_dir else ():
+      (unfinished / file.name).write_bytes(file.read_bytes())
+    unfinished.rename(output)
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise
+  count = sum(int(np.prod(info.shape)) for info in tensors.values())
+  return Export(len(tensors), count, nbytes, time.perf_counter() - start)
+
+
+def _check_output(output: Path) -> None:
+  if "://" in str(output) or str(output).startswith(("gs:/", "s3:/")):
+    raise ValueError(f"an exported folder is written to a local disk, got {output}")
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f"the output folder {output} already holds something; give a new one")
+
+
+def _check_arrays(
+  checkpoint: Checkpoint, family: Family, arrays: Mapping[str, ts.TensorStore]
+) -> None:
+  shapes = parameter_shapes(family.rules, checkpoint.config)
+  found = {path: tuple(array.shape) for path, array in arrays.items()}
+  wrong = [
+    f"{path} (expected {shapes.get(path, 'none')}, got {found.get(path, 'none')})"
+    for path in sorted(shapes.keys() | found.keys())
+    if shapes.get(path) != found.get(path)
+  ]
+  if wrong:
+    raise ValueError(f"{checkpoint.params_path} does not fit its config: {', '.join(wrong)}")
+
+
+def _write_tensors(
+  checkpoint: Checkpoint,
+  arrays: Mapping[str, ts.TensorStore],
+  specs: Mapping[str, TensorSpec],
+  tensors: Mapping[str, TensorInfo],
+  writer: SafetensorsWriter,
+) -> None:
+  """Writes every tensor, with one block of layers in memory, and checks it on the way."""
+  names: dict[str, list[str]] = {}
+  for name, spec in specs.items():  # layers come in order
+    names.setdefault(spec.ours, []).append(name)
+  digests = checkpoint.meta.get("digests", {})
+  total = sum(info.nbytes for info in tensors.values())
+  with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="export") as bar:
+    for path, layers in names.items():
+      for start, values in _blocks(arrays[path], stacked=specs[layers[0]].layer is not None):
+        for layer, value in enumerate(values, start):
+          name = layers[layer]
+          if path in digests and parameter_store.checksum(value) != digests[path][layer]:
+            raise ValueError(
+              f"damaged checkpoint {checkpoint.path}: {path} of layer {layer} has another checksum"
+            )
+          info = tensors[name]
+          writer.write(name, arrange(value, specs[name].transpose, info.dtype, path))
+          bar.update(info.nbytes)
+
+
+def _blocks(array: ts.TensorStore, stacked: bool):
+  """Yields (first layer, values [layers, ...]); an unstacked parameter counts as one layer."""
+  if stacked:
+    for part, values in parameter_store.read_slices(array):
+      yield part.start, values
+  else:
+    yield 0, array.read().result()[None]
+
+
+def _config_files(
+  checkpoint: Checkpoint, family: Family, tensors: Mapping[str, TensorInfo]
+) -> dict[str, bytes]:
+  """Makes config.json and generation_config.json."""
+  source = {}
+  files = {}
+  if checkpoint.source_dir and (checkpoint.source_dir / CONFIG_NAME).exists():
+    source = json.loads((checkpoint.source_dir / CONFIG_NAME).read_text())
+  if checkpoint.source_dir and (checkpoint.source_dir / GENERATION_CONFIG_NAME).exists():
+    files[GENERATION_CONFIG_NAME] = (checkpoint.source_dir / GENERATION_CONFIG_NAME).read_bytes()
+  tokens = {key: source[key] for key in _TOKEN_KEYS if key in source}
+  if not tokens and checkpoint.tokenizer_dir:
+    tokens = _token_ids(checkpoint.tokenizer_dir)
+  config = family.to_hf_config(checkpoint.config) | tokens
+  # The embedding stands for the model where norms are kept in another type.
+  dtype = next(iter(tensors.values())).dtype.name
+  config |= {"dtype": dtype, "torch_dtype": dtype}  # today's key, and that of before 2025
+  files[CONFIG_NAME] = _json(config)
+  if GENERATION_CONFIG_NAME not in files:
+    files[GENERATION_CONFIG_NAME] = _json({"_from_model_config": True} | tokens)
+  return files
+
+
+def _token_ids(tokenizer_dir: Any) -> dict[str, int]:
+  from transformers import AutoTokenizer  # slow to import, and seldom needed
+
+  tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+  ids = {key: getattr(tokenizer, key) for key in _TOKEN_KEYS}
+  return {key: value for key, value in ids.items() if value is not None}
+
+
+def _json(value: Any) -> bytes:
+  return (json.dumps(value, indent=2) + "\n").encode()

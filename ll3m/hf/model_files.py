@@ -1,0 +1,237 @@
+"""Opens a published model, whatever files it comes as, without reading its weights."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ll3m import families
+from ll3m.core import checkpoint
+from ll3m.core.config import ModelConfig
+from ll3m.hf import torch_bin, weights
+from ll3m.hf.family import Family
+from ll3m.hf.mapping import TensorSpec
+from ll3m.hf.matching import match_tensors
+from ll3m.hf.tensors import LazyTensor
+
+CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+_TOKENIZER_FILES = (
+  "tokenizer*",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.*",
+  "merges.txt",
+  "*.model",
+  "chat_template*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HfModel:
+  """A published model whose weights are still on disk.
+
+  Attributes:
+    path: the folder, or the GGUF file.
+    checkpoint_type: what its weights come as, one of CHECKPOINT_TYPES.
+    family: its family.
+    config: its architecture.
+    specs: what each of its tensors is, by the name in the checkpoint.
+    tensors: exactly the tensors that the architecture needs.
+    ignored: names of tensors that are not needed.
+    config_files: contents of config.json and generation_config.json, as far as there are any.
+    tokenizer_files: writers of the tokenizer's files, by file name.
+  """
+
+  path: Path
+  checkpoint_type: str
+  family: Family
+  config: ModelConfig
+  specs: dict[str, TensorSpec]
+  tensors: dict[str, LazyTensor]
+  ignored: tuple[str, ...]
+  config_files: dict[str, bytes]
+  tokenizer_files: dict[str, Callable[[], bytes]]
+
+  def parameter_dtypes(self, dtype: np.dtype | None = None) -> dict[str, np.dtype]:
+    """Gives each parameter of ours one dtype: the one asked for, or the files' own.
+
+    Layers that differ get a dtype that holds them all exactly.
+    """
+    dtypes: dict[str, np.dtype] = {}
+    for name, spec in self.specs.items():
+      given = np.dtype(dtype or self.tensors[name].dtype)
+      other = dtypes.setdefault(spec.ours, given)
+      if given != other:
+        # By way of float32, because NumPy knows no common type of bfloat16 and float16.
+        dtypes[spec.ours] = np.promote_types(np.promote_types(np.float32, given), other)
+    return dtypes
+
+  def save_companions(self, output: epath.Path) -> None:
+    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder."""
+    for folder, files in (
+      (checkpoint.SOURCE, {name: lambda c=c: c for name, c in self.config_files.items()}),
+      (checkpoint.TOKENIZER, self.tokenizer_files),
+    ):
+      for name, content in files.items():
+        (output / folder).mkdir(parents=True, exist_ok=True)
+        (output / folder / name).write_bytes(content())
+
+
+def open_model(
+  path: str | os.PathLike, checkpoint_type: str | None = None, preset: str | None = None
+) -> HfModel:
+  """Finds a model's weights, infers its architecture, and checks that the two agree.
+
+  Args:
+    path: a folder with config.json and weights, or a GGUF file (or a folder with one).
+    checkpoint_type: one of CHECKPOINT_TYPES; None takes safetensors, then pt, then gguf.
+    preset: what the model must be; needed only where there is no config.json.
+
+  Raises:
+    ValueError: config and weights, or config and preset, contradict each other; damaged files.
+    NotImplementedError: a format or an architecture that is not supported.
+    FileNotFoundError: no such folder, or nothing in it to convert.
+  """
+  if "://" in str(path):
+    raise NotImplementedError(f"published models are read from a local disk, got {path}")
+  path = Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"no such file or folder: {path}")
+  expected = families.get_preset(preset) if preset else None
+  kind = checkpoint_type or _detect(path)
+  if kind == "gguf":
+    from ll3m.hf import gguf  # slow to import, seldom needed
+
+    file = gguf.open_gguf(_find_gguf(path))
+    hf_config, tensors = file.config, file.tensors
+    config_files = {CONFIG_NAME: (json.dumps(hf_config, indent=2) + "\n").encode()}
+    tokenizer_files = file.tokenizer_files
+  else:
+    config_files = {
+      name: (path / name).read_bytes()
+      for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
+      if (path / name).is_file()
+    }
+    hf_config = _parse_config(path, config_files.get(CONFIG_NAME))
+    tokenizer_files = {
+      file.name: file.read_bytes
+      for pattern in _TOKENIZER_FILES
+      for file in sorted(path.glob(pattern))
+      if file.is_file()
+    }
+    tensors = _read_headers(path, kind)
+  found = _resolve(expected, hf_config, path)
+  match = match_tensors(*found, tensors, str(path))
+  return HfModel(
+    path, kind, *found, match.specs, match.tensors, match.ignored, config_files, tokenizer_files
+  )
+
+
+def _detect(path: Path) -> str:
+  if path.is_file():
+    if path.suffix != ".gguf":
+      raise ValueError(f"expected a folder or a .gguf file, got {path}")
+    return "gguf"
+  for kind, pattern in zip(CHECKPOINT_TYPES, ("*.safetensors*", "*.bin*", "*.gguf"), strict=True):
+    if any(path.glob(pattern)):
+      return kind
+  raise FileNotFoundError(f"{path} holds no *.safetensors, *.bin or *.gguf file")
+
+
+def _find_gguf(path: Path) -> Path:
+  if path.is_file():
+    return path
+  files = sorted(path.glob("*.gguf"))
+  if len(files) != 1:
+    raise ValueError(
+      f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}), expected one; "
+      f"give the file itself"
+    )
+  return files[0]
+
+
+def _parse_config(path: Path, text: bytes | None) -> dict[str, Any] | None:
+  if text is None:
+    return None
+  try:
+    config = json.loads(text)
+  except ValueError as error:
+    raise ValueError(f"{path / CONFIG_NAME} is not JSON: {error}") from error
+  if not isinstance(config, dict):
+    raise ValueError(f"{path / CONFIG_NAME} must hold an object, got {type(config).__name__}")
+  return config
+
+
+def _resolve(
+  expected: families.Preset | None, hf_config: dict[str, Any] | None, path: Path
+) -> families.Preset:
+  """Takes the architecture from config.json, and checks that it is the one that was asked for."""
+  if hf_config is None:
+    if expected is None:
+      raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; give --model")
+    return expected
+  found = families.from_hf_config(hf_config)
+  if expected is None:
+    return found
+  wanted, given = ({"family": f.name} | c.to_dict() for f, c in (expected, found))
+  differing = [
+    f"{name} (expected {wanted[name]}, got {given[name]})"
+    for name in wanted
+    if wanted[name] != given[name]
+  ]
+  if differing:
+    raise ValueError(f"{path} is not the model that --model names: {', '.join(differing)}")
+  return found
+
+
+def _read_headers(path: Path, kind: str) -> dict[str, LazyTensor]:
+  """Describes the tensors of all files of a checkpoint."""
+  module, read, suffix = {
+    "safetensors": (weights, weights.read_safetensors, "safetensors"),
+    "pt": (torch_bin, torch_bin.read_torch_bin, "bin"),
+  }[kind]
+  index = path / module.INDEX_NAME
+  if (path / module.SINGLE_NAME).is_file():
+    return read(path / module.SINGLE_NAME)
+  if not index.is_file():
+    files = sorted(path.glob(f"*.{suffix}"))
+    if len(files) != 1:
+      raise FileNotFoundError(
+        f"{path} has neither {module.SINGLE_NAME} nor {module.INDEX_NAME}, and "
+        f"{len(files)} *.{suffix} files"
+      )
+    return read(files[0])
+  tensors: dict[str, LazyTensor] = {}
+  weight_map = _parse_index(index)
+  for name in sorted(set(weight_map.values())):
+    file = path / name
+    if not file.is_file():
+      raise FileNotFoundError(f"{index} names {name}, which is not there")
+    found = read(file)
+    if twice := tensors.keys() & found.keys():
+      raise ValueError(f"{file} repeats tensors of another file: {', '.join(sorted(twice))}")
+    tensors |= found
+  misplaced = [n for n, f in weight_map.items() if n not in tensors or tensors[n].source.name != f]
+  if misplaced:
+    raise ValueError(f"{index} names tensors that its files lack: {', '.join(misplaced)}")
+  return tensors
+
+
+def _parse_index(index: Path) -> dict[str, str]:
+  try:
+    weight_map = json.loads(index.read_text())["weight_map"]
+    items = dict(weight_map).items()
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{index} is not an index of weights") from error
+  for name, file in items:
+    if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".", ".."):
+      raise ValueError(f"{index} places {name} in {file!r}; only files of the same folder are read")
+  return dict(items)

@@ -1,0 +1,223 @@
+"""Trains or fine-tunes a model: `python -m ll3m.train --help`.
+
+Everything that can be checked is checked before weights are loaded. A run with the same flags in
+the same output_dir goes on where it stopped, to the bit.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ll3m.core import flags, sharding
+from ll3m.core.checkpoint import model_meta
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.data import gin_settings
+from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
+from ll3m.hf.sources import open_source
+from ll3m.training import metrics
+from ll3m.training.inputs import stack_micro_steps, to_devices
+from ll3m.training.logger import Logger, LoggerConfig, say
+from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from ll3m.training.run import (
+  LOAD_KINDS,
+  Run,
+  TrainOptions,
+  held_out_evaluation,
+  initial_state,
+  open_batches,
+  write_companions,
+)
+from ll3m.training.setup import DTYPES, build_model, check_length, choose_model, plan_state
+from ll3m.training.step import TrainState, make_eval_step, make_train_step
+
+flags.define("", TrainOptions)
+flags.define("optimizer", OptimizerConfig)
+flags.define("checkpointer", CheckpointerConfig)
+flags.define("logger", LoggerConfig)
+flags.define("tokenizer", TokenizerConfig)
+flags.define("train_dataset", DatasetConfig)
+flags.define("eval_dataset", DatasetConfig)
+
+
+def main() -> None:
+  """Trains."""
+  run = read_run()
+  options = run.options
+  optimizer = make_optimizer(run.optimizer, options.total_steps)
+  schedule = make_schedule(run.optimizer.chosen, options.total_steps)
+  model = build_model(run.config, run.mesh, dtype=options.dtype, remat=options.remat)
+  plan = plan_state(model, optimizer, run.mesh, param_dtype=options.param_dtype)
+  train_step = jax.jit(
+    make_train_step(
+      model,
+      optimizer,
+      schedule,
+      z_loss=options.z_loss,
+      accumulator_dtype=DTYPES[run.optimizer.accumulator_dtype],
+    ),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, plan.state), None),
+  )
+  eval_step = jax.jit(make_eval_step(model))
+  if options.dry_run:
+    print(run.describe(plan))
+    jax.eval_shape(train_step, plan.state, run.batch_shapes())
+    print("the training step traces; nothing was trained (--dry_run)")
+    return
+  say(run.describe(plan))
+  with RunCheckpoints(
+    run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
+  ) as checkpoints:
+    state, dataset_state = initial_state(run, plan, checkpoints)
+    batches = open_batches(run, dataset_state)
+    write_companions(run)
+    first_step = int(state.step)
+    if first_step >= options.total_steps:
+      print(f"{run.logger.output_dir} is already at step {first_step} of {options.total_steps}")
+      return
+    with Logger(
+      run.logger,
+      total_steps=options.total_steps,
+      first_step=first_step,
+      flag_values=run.settings(),
+    ) as logger:
+      train(run, state, batches, train_step, eval_step, checkpoints, logger)
+
+
+def train(
+  run: Run,
+  state: TrainState,
+  batches: Any,
+  train_step: Callable,
+  eval_step: Callable,
+  checkpoints: RunCheckpoints,
+  logger: Logger,
+) -> None:
+  """Steps from where the state stands to the end of the run."""
+  options, step = run.options, int(state.step)
+  rng = np.asarray(state.rng).tolist()
+  held_out = held_out_evaluation(run, eval_step) if options.eval_steps else None
+  if held_out and step == 0:
+    logger.log(0, held_out(state.params))
+  pending: list = []
+  since = time.perf_counter()
+  while step < options.total_steps:
+    batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
+    state, step_metrics = train_step(state, to_devices(batch, run.mesh))
+    if pending:  # one step is always under way while the next batch is read
+      jax.block_until_ready(pending[-1])
+    pending.append(step_metrics)
+    step += 1
+    last = step == options.total_steps
+    if step % options.log_freq == 0 or last:
+      host = jax.device_get(pending)
+      logger.log(
+        step,
+        metrics.summarise(
+          host,
+          seconds=time.perf_counter() - since,
+          config=run.config,
+          length=run.length,
+        ),
+      )
+      pending, since = [], time.perf_counter()
+    logger.advance(step)
+    pause = time.perf_counter()
+    if held_out and (last or (options.eval_freq and step % options.eval_freq == 0)):
+      logger.log(step, held_out(state.params))
+    if last or (options.save_model_freq and step % options.save_model_freq == 0):
+      checkpoints.save(
+        step,
+        params=state.params,
+        opt_state=state.opt_state,
+        meta=model_meta(run.family.name, run.config)
+        | {"step": step, "rng": rng, "seed": options.seed}
+        | {"num_shards": run.train_dataset.seqio_dataset.num_shards},
+        dataset=batches.state(),
+      )
+    since += time.perf_counter() - pause  # tokens/s is the training's
+
+
+def read_run() -> Run:
+  """Reads all flags and checks them against each other and against what is on disk.
+
+  Raises:
+    ValueError: what is wrong, in one sentence.
+    FileNotFoundError: what is missing.
+  """
+  options = flags.read("", TrainOptions)
+  logger = flags.read("logger", LoggerConfig)
+  if not options.dry_run:
+    flags.require(logger.output_dir, "logger.output_dir")
+  train_dataset = flags.read("train_dataset", DatasetConfig)
+  eval_dataset = read_eval_dataset()
+  kind, _, path = (options.load_checkpoint or "").partition("::")
+  if options.load_checkpoint and (kind not in LOAD_KINDS or not path):
+    raise ValueError(
+      f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
+      f"got {options.load_checkpoint!r}"
+    )
+  mesh = sharding.make_mesh(options.mesh_dim)
+  sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
+  train_dataset.check(data_dir=options.data_dir)
+  if options.eval_steps:
+    eval_dataset.check(data_dir=options.data_dir, split_default="validation")
+    sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
+  source = None
+  if options.load_checkpoint:
+    source = open_source(options.load_checkpoint if kind == "hf" else path)
+    if kind.startswith("trainstate") and source.step is None:
+      raise ValueError(f"--load_checkpoint={kind}:: needs a training run, {path} is none")
+  family, config = choose_model(options, source)
+  check_length(train_dataset.seqio_dataset.length, config)
+  tokenizer_config = gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig))
+  tokenizer = load_tokenizer(
+    tokenizer_config,
+    checkpoint_dir=None if source is None else source.tokenizer_dir,
+    family=family.name,
+    embedding_size=config.vocab_size,
+  )
+  return Run(
+    options=options,
+    optimizer=flags.read("optimizer", OptimizerConfig),
+    checkpointer=flags.read("checkpointer", CheckpointerConfig),
+    logger=logger,
+    train_dataset=train_dataset,
+    eval_dataset=eval_dataset,
+    load_kind=kind or None,
+    source=source,
+    family=family,
+    config=config,
+    tokenizer=tokenizer,
+    tokenizer_config=tokenizer_config,
+    mesh=mesh,
+  )
+
+
+def read_eval_dataset() -> DatasetConfig:
+  """Reads --eval_dataset.*; what was not given is as for training, but for what it reads.
+
+  The split is the validation split, and files have to be named anew: held-out text is not what
+  is trained on.
+  """
+  config = flags.read("eval_dataset", DatasetConfig, fallback="train_dataset")
+  own = flags.read("eval_dataset", DatasetConfig)
+  return dataclasses.replace(
+    config,
+    seqio_dataset=dataclasses.replace(
+      config.seqio_dataset, split=own.seqio_dataset.split, shuffle=own.seqio_dataset.shuffle
+    ),
+    json_dataset=own.json_dataset,
+    huggingface_dataset=dataclasses.replace(
+      config.huggingface_dataset, split=own.huggingface_dataset.split
+    ),
+  )
+
+
+if __name__ == "__main__":
+  flags.run(main)

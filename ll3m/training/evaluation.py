@@ -1,0 +1,49 @@
+"""Held-out loss over a fixed number of batches."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+from jax.sharding import Mesh
+
+from ll3m.data.batch import Batch
+from ll3m.models.transformer import Params
+from ll3m.training import metrics
+from ll3m.training.inputs import to_devices
+from ll3m.training.loss import Sums
+
+
+def evaluate(
+  eval_step: Callable[[Params, Batch], Sums],
+  params: Params,
+  batches: Iterable[Batch],
+  *,
+  steps: int,
+  mesh: Mesh,
+  on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+  """Runs an evaluation.
+
+  Args:
+    eval_step: jitted.
+    params: of the model.
+    batches: this process's rows of each batch, [b, T].
+    steps: how many batches at most; fewer if the data ends before.
+    mesh: the devices.
+    on_batch: called after every batch.
+
+  Returns:
+    loss (nats per token), perplexity, accuracy, tokens, tokens_per_second.
+
+  Raises:
+    ValueError: there was no batch, or no token to predict in any.
+  """
+  start = time.perf_counter()
+  sums = []
+  for batch in itertools.islice(batches, steps):
+    sums.append(jax.device_get(eval_step(params, to_devices(batch, mesh))))
+    on_batch()
+  if not sums or metrics.add(sums).weight == 0:
+    raise ValueError("the evaluation data holds no token to predict")
+  return metrics.eval_record(metrics.add(sums), time.perf_counter() - start)

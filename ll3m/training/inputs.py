@@ -1,0 +1,29 @@
+"""From a process's rows on the host to a global batch on the devices."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ll3m.core import sharding
+from ll3m.data.batch import Batch
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+  """Spreads a batch over the mesh.
+
+  Args:
+    batch: this process's rows, [b, T] or [A, b, T].
+    mesh: the devices.
+
+  Returns:
+    The same with all processes' rows, as global arrays.
+  """
+  placement = sharding.batch_sharding(mesh, leading=batch.inputs.ndim - 2)
+  return jax.tree.map(lambda array: jax.make_array_from_process_local_data(placement, array), batch)
+
+
+def stack_micro_steps(batches: Iterator[Batch], count: int) -> Batch:
+  """Joins the next micro-steps of an optimizer step: [A, b, T]."""
+  return jax.tree.map(lambda *arrays: np.stack(arrays), *(next(batches) for _ in range(count)))

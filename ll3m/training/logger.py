@@ -1,0 +1,208 @@
+"""What a run shows while it runs and leaves behind: bar or lines, JSONL, TensorBoard, W&B, plot."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from ll3m.core import flags
+
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+FLAGS = "flags.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggerConfig:
+  """`--logger.*`."""
+
+  output_dir: str | None = flags.option(
+    None, "Folder of the run: checkpoints, metrics, tokenizer. Resumes if it holds a run."
+  )
+  online: bool = flags.option(False, "Also log to Weights & Biases (WANDB_MODE is respected).")
+  project: str = flags.option("ll3m", "Project in Weights & Biases.")
+  experiment_id: str | None = flags.option(
+    None, "Run id in Weights & Biases; the name of output_dir by default, so that it resumes."
+  )
+  tensorboard: bool = flags.option(True, "Write TensorBoard events to output_dir/tensorboard.")
+
+
+def say(text: str) -> None:
+  """Prints a line for the person at the keyboard, on stderr, from the main process only."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Logger:
+  """Writes the records of a run; use as a context manager.
+
+  Every record is one line of metrics.jsonl and one point of each curve elsewhere. When a run
+  resumes at a step, the records after it are dropped: they will be made again.
+  """
+
+  def __init__(
+    self,
+    config: LoggerConfig,
+    *,
+    total_steps: int,
+    first_step: int,
+    flag_values: Mapping[str, Any],
+  ):
+    """Args: options; the run's last and first step; the flags' values, for the record."""
+    self._quiet = jax.process_index() != 0
+    self._sinks = contextlib.ExitStack()
+    self._records: list[dict[str, float]] = []
+    self._writer = self._wandb = self._bar = None
+    self._total_steps = total_steps
+    if self._quiet:
+      return
+    self._dir = epath.Path(config.output_dir)
+    self._dir.mkdir(parents=True, exist_ok=True)
+    self._path = self._dir / METRICS
+    # Records after the step that the run resumes at will be made again.
+    self._records = [r for r in read_metrics(self._path) if 0 < first_step >= r["step"]]
+    self._rewrite()
+    (self._dir / FLAGS).write_text(json.dumps(dict(flag_values), indent=2) + "\n")
+    if config.tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self._writer = SummaryWriter(
+        os.fspath(self._dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+      )
+      self._sinks.callback(self._writer.close)
+    if config.online:
+      import wandb
+
+      self._wandb = wandb.init(
+        project=config.project,
+        id=config.experiment_id or self._dir.name,
+        resume="allow",
+        dir=os.fspath(self._dir),
+        config=dict(flag_values),
+      )
+      self._sinks.callback(self._wandb.finish)
+    if sys.stderr.isatty():
+      self._bar = tqdm(
+        total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr
+      )
+      self._sinks.callback(self._bar.close)
+
+  def __enter__(self) -> "Logger":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    if not self._quiet:
+      plot_losses(self._records, self._dir / CURVE)
+    self._sinks.close()
+
+  def advance(self, step: int) -> None:
+    """Moves the progress bar."""
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+
+  def log(self, step: int, record: Mapping[str, float]) -> None:
+    """Writes a record to every sink."""
+    if self._quiet:
+      return
+    self._records.append({"step": step} | dict(record))
+    self._append(self._records[-1])
+    if self._writer is not None:
+      for name, value in record.items():
+        self._writer.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(dict(record), step=step)
+    self._show(step, record)
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      say(text)
+
+  def _show(self, step: int, record: Mapping[str, float]) -> None:
+    if "eval_loss" in record:
+      self.say(
+        f"step {step}/{self._total_steps}  eval loss {record['eval_loss']:.4f}  "
+        f"perplexity {record['eval_perplexity']:.2f}  accuracy {record['eval_accuracy']:.4f}"
+      )
+    elif self._bar is not None:
+      self._bar.set_postfix_str(
+        f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
+      )
+    else:
+      remaining = (self._total_steps - step) * record["step_seconds"]
+      self.say(
+        f"step {step}/{self._total_steps}  loss {record['loss']:.4f}  "
+        f"accuracy {record['accuracy']:.4f}  lr {record['learning_rate']:.3g}  "
+        f"grad norm {record['gradient_norm']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
+        f"ETA {_duration(remaining)}"
+      )
+
+  def _append(self, record: Mapping[str, float]) -> None:
+    if _is_local(self._path):
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    else:  # object stores cannot append
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in self._records)
+    if _is_local(self._path):
+      part = self._path.with_name(f"{METRICS}.part")
+      part.write_text(text)
+      part.replace(self._path)
+    else:
+      self._path.write_text(text)
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
+  """Reads a metrics.jsonl; an unfinished last line, as a killed run leaves it, is left out."""
+  path = epath.Path(path)
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      logging.warning("%s: left out an unfinished line", path)
+  return records
+
+
+def plot_losses(records: list[dict[str, float]], path: epath.Path) -> None:
+  """Draws training and held-out loss over optimizer steps as a PNG, if there are any."""
+  if not records:
+    return
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+  for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+    points = [(r["step"], r[key]) for r in records if key in r]
+    if points:
+      axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+  axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  with path.open("wb") as file:
+    figure.savefig(file, format="png", dpi=120)
+  pyplot.close(figure)
+
+
+def _is_local(path: epath.Path) -> bool:
+  return "://" not in os.fspath(path)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}"

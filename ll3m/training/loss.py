@@ -1,0 +1,67 @@
+"""The next-token loss as sums over tokens, so that batches of any make-up add up exactly."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ll3m.data.batch import Batch
+from ll3m.models.transformer import Model, Params, head
+from ll3m_kernels import linear_cross_entropy
+
+
+class Sums(NamedTuple):
+  """Sums over the tokens of a batch, float32 scalars.
+
+  Attributes:
+    loss: negative log-likelihood in nats, times the mask.
+    z_loss: the z-loss, times the mask.
+    correct: tokens whose label had the largest logit.
+    weight: the mask.
+    tokens: tokens that are not padding.
+  """
+
+  loss: Float[Array, ""]
+  z_loss: Float[Array, ""]
+  correct: Float[Array, ""]
+  weight: Float[Array, ""]
+  tokens: Float[Array, ""]
+
+
+def token_sums(
+  model: Model,
+  params: Params,
+  batch: Batch,
+  *,
+  z_loss: float = 0.0,
+  implementation: str | None = None,
+) -> Sums:
+  """Runs the model on a batch [B, T] and sums its losses.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    batch: tokens, targets and where the loss counts.
+    z_loss: weight of log(Z)^2.
+    implementation: of the kernels.
+  """
+  hidden = model.hidden(params, batch.inputs, batch.positions, batch.segment_ids)
+  weight, layout, bias = head(model.config, params)
+  loss, penalty, correct = linear_cross_entropy(
+    hidden,
+    weight.astype(hidden.dtype),
+    batch.targets,
+    head_layout=layout,
+    bias=bias,
+    mask=batch.mask,
+    z_loss=z_loss,
+    return_correct=True,
+    implementation=implementation,
+  )
+  return Sums(
+    loss=jnp.sum(loss),
+    z_loss=jnp.sum(penalty),
+    correct=jnp.sum(correct * batch.mask),
+    weight=jnp.sum(batch.mask),
+    tokens=jnp.sum(batch.segment_ids != 0).astype(jnp.float32),
+  )

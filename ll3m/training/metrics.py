@@ -1,0 +1,111 @@
+"""From sums over tokens to the numbers that are logged."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from ll3m.core.config import ModelConfig
+from ll3m.training.loss import Sums
+from ll3m.training.step import StepMetrics
+
+# Peak bf16 FLOP/s of one chip by jax's device_kind.
+PEAK_FLOPS: Mapping[str, float] = {
+  "TPU v2": 45e12,
+  "TPU v3": 123e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+  """Returns the FLOPs of training on one token: forward and backward, nothing recomputed.
+
+  6 per parameter that is multiplied (Kaplan et al., 2020) and 12 T N H per layer for the scores
+  and their values, halved for the causal mask (Chowdhery et al., 2022, appendix B), with the
+  window in place of T where it is shorter.
+
+  Args:
+    config: the architecture.
+    length: T, tokens per row.
+  """
+  heads = config.num_heads + 2 * config.num_kv_heads
+  attention = config.d_model * config.head_dim * (heads + config.num_heads)
+  feed_forward = (3 if config.gated_mlp else 2) * config.d_model * config.d_ff
+  matrices = config.num_layers * (attention + feed_forward) + config.d_model * config.vocab_size
+  visible = min(length, config.sliding_window or length)
+  # Mean number of keys a query sees: T/2 within the first window, then the whole window.
+  mean_keys = visible * (1 - visible / (2 * length))
+  scores = 12 * config.num_layers * config.num_heads * config.head_dim * mean_keys
+  return 6 * matrices + scores
+
+
+def model_flop_utilisation(
+  config: ModelConfig, length: int, tokens_per_second: float
+) -> float | None:
+  """Returns the share of the devices' peak, or None where the peak is not known."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  if peak is None:
+    return None
+  return tokens_per_second * flops_per_token(config, length) / (peak * jax.device_count())
+
+
+def ratios(sums: Sums) -> dict[str, float]:
+  """Returns loss, z_loss and accuracy per counted token; 0 where nothing was counted."""
+  weight = max(float(sums.weight), 1.0)
+  return {
+    "loss": float(sums.loss) / weight,
+    "z_loss": float(sums.z_loss) / weight,
+    "accuracy": float(sums.correct) / weight,
+  }
+
+
+def add(sums: Sequence[Sums]) -> Sums:
+  """Adds sums up in float64 on the host."""
+  return Sums(*(sum(float(value) for value in column) for column in zip(*sums, strict=True)))
+
+
+def summarise(
+  steps: Sequence[StepMetrics],
+  *,
+  seconds: float,
+  config: ModelConfig,
+  length: int,
+) -> dict[str, float]:
+  """Joins the metrics of consecutive steps into one record.
+
+  Args:
+    steps: on the host; losses are averaged over all their tokens, norms are the last step's.
+    seconds: that they took.
+    config: the architecture.
+    length: T, tokens per row.
+
+  Returns:
+    The record: see `docs/metrics.md` for its keys.
+  """
+  sums = add([step.sums for step in steps])
+  last = steps[-1]
+  tokens_per_second = float(sums.tokens) / seconds if seconds > 0 else 0.0
+  record = ratios(sums) | {
+    "learning_rate": float(last.learning_rate),
+    "gradient_norm": float(last.gradient_norm),
+    "parameter_norm": float(last.parameter_norm),
+    "tokens_per_second": tokens_per_second,
+    "step_seconds": seconds / len(steps),
+  }
+  utilisation = model_flop_utilisation(config, length, tokens_per_second)
+  return record if utilisation is None else record | {"mfu": utilisation}
+
+
+def eval_record(sums: Sums, seconds: float) -> dict[str, float]:
+  """Returns loss, perplexity, accuracy and tokens/s of an evaluation."""
+  values = ratios(sums)
+  return {
+    "loss": values["loss"],
+    "perplexity": math.exp(min(values["loss"], 700.0)),
+    "accuracy": values["accuracy"],
+    "tokens": float(sums.tokens),
+    "tokens_per_second": float(sums.tokens) / seconds if seconds > 0 else 0.0,
+  }

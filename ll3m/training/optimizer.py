@@ -1,0 +1,223 @@
+"""Optimizers with a warm-up and cosine schedule, from their flags."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ll3m.core import flags
+
+# Norm weights, biases and the embedding are not pulled towards zero.
+_NOT_DECAYED = re.compile(r"(.*norm/.*)|(.*/(b|bias|scale))|(embed/.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """Options that every optimizer has."""
+
+  lr: float = flags.option(1e-4, "Peak learning rate.")
+  init_lr: float = flags.option(0.0, "Learning rate from which the warm-up starts.")
+  end_lr: float = flags.option(1e-5, "Learning rate at and after lr_decay_steps.")
+  lr_warmup_steps: int = flags.option(0, "Optimizer steps of linear warm-up from init_lr to lr.")
+  lr_decay_steps: int | None = flags.option(
+    None,
+    "Optimizer step, counted from the start, at which the cosine reaches end_lr; total_steps "
+    "by default.",
+  )
+  clip_gradient: float = flags.option(
+    1.0, "Scale the gradient down to this global norm; 0 for no clipping."
+  )
+  weight_decay: float = flags.option(
+    0.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+  )
+
+  def __post_init__(self):
+    for name in ("lr", "init_lr", "end_lr", "lr_warmup_steps", "clip_gradient", "weight_decay"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
+      raise ValueError(
+        f"lr_decay_steps ({self.lr_decay_steps}) must be larger than lr_warmup_steps "
+        f"({self.lr_warmup_steps}): it counts from the start"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(ScheduleConfig):
+  """AdamW (Loshchilov & Hutter, 2019)."""
+
+  b1: float = flags.option(0.9, "Decay of the first moment.")
+  b2: float = flags.option(0.95, "Decay of the second moment.")
+  eps: float = flags.option(1e-8, "Added to the root of the second moment.")
+  weight_decay: float = flags.option(
+    0.1, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+  )
+  bf16_momentum: bool = flags.option(False, "Keep the first moment in bfloat16.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorConfig(ScheduleConfig):
+  """Adafactor (Shazeer & Stern, 2018)."""
+
+  multiply_by_parameter_scale: bool = flags.option(
+    False, "Scale each update by its parameter's root mean square."
+  )
+  bf16_momentum: bool = flags.option(False, "Keep a first moment (b1=0.9), in bfloat16.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LionConfig(ScheduleConfig):
+  """Lion (Chen et al., 2023)."""
+
+  b1: float = flags.option(0.9, "Decay in the update's interpolation.")
+  b2: float = flags.option(0.99, "Decay of the momentum.")
+  weight_decay: float = flags.option(
+    1.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+  )
+  bf16_momentum: bool = flags.option(False, "Keep the momentum in bfloat16.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SgdConfig(ScheduleConfig):
+  """Stochastic gradient descent."""
+
+  momentum: float = flags.option(0.0, "Decay of the (Nesterov) momentum; 0 for none.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """`--optimizer.*`."""
+
+  type: str = flags.option(
+    "adamw", "Which optimizer.", choices=("adamw", "adafactor", "lion", "sgd")
+  )
+  accumulate_gradient_steps: int = flags.option(
+    1, "Micro-steps of batch_size sequences whose gradients make one optimizer step."
+  )
+  accumulator_dtype: str = flags.option(
+    "f32", "In which the micro-steps' gradients are summed.", choices=("f32", "bf16")
+  )
+  adamw_optimizer: AdamWConfig = flags.group(AdamWConfig)
+  adafactor_optimizer: AdafactorConfig = flags.group(AdafactorConfig)
+  lion_optimizer: LionConfig = flags.group(LionConfig)
+  sgd_optimizer: SgdConfig = flags.group(SgdConfig)
+
+  def __post_init__(self):
+    if self.accumulate_gradient_steps < 1:
+      raise ValueError(
+        f"accumulate_gradient_steps must be at least 1, got {self.accumulate_gradient_steps}"
+      )
+
+  @property
+  def chosen(self) -> ScheduleConfig:
+    """The options of the optimizer that `type` names."""
+    return getattr(self, f"{self.type}_optimizer")
+
+
+def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
+  """Returns the learning rate of each optimizer step.
+
+  The first update uses the schedule's value after one step, so that a warm-up from 0 does not
+  waste it.
+  """
+  decay_steps = config.lr_decay_steps
+  if decay_steps is None:
+    decay_steps = max(total_steps, config.lr_warmup_steps + 1)
+  schedule = optax.warmup_cosine_decay_schedule(
+    config.init_lr, config.lr, config.lr_warmup_steps, decay_steps, config.end_lr
+  )
+  return lambda step: schedule(step + 1)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+  """Builds the optimizer: clipping, the update rule, decoupled weight decay, learning rate.
+
+  Args:
+    config: `--optimizer.*`.
+    total_steps: of the run, where the cosine ends unless told otherwise.
+  """
+  chosen = config.chosen
+  momentum_dtype = jnp.bfloat16 if getattr(chosen, "bf16_momentum", False) else None
+  match chosen:
+    case AdamWConfig():
+      rule = optax.scale_by_adam(chosen.b1, chosen.b2, chosen.eps, mu_dtype=momentum_dtype)
+    case LionConfig():
+      rule = optax.scale_by_lion(chosen.b1, chosen.b2, mu_dtype=momentum_dtype)
+    case AdafactorConfig():
+      parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+      if chosen.multiply_by_parameter_scale:
+        parts.append(optax.scale_by_param_block_rms())
+      if momentum_dtype is not None:
+        parts.append(optax.ema(0.9, debias=False, accumulator_dtype=momentum_dtype))
+      rule = optax.chain(*parts)
+    case SgdConfig():
+      rule = optax.trace(chosen.momentum, nesterov=True) if chosen.momentum else optax.identity()
+  transformations = [rule]
+  if chosen.clip_gradient:
+    transformations.insert(0, optax.clip_by_global_norm(chosen.clip_gradient))
+  if chosen.weight_decay:
+    transformations.append(optax.add_decayed_weights(chosen.weight_decay, mask=decay_mask))
+  transformations.append(optax.scale_by_learning_rate(make_schedule(chosen, total_steps)))
+  return optax.chain(*transformations)
+
+
+def apply(
+  optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+  """Makes one update, computed in float32 and stored in the dtypes that came in.
+
+  Parameters and moments may be kept in bfloat16; their arithmetic may not: a moment's small
+  increment would be rounded away before it is added.
+
+  Returns:
+    (params, opt_state) after the update.
+  """
+  wide_params = _to_float32(params)
+  updates, new_state = optimizer.update(_to_float32(gradients), _to_float32(opt_state), wide_params)
+  new_params = optax.apply_updates(wide_params, updates)
+
+  def cast_like(new, old):
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+
+  return cast_like(new_params, params), cast_like(new_state, opt_state)
+
+
+def _to_float32(tree: Any) -> Any:
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
+
+
+def decay_mask(params: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
+  """Says which parameters weight decay acts on."""
+  return {
+    module: {name: not _NOT_DECAYED.fullmatch(f"{module}/{name}") for name in arrays}
+    for module, arrays in params.items()
+  }
+
+
+def state_shardings(
+  optimizer: optax.GradientTransformation, params: Any, shardings: Any, replicated: Any
+) -> Any:
+  """Returns the sharding of every array of the optimizer's state: its parameter's.
+
+  Factored moments, which have not their parameter's shape, are small and held whole.
+
+  Args:
+    optimizer: the optimizer.
+    params: the parameters' shapes.
+    shardings: the parameters' shardings.
+    replicated: the sharding of everything else.
+  """
+  state = jax.eval_shape(optimizer.init, params)
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated,
+    state,
+    params,
+    shardings,
+    transform_non_params=lambda _: replicated,
+  )

@@ -1,0 +1,178 @@
+"""What a run needs before its first step: the model's options, and the state on the devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ll3m import families
+from ll3m.core import flags, sharding
+from ll3m.core.config import ModelConfig, apply_updates
+from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
+from ll3m.training.optimizer import state_shardings
+from ll3m.training.step import TrainState, init_state
+
+DTYPES = {
+  "f32": jnp.float32, "fp32": jnp.float32, "float32": jnp.float32,
+  "bf16": jnp.bfloat16, "bfloat16": jnp.bfloat16,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """Flags about the model that training and evaluation share."""
+
+  load_model_config: str | None = flags.option(
+    None,
+    "A preset (llama2_7b, mistral_7b, gemma_2b, phi_2, ...) or the path of a config.json; the "
+    "checkpoint's own by default.",
+  )
+  update_model_config: str = flags.option("", "Fields to change in it: key=value,key=value.")
+  dtype: str = flags.option("f32", "Dtype of the activations.", choices=tuple(DTYPES))
+  mesh_dim: str = flags.option(
+    "-1,1,1", "Sizes of the mesh axes dp,fsdp,mp; -1 for what is left. Or dp:1,fsdp:-1,mp:4."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainModelOptions(ModelOptions):
+  """Flags about the model that only training has."""
+
+  param_dtype: str = flags.option(
+    "f32", "Dtype in which parameters and moments are kept.", choices=tuple(DTYPES)
+  )
+  remat: str = flags.option(
+    "nothing",
+    "What the backward pass computes again instead of keeping it: nothing, all but matrix "
+    "products (dots), all but attention outputs (attention), everything (full).",
+    choices=tuple(REMAT_POLICIES),
+  )
+
+
+def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
+  """Returns the architecture that the flags and the checkpoint agree on.
+
+  Args:
+    options: the flags.
+    source: of the parameters, if any: has `family` and `config`.
+
+  Raises:
+    ValueError: unknown preset or field, nothing given, or the checkpoint holds another model.
+  """
+  if options.load_model_config:
+    preset = families.load(options.load_model_config)
+  elif source is not None:
+    preset = families.Preset(families.FAMILIES[source.family], source.config)
+  else:
+    raise ValueError("--load_model_config must be given when no checkpoint is loaded")
+  config = apply_updates(preset.config, options.update_model_config)
+  preset = families.Preset(preset.family, config)
+  if source is not None:
+    check_same_model(config, source.config)
+  return preset
+
+
+# Fields that may change without making another set of weights.
+_FREE = {"max_positions", "sliding_window", "rope_theta", "norm_epsilon"}
+
+
+def check_same_model(config: ModelConfig, saved: ModelConfig) -> None:
+  """Demands that a checkpoint's weights are those of the config.
+
+  Raises:
+    ValueError: listing the fields that differ.
+  """
+  wanted, found = config.to_dict(), saved.to_dict()
+  different = [
+    f"{name} is {found[name]!r} in the checkpoint and {wanted[name]!r} in the run"
+    for name in wanted
+    if wanted[name] != found[name] and name not in _FREE
+  ]
+  if different:
+    raise ValueError("the checkpoint holds another model: " + "; ".join(different))
+
+
+def check_length(length: int, config: ModelConfig) -> None:
+  """Demands that rows are no longer than the context.
+
+  Raises:
+    ValueError: they are longer.
+  """
+  if length > config.max_positions:
+    raise ValueError(
+      f"rows of {length} tokens are longer than the model's {config.max_positions} positions "
+      f"(--update_model_config=max_positions={length} allows it)"
+    )
+
+
+def build_model(config: ModelConfig, mesh: Mesh, *, dtype: str, remat: str = "nothing") -> Model:
+  """Builds the decoder for a mesh: the residual stream is split by rows."""
+  placement = sharding.batch_sharding(mesh)
+  return make_model(
+    config,
+    dtype=DTYPES[dtype],
+    remat=remat,
+    constrain=lambda x: jax.lax.with_sharding_constraint(x, placement),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePlan:
+  """Shapes and shardings of a `TrainState`, and how to make one, before any memory is used.
+
+  Attributes:
+    params: shapes with shardings.
+    state: of the whole state, the same.
+    init: rng -> random parameters on the devices.
+    start: parameters, rng -> the state before the first step.
+  """
+
+  params: Params
+  state: TrainState
+  init: Callable[[jax.Array], Params]
+  start: Callable[[Params, jax.Array], TrainState]
+
+  @property
+  def param_shardings(self) -> Params:
+    """The sharding of every parameter."""
+    return jax.tree.map(lambda x: x.sharding, self.params)
+
+  def count(self) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(self.params))
+
+
+def plan_state(
+  model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, param_dtype: str
+) -> StatePlan:
+  """Works out the train state of a model on a mesh."""
+  dtype = DTYPES[param_dtype]
+
+  def init(rng):
+    return jax.tree.map(lambda x: x.astype(dtype), model.init(rng))
+
+  def place(tree, shardings):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  shardings = sharding.parameter_shardings(shapes, mesh)
+  everywhere = sharding.replicated(mesh)
+  opt_shardings = state_shardings(optimizer, shapes, shardings, everywhere)
+  all_shardings = TrainState(everywhere, shardings, opt_shardings, everywhere)
+
+  def start(params, rng):
+    return init_state(params, optimizer, rng)
+
+  rng_shape = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  return StatePlan(
+    params=place(shapes, shardings),
+    state=place(jax.eval_shape(start, shapes, rng_shape), all_shardings),
+    init=jax.jit(init, out_shardings=shardings),
+    start=jax.jit(start, out_shardings=all_shardings, donate_argnums=0),
+  )

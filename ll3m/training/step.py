@@ -1,0 +1,128 @@
+"""One optimizer step and one evaluation step, as pure functions to be jitted.
+
+Dimensions: A micro-steps, B sequences per micro-step, T length.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from ll3m.data.batch import Batch
+from ll3m.models.transformer import Model, Params
+from ll3m.training.loss import Sums, token_sums
+from ll3m.training.optimizer import apply
+
+
+class TrainState(NamedTuple):
+  """Everything that a step changes.
+
+  Attributes:
+    step: optimizer steps done.
+    params: of the model, in the run's param_dtype.
+    opt_state: of the optimizer.
+    rng: key data from which this run's random numbers derive.
+  """
+
+  step: Int[Array, ""]
+  params: Params
+  opt_state: Any
+  rng: UInt32[Array, "2"]
+
+
+class StepMetrics(NamedTuple):
+  """What a training step reports, float32 scalars.
+
+  Attributes:
+    sums: over the step's tokens.
+    gradient_norm: global norm, before clipping.
+    parameter_norm: global norm, after the update.
+    learning_rate: that the update used.
+  """
+
+  sums: Sums
+  gradient_norm: Float[Array, ""]
+  parameter_norm: Float[Array, ""]
+  learning_rate: Float[Array, ""]
+
+
+def make_train_step(
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  z_loss: float = 0.0,
+  accumulator_dtype: Any = jnp.float32,
+  implementation: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """Returns (state, batch [A, B, T]) -> (state, metrics).
+
+  The gradient is that of the mean loss over all tokens of all micro-steps: each micro-step's
+  summed loss is divided by the total before differentiating. Averaging the micro-steps' means, as
+  `optax.MultiSteps` does, gives another gradient when they hold different numbers of tokens.
+
+  Args:
+    model: the decoder.
+    optimizer: as `make_optimizer` builds it.
+    schedule: its learning rate, for the metrics.
+    z_loss: weight of the z-loss.
+    accumulator_dtype: in which the micro-steps' gradients are summed.
+    implementation: of the kernels.
+  """
+
+  def loss(params, micro_batch, total):
+    sums = token_sums(model, params, micro_batch, z_loss=z_loss, implementation=implementation)
+    return (sums.loss + sums.z_loss) / total, sums
+
+  gradient_of = jax.grad(loss, has_aux=True)
+
+  def accumulate(params, batch, total):
+    if batch.inputs.shape[0] == 1:
+      return gradient_of(params, jax.tree.map(lambda x: x[0], batch), total)
+
+    def micro_step(carry, micro_batch):
+      gradients, sums = gradient_of(params, micro_batch, total)
+      added = jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (gradients, sums))
+      return added, None
+
+    zeros = (
+      jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator_dtype), params),
+      Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields)),
+    )
+    return jax.lax.scan(micro_step, zeros, batch)[0]
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    # A batch without a single target has no loss and no gradient, not 0 / 0.
+    total = jnp.maximum(jnp.sum(batch.mask), 1.0)
+    gradients, sums = accumulate(state.params, batch, total)
+    params, opt_state = apply(optimizer, gradients, state.opt_state, state.params)
+    metrics = StepMetrics(
+      sums=sums,
+      gradient_norm=_norm(gradients),
+      parameter_norm=_norm(params),
+      learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+    )
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+  return step
+
+
+def make_eval_step(
+  model: Model, *, implementation: str | None = None
+) -> Callable[[Params, Batch], Sums]:
+  """Returns (params, batch [B, T]) -> sums over the batch's tokens."""
+  return lambda params, batch: token_sums(model, params, batch, implementation=implementation)
+
+
+def init_state(
+  params: Params, optimizer: optax.GradientTransformation, rng: UInt32[Array, "2"]
+) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), rng)
+
+
+def _norm(tree: Any) -> Array:
+  return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

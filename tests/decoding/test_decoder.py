@@ -1,0 +1,120 @@
+"""Prefill and decode against the full forward, token by token, for every family."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ll3m.decoding.decoder import make_decoder, unstack
+from ll3m.families import FAMILIES, get_preset
+from ll3m.models.transformer import make_model
+
+TINY = {
+  "vocab_size": 61, "d_model": 24, "d_ff": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+  "head_dim": 10, "max_positions": 64,
+}  # fmt: skip
+CONFIGS = {
+  "llama": get_preset("llama2_7b").config.replace(**TINY),
+  "llama_mha": get_preset("open_llama_3b").config.replace(**TINY | {"num_kv_heads": 4}),
+  "smollm2": get_preset("smollm2_135m").config.replace(**TINY),
+  "mistral": get_preset("mistral_7b").config.replace(**TINY, sliding_window=5),
+  "mistral_window_1": get_preset("mistral_7b").config.replace(**TINY, sliding_window=1),
+  "gemma": get_preset("gemma_2b").config.replace(**TINY | {"num_kv_heads": 1}),
+  "phi": get_preset("phi_2").config.replace(**TINY),
+}
+# Both sides compute in float32, in other orders of summation.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def random_params(config, seed=0):
+  """Every weight random, norms and biases too, so that one that is dropped shows."""
+  params = make_model(config).init(jax.random.key(seed))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return jax.tree.unflatten(
+    tree,
+    [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config, params, tokens):
+  model = make_model(config)
+  return model.logits(params, model.hidden(params, tokens))
+
+
+def full_logits(config, params, tokens):
+  """Logits of one row [T, V]; padded on the right, which causal attention does not see."""
+  padded = np.zeros((1, 32), np.int32)
+  padded[0, : len(tokens)] = tokens
+  return np.asarray(_forward(config, params, jnp.asarray(padded)))[0, : len(tokens)]
+
+
+def test_there_is_a_config_of_every_family():
+  assert {name.split("_")[0] for name in CONFIGS} - {"smollm2"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_and_steps_equal_the_full_forward(name):
+  """Rows of different lengths; the ring is as long as the window, and wraps around."""
+  config = CONFIGS[name]
+  params = random_params(config)
+  rng = np.random.default_rng(0)
+  total, width = 21, 8
+  lengths = [8, 3, 1]
+  rows = [rng.integers(0, config.vocab_size, length + total - width) for length in lengths]
+  starts = np.array([width - length for length in lengths], np.int32)
+  padded = np.zeros((3, width), np.int32)
+  for target, row, start in zip(padded, rows, starts, strict=True):
+    target[start:] = row[: width - start]
+
+  decoder = make_decoder(config)
+  weights = unstack(config, params, jnp.float32)
+  cache_length = min(total, config.sliding_window or total)
+  hidden, cache = decoder.prefill(weights, padded, starts, cache_length)
+  found = [decoder.logits(weights.ends, hidden)]
+  for column in range(width, total):
+    tokens = np.array([row[column - start] for row, start in zip(rows, starts, strict=True)])
+    hidden, cache = decoder.step(weights, cache, tokens, np.int32(column), starts)
+    found.append(decoder.logits(weights.ends, hidden))
+  assert cache[0][0].shape == (3, cache_length, config.num_kv_heads, config.head_dim)
+
+  found = np.stack(found, axis=1)  # [B, steps, V]
+  for row, length, logits in zip(rows, lengths, found, strict=True):
+    expected = full_logits(config, params, row)[length - 1 :]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits / scale, expected / scale, **TOLERANCE)
+
+
+def test_a_ring_shorter_than_the_prompt_keeps_its_end():
+  config = CONFIGS["mistral"]
+  params = random_params(config)
+  tokens = np.random.default_rng(1).integers(0, config.vocab_size, 24).astype(np.int32)
+  decoder = make_decoder(config)
+  weights = unstack(config, params, jnp.float32)
+  starts = np.zeros(1, np.int32)
+  hidden, cache = decoder.prefill(weights, tokens[None, :17], starts, 5)
+  for column in range(17, 24):
+    hidden, cache = decoder.step(weights, cache, tokens[None, column], np.int32(column), starts)
+  expected = full_logits(config, params, tokens)[-1]
+  found = np.asarray(decoder.logits(weights.ends, hidden))[0]
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, **TOLERANCE)
+
+
+def test_unstacking_joins_without_changing_a_weight():
+  config = CONFIGS["phi"].replace(gated_mlp=True)
+  params = random_params(config)
+  weights = unstack(config, params, jnp.float32)
+  assert len(weights.layers) == config.num_layers
+  for i, layer in enumerate(weights.layers):
+    for name in ("w", "b"):
+      parts = [params[f"layers/attention/{part}"][name][i] for part in ("query", "key", "value")]
+      joined = layer["attention/query_key_value"][name]
+      np.testing.assert_array_equal(joined, np.concatenate(parts, axis=-1))
+      parts = [params[f"layers/mlp/{part}"][name][i] for part in ("gate", "up")]
+      np.testing.assert_array_equal(layer["mlp/gate_up"][name], np.concatenate(parts, axis=-1))
+    np.testing.assert_array_equal(layer["mlp/down"]["w"], params["layers/mlp/down"]["w"][i])
+  assert set(weights.ends) == {"embed", "final_norm", "head"}

@@ -1,0 +1,157 @@
+"""Published config.json files, as of 2023 and 2024, and what they must be read as."""
+
+import re
+
+import pytest
+
+from ll3m import families
+
+LLAMA = {
+  "model_type": "llama",
+  "hidden_act": "silu",
+  "hidden_size": 48,
+  "intermediate_size": 96,
+  "max_position_embeddings": 64,
+  "num_attention_heads": 6,
+  "num_hidden_layers": 2,
+  "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-5,
+  "vocab_size": 100,
+}
+MISTRAL = LLAMA | {"model_type": "mistral"}
+GEMMA = LLAMA | {"model_type": "gemma", "head_dim": 16, "hidden_act": "gelu"}
+PHI = {
+  "model_type": "phi",
+  "hidden_act": "gelu_new",
+  "hidden_size": 72,
+  "intermediate_size": 96,
+  "layer_norm_eps": 1e-5,
+  "max_position_embeddings": 64,
+  "num_attention_heads": 6,
+  "num_hidden_layers": 2,
+  "vocab_size": 100,
+}
+
+
+def read(hf, **changes):
+  return families.from_hf_config(hf | changes).config
+
+
+def without(hf, *names):
+  return {key: value for key, value in hf.items() if key not in names}
+
+
+def test_missing_keys_mean_what_transformers_means_by_them():
+  llama = read(without(LLAMA, "num_key_value_heads", "rms_norm_eps"))
+  assert (llama.num_kv_heads, llama.head_dim, llama.rope_theta) == (6, 8, 1e4)
+  assert (llama.norm_epsilon, llama.tie_embeddings) == (1e-6, False)
+  assert read(MISTRAL).sliding_window == 4096
+  gemma = read(without(GEMMA, "head_dim"))
+  assert (gemma.head_dim, gemma.tie_embeddings, gemma.scale_embeddings) == (256, True, True)
+  phi = read(PHI)
+  assert (phi.rotary_fraction, phi.num_kv_heads, phi.norm, phi.use_bias) == (0.5, 6, "layer", True)
+
+
+@pytest.mark.parametrize(
+  ("window", "expected"), [({"sliding_window": None}, None), ({"sliding_window": 7}, 7)]
+)
+def test_a_null_window_is_no_window(window, expected):
+  assert read(MISTRAL, **window).sliding_window == expected
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
+    {"rope_theta": 1e6},
+    {"rope_theta": 1e6, "rope_scaling": None},
+    {"rope_theta": 1_000_000, "rope_scaling": {"rope_type": "default"}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+  ],
+)
+def test_rope_theta_in_every_style(rope):
+  assert read(LLAMA, **rope).rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
+    {"partial_rotary_factor": 0.4},
+    {"rope_parameters": {"partial_rotary_factor": 0.4, "rope_type": "default"}},
+  ],
+)
+def test_partial_rotary_in_every_style(rope):
+  config = read(PHI, **rope)
+  assert (config.rotary_fraction, config.rotary_dim) == (0.4, 4)
+
+
+@pytest.mark.parametrize(
+  "activation",
+  [
+    {"hidden_act": "gelu"},
+    {"hidden_act": "gelu_pytorch_tanh"},
+    {"hidden_act": "gelu", "hidden_activation": None},
+    {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+  ],
+)
+def test_gemmas_gelu_is_its_tanh_approximation(activation):
+  assert read(GEMMA, **activation).activation == "gelu_tanh"
+
+
+def test_phis_gelu_is_exact():
+  assert read(PHI).activation == "gelu_tanh"
+  assert read(PHI, hidden_act="gelu").activation == "gelu"
+
+
+def test_tied_llama():
+  assert read(LLAMA, tie_word_embeddings=True).tie_embeddings
+
+
+@pytest.mark.parametrize(
+  ("hf", "message"),
+  [
+    ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, mistral, gemma, phi"),
+    ({}, "model_type None"),
+    (without(LLAMA, "vocab_size"), "config.json of a llama model lacks 'vocab_size'"),
+    (LLAMA | {"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
+    (LLAMA | {"num_key_value_heads": 4}, "multiple of num_kv_heads (4)"),
+    (LLAMA | {"num_hidden_layers": "2"}, "num_layers must be int, got '2'"),
+  ],
+)
+def test_refuses_what_makes_no_sense(hf, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    families.from_hf_config(hf)
+
+
+@pytest.mark.parametrize(
+  ("hf", "message"),
+  [
+    (LLAMA | {"attention_bias": True}, "attention_bias=True"),
+    (LLAMA | {"mlp_bias": True}, "mlp_bias=True"),
+    (LLAMA | {"hidden_act": "relu"}, "the activation 'relu'"),
+    (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (PHI | {"qk_layernorm": True}, "qk_layernorm=True"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+    (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "type 'llama3'"),
+  ],
+)
+def test_refuses_what_the_decoder_does_not_do(hf, message):
+  with pytest.raises(NotImplementedError, match=re.escape(message)):
+    families.from_hf_config(hf)
+
+
+@pytest.mark.parametrize(
+  ("preset", "changes", "message"),
+  [
+    ("llama2_7b", {"use_bias": True}, "has use_bias=False, and its config.json cannot say True"),
+    ("llama2_7b", {"sliding_window": 9}, "has sliding_window=None"),
+    ("llama2_7b", {"rotary_fraction": 0.5}, "has rotary_fraction=1.0"),
+    ("llama2_7b", {"activation": "gelu"}, "a llama model cannot have activation='gelu'"),
+    ("gemma_2b", {"norm_scale_offset": 0.0}, "has norm_scale_offset=1.0"),
+    ("phi_2", {"norm": "rms"}, "has norm='layer'"),
+    ("phi_2", {"head_dim": 60}, "has head_dim=80"),
+  ],
+)
+def test_export_refuses_what_config_json_cannot_say(preset, changes, message):
+  family, config = families.get_preset(preset)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    family.to_hf_config(config.replace(**changes))

@@ -1,0 +1,203 @@
+"""Every family against transformers: the fixtures of tools/make_parity_fixtures.py.
+
+Oracle: transformers on torch, float32, eager attention. Ours is the whole path: convert,
+load, then logits, the loss of training and its gradient.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ll3m import families
+from ll3m.core.config import ModelConfig
+from ll3m.hf import conversion, mapping
+from ll3m.hf.model_files import open_model
+from ll3m.hf.sources import open_source
+from ll3m.models import transformer
+from ll3m_kernels import linear_cross_entropy
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
+NAMES = sorted(path.name for path in FIXTURES.iterdir())
+WINDOWED = "mistral"  # the one whose window is shorter than its sequence
+
+# The largest errors measured over all fixtures were 2.3e-6, 1e-7 and 2.6e-6.
+LOGITS_TOLERANCE = 6e-6  # absolute, of the largest logit
+LOSS_TOLERANCE = 1e-6  # relative
+NORM_TOLERANCE = 1e-5  # relative, of each tensor's own
+# A wrong architecture must miss by this much (of the largest logit), so that none can pass.
+VISIBLE = 10 * LOGITS_TOLERANCE
+
+
+class Fixture(NamedTuple):
+  config: ModelConfig
+  rules: tuple[mapping.Rule, ...]
+  params: transformer.Params  # float32
+  stored: transformer.Params  # the same in the checkpoint's dtypes
+  tokens: np.ndarray  # [B, T]
+  logits: np.ndarray  # [B, T, V]
+  loss: float
+  norms: dict[str, float]  # of the gradient in every tensor, by its name in the checkpoint
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+  @functools.cache
+  def convert_and_load(name: str) -> Fixture:
+    folder = tmp_path_factory.mktemp(name) / "converted"
+    conversion.convert_model(open_model(FIXTURES / name), folder)
+    source = open_source(str(folder))
+    stored = source.load_params()
+    expected = np.load(FIXTURES / name / "expected.npz")
+    names, norms = (expected[f"gradient_{key}"].tolist() for key in ("names", "norms"))
+    return Fixture(
+      source.config,
+      families.FAMILIES[source.family].rules,
+      jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored),
+      stored,
+      expected["tokens"],
+      expected["logits"],
+      float(expected["loss"]),
+      dict(zip(names, norms, strict=True)),
+    )
+
+  return convert_and_load
+
+
+@functools.cache
+def compiled(config, **options):
+  """One compiled function per architecture: fixtures that differ in files only share it."""
+  model = transformer.make_model(config, **options)
+
+  def loss_and_logits(params, tokens):
+    hidden = model.hidden(params, tokens)
+    head = transformer.head(config, params)
+    losses, _ = linear_cross_entropy(
+      hidden[:, :-1], head.weight, tokens[:, 1:], head_layout=head.layout, bias=head.bias
+    )
+    return losses.mean(), model.logits(params, hidden)
+
+  return jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+
+
+def check(fixture: Fixture, **options) -> None:
+  function = compiled(fixture.config, **options)
+  (loss, logits), gradient = function(fixture.params, fixture.tokens)
+  assert logits.dtype == jnp.float32
+  assert relative_error(logits, fixture.logits) < LOGITS_TOLERANCE
+  assert float(loss) == pytest.approx(fixture.loss, rel=LOSS_TOLERANCE)
+  assert norms_by_tensor(fixture, gradient) == pytest.approx(fixture.norms, rel=NORM_TOLERANCE)
+
+
+def logits_of(config, params, tokens, **kwargs):
+  model = transformer.make_model(config)
+  hidden = jax.jit(model.hidden)(params, tokens, **kwargs)
+  return model.logits(params, hidden)
+
+
+def relative_error(actual, expected):
+  return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+def norms_by_tensor(fixture, gradient):
+  norms = {}
+  for name, spec in mapping.expected_tensors(fixture.rules, fixture.config).items():
+    module, _, leaf = spec.ours.rpartition("/")
+    tensor = np.asarray(gradient[module][leaf], np.float64)
+    norms[name] = np.linalg.norm(tensor if spec.layer is None else tensor[spec.layer])
+  return norms
+
+
+def test_every_family_and_switch_has_a_fixture(load):
+  configs = {name: load(name).config for name in NAMES}
+  kinds = {json.loads((FIXTURES / n / "config.json").read_text())["model_type"] for n in NAMES}
+  assert kinds == {"llama", "mistral", "gemma", "phi"}
+  windows = {n: (c.sliding_window, load(n).tokens.shape[1]) for n, c in configs.items()}
+  assert windows[WINDOWED] == (8, 29)
+  assert any(w is not None and w > t for w, t in windows.values())
+  for switched in (
+    lambda c: c.num_kv_heads == 1 < c.num_heads,
+    lambda c: 1 < c.num_kv_heads < c.num_heads,
+    lambda c: c.head_dim * c.num_heads != c.d_model,
+    lambda c: c.head_dim not in (2, 4, 8, 16, 32),
+    lambda c: c.rotary_dim < c.head_dim,
+    lambda c: c.rope_theta != 1e4,
+    lambda c: c.tie_embeddings,
+    lambda c: c.parallel_block,
+    lambda c: c.num_layers == 1,
+  ):
+    assert any(map(switched, configs.values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_loss_and_every_gradient_norm(load, name):
+  check(load(name))
+
+
+@pytest.mark.parametrize("remat", sorted(set(transformer.REMAT_POLICIES) - {"nothing"}))
+def test_remat_changes_nothing(load, remat):
+  check(load(WINDOWED), remat=remat)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_parameters_may_stay_in_the_checkpoints_dtype(load, name):
+  fixture = load(name)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(fixture.stored)} < {"float16", "bfloat16"}
+  logits = logits_of(fixture.config, fixture.stored, fixture.tokens)
+  assert relative_error(logits, fixture.logits) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unconverted_checkpoints_give_the_same_parameters(load, name):
+  params = open_source(f"hf::{FIXTURES / name}").load_params()
+  chex.assert_trees_all_equal(params, load(name).stored)
+  chex.assert_trees_all_equal_dtypes(params, load(name).stored)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma_2b", "phi_2"])
+def test_rows_packed_into_one(load, name):
+  fixture = load(name)
+  rows, length = fixture.tokens.shape
+  logits = logits_of(
+    fixture.config,
+    fixture.params,
+    fixture.tokens.reshape(1, -1),
+    positions=np.tile(np.arange(length), rows)[None],
+    segment_ids=np.repeat(np.arange(1, rows + 1), length)[None],
+  )
+  assert relative_error(logits.reshape(fixture.logits.shape), fixture.logits) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"sliding_window": 9}),
+    ("mistral", {"sliding_window": None}),
+    ("llama2", {"norm_epsilon": 1e-6}),
+    ("smollm2", {"rope_theta": 1e4}),
+    ("gemma_2b", {"norm_scale_offset": 0.0}),
+    ("gemma_2b", {"scale_embeddings": False}),
+    ("gemma_7b", {"activation": "gelu"}),
+    ("phi_2", {"activation": "gelu"}),
+    ("phi_2", {"rotary_fraction": 0.5}),
+  ],
+)
+def test_a_wrong_switch_shows(load, name, changes):
+  fixture = load(name)
+  logits = logits_of(fixture.config.replace(**changes), fixture.params, fixture.tokens)
+  assert relative_error(logits, fixture.logits) > VISIBLE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dropped_tensor_would_show(load, name):
+  fixture = load(name)
+  assert min(fixture.norms.values()) > 0.01
+  for leaf in jax.tree.leaves(fixture.params):
+    assert np.ptp(leaf) > 0.1  # neither zeros nor ones: not what an initialiser gives

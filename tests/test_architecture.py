@@ -1,0 +1,88 @@
+"""The dependency rules of the rooms, read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = ("core", "families", "hf", "models", "data", "training", "decoding")
+VERBS = {path.stem for path in (ROOT / "ll3m").glob("*.py")} - {"__init__"}
+
+# Which of our own packages each room may import, beside itself.
+ALLOWED = {
+  "core": set(),
+  "families": {"core", "hf"},
+  "hf": {"core", "families", "data"},
+  "models": {"core"},
+  "data": {"core"},
+  "training": {"core", "families", "hf", "models", "data"},
+  "decoding": {"core", "models"},
+}
+# Heavy packages and the only files that may import them.
+TENSORFLOW = {"tensorflow", "seqio", "tensorflow_text"}
+
+
+def imports(path: Path) -> set[str]:
+  """Every module that a file imports, lazily or not, as dotted names."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+  """The ll3m sub-packages and verbs among imported names."""
+  return {name.split(".")[1] for name in names if name.startswith("ll3m.")}
+
+
+@pytest.mark.parametrize("room", LIBRARIES)
+def test_libraries_import_only_what_lies_below_them(room):
+  files = sorted((ROOT / "ll3m" / room).rglob("*.py"))
+  assert files
+  for path in files:
+    forbidden = rooms_of(imports(path)) - ALLOWED[room] - {room}
+    assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_nothing_imports_a_command():
+  assert {"convert", "train", "evaluate", "generate", "export"} <= VERBS
+  for path in [*(ROOT / "ll3m").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    assert not rooms_of(imports(path)) & VERBS, path
+
+
+def test_kernels_stand_alone():
+  for path in (ROOT / "kernels").rglob("*.py"):
+    top = {name.split(".")[0] for name in imports(path)}
+    known = {"jax", "jaxtyping", "numpy", "ll3m_kernels", "functools", "typing", "collections"}
+    assert top <= known, f"{path.name} imports {top - known}"
+
+
+def test_only_the_data_room_imports_tensorflow():
+  users = {
+    path.relative_to(ROOT).parts[:2]
+    for path in [*(ROOT / "ll3m").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    if {name.split(".")[0] for name in imports(path)} & TENSORFLOW
+  }
+  assert users == {("ll3m", "data")}
+
+
+def test_config_is_standard_library_only():
+  top = {name.split(".")[0] for name in imports(ROOT / "ll3m" / "core" / "config.py")}
+  assert top <= {"ast", "dataclasses", "difflib", "typing"}
+
+
+def test_models_do_not_know_the_families():
+  names = ("llama", "mistral", "gemma", "phi")
+  for path in (ROOT / "ll3m" / "models").glob("*.py"):
+    code = ast.parse(path.read_text())
+    strings = {n.value for n in ast.walk(code) if isinstance(n, ast.Constant)}
+    assert not strings & set(names), path
+
+
+def test_every_file_is_short():
+  for path in (ROOT / "ll3m").rglob("*.py"):
+    assert len(path.read_text().splitlines()) <= 350, f"{path} should be split by meaning"
