@@ -58,7 +58,7 @@ def main() -> None:
     print(f"ignored {len(model.ignored)} tensors that are not parameters:")
     print("\n".join(f"  {name}" for name in model.ignored))
   if not model.tokenizer_files:
-    print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer must name one later")
+    print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer.path has to name one later")
   print(
     f"converted a {model.family.name} model of {done.parameters:,} parameters "
     f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"

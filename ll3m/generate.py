@@ -27,7 +27,7 @@ class GenerateConfig:
   prompt_file: str | None = flags.option(
     None,
     'A file of prompts: one per line, or in a .jsonl file {"prompt": "..."} per line. '
-    "Blank lines are skipped. Line i, counted from 0, draws with --seed + i.",
+    "Blank lines are skipped. Prompt i, counted from 0, draws with --seed + i.",
   )
   chat: bool = flags.option(
     False, "The prompt is a user's message, put into the tokenizer's own chat template."
@@ -89,6 +89,7 @@ def main() -> None:
     source.config, source.load_params(dtype=dtype), num_tokens=tokenizer.vocab_size, dtype=dtype
   )
   stop_tokens = _stop_tokens(source, tokenizer, config.chat)
+  timer = _Timer()
   for start in range(0, len(prompts), config.batch_size):
     batch = slice(start, start + config.batch_size)
     steps = engine.stream(
@@ -98,7 +99,7 @@ def main() -> None:
       seeds=[config.seed + row for row in range(len(prompts))[batch]],
       stop_tokens=stop_tokens,
     )
-    rows = _collect(_timed(steps), prompts[batch], tokenizer, show=config.stream)
+    rows = _collect(timer.watch(steps), prompts[batch], tokenizer, show=config.stream)
     for text, (completion, tokens) in zip(texts[batch], rows, strict=True):
       if config.json:
         ended = tokens[-1] in stop_tokens
@@ -108,6 +109,8 @@ def main() -> None:
         print(f"> {text}\n{completion}\n")
       elif not config.stream:
         print(completion)
+  sys.stdout.flush()
+  print(timer.report(), file=sys.stderr)
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
@@ -189,24 +192,34 @@ def _collect(
   return [("".join(text), row) for text, row in zip(texts, tokens, strict=True)]
 
 
-def _timed(steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
-  """Passes the steps on, and prints the speed at the end."""
-  start = time.perf_counter()
-  first, later = 0, 0
-  first_at = start
-  for number, step in enumerate(steps):
-    count = sum(token is not None for token in step)
-    if number == 0:
-      first, first_at = count, time.perf_counter()
-    else:
-      later += count
-    yield step
-  seconds = time.perf_counter() - first_at
-  line = f"{first + later} tokens; the first step took {first_at - start:.1f} s with compiling"
-  if later:
-    line += f", then {later / seconds:.1f} tokens/s"
-  sys.stdout.flush()
-  print(line, file=sys.stderr)
+class _Timer:
+  """Measures how fast steps come, without each batch's first, which prefills and may compile."""
+
+  def __init__(self):
+    self._waited = self._seconds = 0.0
+    self._tokens = self._later_tokens = 0
+
+  def watch(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+    """Passes the steps of a batch on."""
+    start = time.perf_counter()
+    for number, step in enumerate(steps):
+      now = time.perf_counter()
+      count = sum(token is not None for token in step)
+      self._tokens += count
+      if number == 0:
+        self._waited += now - start
+      else:
+        self._seconds += now - start
+        self._later_tokens += count
+      yield step
+      start = time.perf_counter()
+
+  def report(self) -> str:
+    """Returns the sentence to print at the end."""
+    text = f"{self._tokens} tokens; {self._waited:.1f} s to the first, compiling included"
+    if self._later_tokens:
+      text += f", then {self._later_tokens / self._seconds:.1f} tokens/s"
+    return text
 
 
 if __name__ == "__main__":

@@ -73,6 +73,9 @@ def main() -> None:
   with RunCheckpoints(
     run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
   ) as checkpoints:
+    start = time.perf_counter()
+    train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
+    say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     state, dataset_state = initial_state(run, plan, checkpoints)
     batches = open_batches(run, dataset_state)
     write_companions(run)

@@ -1,7 +1,11 @@
 """What every test needs: eight CPU devices, strict jax, and the real model's file."""
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before jax is imported anywhere: tests run on eight CPU devices, whatever the machine has.
@@ -25,3 +29,43 @@ def smollm2_gguf() -> Path:
 def strict_jax():
   """Implicit broadcasting between ranks is an error in our code."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory) -> Path:
+  """A tokenizer folder with one id per byte, and a BOS and EOS: 258 ids."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  encoder = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
+  encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  encoder.decoder = decoders.ByteLevel()
+  encoder.add_special_tokens(["<s>", "</s>"])
+  folder = tmp_path_factory.mktemp("byte_tokenizer")
+  encoder.save(str(folder / "tokenizer.json"))
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "add_bos_token": True,
+  }
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., subprocess.CompletedProcess]:
+  """Runs `python -m ll3m.VERB ARGUMENTS` as a user would, on one CPU device."""
+
+  def run(verb: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+      [sys.executable, "-m", f"ll3m.{verb}", *arguments],
+      env=environment | options.pop("env", {}),
+      text=True,
+      capture_output=True,
+      timeout=300,
+      **options,
+    )
+
+  return run

@@ -3,6 +3,8 @@
 Statistics and the affine part are computed in float32; outputs have the input's dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -35,9 +37,7 @@ def rms_norm(
   """
   _check(x, scale=scale)
   dispatch.resolve(implementation)
-  wide = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-  return (wide * inverse * (_row(scale, x.ndim) + scale_offset)).astype(x.dtype)
+  return _rms_norm(x, scale, epsilon, scale_offset)
 
 
 def layer_norm(
@@ -65,13 +65,7 @@ def layer_norm(
   """
   _check(x, scale=scale, bias=bias)
   dispatch.resolve(implementation)
-  wide = x.astype(jnp.float32)
-  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-  out = centred * inverse * _row(scale, x.ndim)
-  if bias is not None:
-    out = out + _row(bias, x.ndim)
-  return out.astype(x.dtype)
+  return _layer_norm(x, scale, bias, epsilon)
 
 
 def add_rms_norm(
@@ -119,6 +113,25 @@ def add_layer_norm(
   """
   total = _add(x, residual)
   return layer_norm(total, scale, bias, epsilon=epsilon, implementation=implementation), total
+
+
+# For the backward pass only the inputs are kept: the rest is cheaper to compute again than to read.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
+def _rms_norm(x: Array, scale: Array, epsilon: float, scale_offset: float) -> Array:
+  wide = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+  return (wide * inverse * (_row(scale, x.ndim) + scale_offset)).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
+def _layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
+  wide = x.astype(jnp.float32)
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+  out = centred * inverse * _row(scale, x.ndim)
+  if bias is not None:
+    out = out + _row(bias, x.ndim)
+  return out.astype(x.dtype)
 
 
 def _row(weight: Array, ndim: int) -> Array:

@@ -199,18 +199,22 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     raise ValueError(f"not a complete checkpoint: cannot read {path}: {error}") from error
 
 
+_SUFFIX = ".state"
+
+
 class BytesHandler(ocp.CheckpointHandler):
   """Saves a dict of byte strings as one file each: the position in the data."""
 
   def save(self, directory: epath.Path, args: "BytesSave") -> None:
     """Writes every entry."""
     for name, value in args.items.items():
-      (directory / name).write_bytes(value)
+      (directory / f"{name}{_SUFFIX}").write_bytes(value)
 
   def restore(self, directory: epath.Path, args: "BytesRestore") -> dict[str, bytes]:
     """Reads every entry."""
     del args
-    return {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+    files = directory.glob(f"*{_SUFFIX}")  # Orbax puts a file of its own beside ours
+    return {file.name.removesuffix(_SUFFIX): file.read_bytes() for file in files}
 
 
 @ocp.args.register_with_handler(BytesHandler, for_save=True)

@@ -1,8 +1,8 @@
 """Parameters on disk as Orbax lays them out, written and read a slice at a time.
 
 Orbax saves whole arrays; a model that is larger than the host's memory has to be written in
-slices. So this module writes with TensorStore the files that Orbax's PyTree handler restores
-(zarr without OCDBT, `_METADATA` beside), and opens either layout of Orbax for reading.
+slices. So this module writes the files that Orbax's PyTree handler restores (zarr without OCDBT,
+`_METADATA` beside), and opens either layout of Orbax for reading.
 """
 
 import contextlib
@@ -21,9 +21,6 @@ CHUNK_BYTES = 64 * 2**20
 
 _METADATA = "_METADATA"  # Orbax's name for the file that lists a checkpoint's arrays
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
-# Syncing each chunk to disk made converting several times slower; a folder counts as complete
-# only by the file that is written after all of them.
-_CONTEXT = {"file_io_sync": False}
 
 
 class ParameterWriter:
@@ -46,9 +43,9 @@ class ParameterWriter:
     """
     directory.mkdir(parents=True, exist_ok=True)
     self._directory = directory
+    self._remote = "://" in str(directory)
     self._paths = list(shapes)
     self._stacked = dict(stacked)
-    self._context = ts.Context(_CONTEXT)
     self._rows: dict[str, int] = {}
     self._arrays: dict[str, ts.TensorStore] = {}
     for path, shape in shapes.items():
@@ -65,7 +62,7 @@ class ParameterWriter:
     return ts.open(
       {
         "driver": "zarr",
-        "kvstore": _kvstore(self._directory / ".".join(path.split("/"))),
+        "kvstore": _kvstore(self._folder(path)),
         "metadata": {
           "shape": shape,
           "chunks": chunks,
@@ -77,9 +74,11 @@ class ParameterWriter:
           "dimension_separator": ".",
         },
         "create": True,
-      },
-      context=self._context,
+      }
     ).result()
+
+  def _folder(self, path: str) -> epath.Path:
+    return self._directory / ".".join(path.split("/"))
 
   def row_ranges(self, path: str) -> Iterator[slice]:
     """Yields the rows of one layer in the pieces that `write` wants, in order."""
@@ -90,14 +89,22 @@ class ParameterWriter:
   def write(self, path: str, layer: int | None, rows: slice, values: np.ndarray) -> None:
     """Writes one piece.
 
+    A chunk without compression is the values' own bytes, and is written as such: converting
+    TinyLlama took 4.1 seconds less of processor time (of 7.1) than through TensorStore.
+
     Args:
       path: "module/name".
       layer: index along the leading axis; None if the parameter is not stacked.
       rows: one of `row_ranges`.
-      values: the piece, in the parameter's dtype; not changed by the caller afterwards.
+      values: the piece, C-contiguous, in the parameter's dtype.
     """
-    target = self._arrays[path][rows] if layer is None else self._arrays[path][layer, rows]
-    target.write(values, can_reference_source_data_indefinitely=True).result()
+    height = self._rows[path]
+    place = [layer] * (layer is not None) + [rows.start // height] + [0] * (values.ndim - 1)
+    data = values.reshape(-1).view(np.uint8).data
+    with (self._folder(path) / ".".join(map(str, place))).open("wb") as file:
+      file.write(bytes(data) if self._remote else data)  # remote files take nothing but bytes
+      # zarr's chunks all have the same size; the last one reaches beyond the array.
+      file.write(bytes(values[:1].nbytes * (height - len(values))))
 
   def finish(self) -> None:
     """Writes the metadata that lets Orbax restore the arrays as a nested dict."""
@@ -152,7 +159,7 @@ def open_parameters(directory: epath.Path) -> dict[str, ts.TensorStore]:
       "kvstore": kvstore,
       "fill_missing_data_reads": False,
     }
-    with _naming(directory, name):
+    with naming(directory, name):
       arrays["/".join(keys)] = ts.open(spec, context=context, open=True, read=True).result()
   return arrays
 
@@ -191,7 +198,7 @@ def verify_digests(directory: epath.Path, digests: Mapping[str, list[int]]) -> N
       raise ValueError(f"{directory} lacks the parameter {path}")
     per_layer = len(expected) > 1
     found: list[int] = [0] * (arrays[path].shape[0] if per_layer else 1)
-    with _naming(directory, path):
+    with naming(directory, path):
       for part, values in read_slices(arrays[path]):
         if per_layer:
           for layer, value in zip(range(part.start, part.stop), values, strict=True):
@@ -205,8 +212,12 @@ def verify_digests(directory: epath.Path, digests: Mapping[str, list[int]]) -> N
 
 
 @contextlib.contextmanager
-def _naming(directory: epath.Path, name: str) -> Iterator[None]:
-  """Names the array in TensorStore's errors (which are ValueErrors of many lines)."""
+def naming(directory: epath.Path, name: str) -> Iterator[None]:
+  """Names the array in TensorStore's errors, which are ValueErrors of many lines.
+
+  Raises:
+    ValueError: instead of TensorStore's own.
+  """
   try:
     yield
   except ValueError as error:

@@ -7,39 +7,30 @@ the rows in them that are others', and can therefore say and restore its positio
 every process agrees on.
 """
 
-import dataclasses
 import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from ll3m.core import flags
 from ll3m.data import quiet
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig
-from ll3m.data.packing import Document, Packer, Row, make_row
+from ll3m.data.corpus import Corpus, DocumentIterator
+from ll3m.data.packing import Packer, Row, make_row
 from ll3m.data.tokenizer import Tokenizer
 
 # A stream that repeats and yields this many unusable documents in a row has no usable one.
 _PATIENCE = 10_000
-
-
-class DocumentIterator(Protocol):
-  """What a shard reads from."""
-
-  def __next__(self) -> Document:
-    """Returns the next document; one without tokens was unusable."""
-    ...
-
-  def state(self) -> bytes:
-    """Returns the position."""
-    ...
-
-  def set_state(self, state: bytes) -> None:
-    """Moves to a position that `state()` gave."""
-    ...
+# What may differ when a saved position is taken up again: how documents are cut into rows and
+# batches, and where they are found. All else decides which document comes next.
+_MAY_CHANGE = {
+  *(f"seqio_dataset.{name}" for name in ("batch_size", "task_feature_lengths", "pack", "module")),
+  "json_dataset.path",
+}
 
 
 class _Shard:
@@ -91,7 +82,7 @@ class BatchIterator:
 
   def __init__(
     self,
-    corpus: Any,
+    corpus: Corpus,
     config: DatasetConfig,
     *,
     rows: Sequence[int],
@@ -245,19 +236,13 @@ def open_dataset(
     config, tokenizer, data_dir=data_dir, seed=seed, split_default=split_default, repeat=repeat
   )
   options = config.seqio_dataset
-  definition = {
-    "type": config.type,
-    "seqio_dataset.mixture_or_task_name": options.mixture_or_task_name,
+  definition = {k: v for k, v in flags.to_dict(config).items() if k not in _MAY_CHANGE} | {
     "seqio_dataset.split": options.split or split_default,
-    "seqio_dataset.task_feature_field": options.task_feature_field,
     "seqio_dataset.shuffle": repeat if options.shuffle is None else options.shuffle,
     "seqio_dataset.num_shards": corpus.num_shards,
-    **{f"json_dataset.{k}": v for k, v in dataclasses.asdict(config.json_dataset).items()},
-    **{f"huggingface_dataset.{k}": v
-       for k, v in dataclasses.asdict(config.huggingface_dataset).items()},
-    **{f"text_processor.{k}": v for k, v in dataclasses.asdict(config.text_processor).items()},
+    "number of examples": corpus.num_examples,
     "tokenizer": tokenizer.fingerprint,
     "seed": seed,
     "repeat": repeat,
-  }  # fmt: skip
+  }
   return BatchIterator(corpus, config, rows=rows, repeat=repeat, definition=definition)

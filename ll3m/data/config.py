@@ -94,7 +94,10 @@ class HuggingFaceDatasetConfig:
     None, "Dataset repository or local folder, as datasets.load_dataset takes it."
   )
   name: str | None = flags.option(None, "Configuration of the dataset.")
-  split: str = flags.option("train", "Split of the dataset, e.g. train or train[:1%].")
+  split: str | None = flags.option(
+    None,
+    "Split of the dataset, e.g. train[:1%]; default: train to train on, validation to evaluate on.",
+  )
   streaming: bool = flags.option(
     False, "Read over the network while training instead of downloading first."
   )
@@ -141,7 +144,7 @@ class DatasetConfig:
     """
     if self.type == "json":
       _require(self.json_dataset.path, "json_dataset.path", self.type)
-      json_files(self.json_dataset.path)
+      list_files(self.json_dataset.path, "json_dataset.path")
     elif self.type == "huggingface":
       _require(self.huggingface_dataset.path, "huggingface_dataset.path", self.type)
     else:
@@ -179,6 +182,12 @@ class TokenizerConfig:
   extra_tokens: tuple[str, ...] = flags.option(
     (), "Token to append to the vocabulary; may be repeated.", repeated=True
   )
+
+  @property
+  def is_checkpoints_own(self) -> bool:
+    """Whether the tokenizer is just the one that travels with the checkpoint."""
+    named = self.type is None or self.type in TOKENIZER_NAMES
+    return named and self.path is None and not self.extra_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +283,12 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
   return [found[key] for key in sorted(found)]
 
 
-def json_files(path: str) -> list[str]:
+def list_files(path: str, flag: str) -> list[str]:
   """Lists the files of a path or glob, sorted.
+
+  Args:
+    path: local or gs://.
+    flag: which option gave it, for the message.
 
   Raises:
     FileNotFoundError: if there are none.
@@ -293,7 +306,7 @@ def json_files(path: str) -> list[str]:
   else:
     files = [path] if epath.Path(path).exists() and not epath.Path(path).is_dir() else []
   if not files:
-    raise FileNotFoundError(f"json_dataset.path: no file matches {path!r}")
+    raise FileNotFoundError(f"{flag}: no file matches {path!r}")
   return files
 
 

@@ -1,6 +1,9 @@
 """Documents of one shard of a stream, read by tf.data, with a position that can be saved."""
 
 import collections
+import dataclasses
+import re
+from typing import override
 
 import numpy as np
 import seqio
@@ -8,12 +11,13 @@ import tensorflow as tf
 
 from ll3m.data import run_context, tasks
 from ll3m.data.config import DatasetConfig
+from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
-from ll3m.data.sources import IndexedSource, JsonLines, parse_json
-from ll3m.data.text_processor import TextProcessor, Unusable
+from ll3m.data.sources import IndexedSource, JsonLines
+from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.vocabularies import RUN_VOCABULARY, python_op
+from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
 
 # Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
 LOSS_SUFFIX = "_loss"
@@ -21,14 +25,8 @@ LOSS_SUFFIX = "_loss"
 _THREADS = 2
 
 
-class Corpus:
-  """A seqio task or mixture, to be read in shards.
-
-  Attributes:
-    num_shards: how many; fewer than asked for when there are fewer examples.
-    skipped: how many examples were unusable, by reason.
-    label: what to call it in messages.
-  """
+class SeqioCorpus(Corpus):
+  """A seqio task or mixture, to be read in shards."""
 
   def __init__(
     self,
@@ -41,15 +39,17 @@ class Corpus:
     seed: int,
     repeat: bool,
     num_shards: int,
+    num_examples: int | None,
     skipped: collections.Counter[str],
   ):
     """Binds a provider to a run; nothing is read yet."""
     self._provider, self._context = provider, context
-    self._fields = config.seqio_dataset.task_feature_field if config.type == "seqio" else (
-      "targets",)  # fmt: skip
+    # json and huggingface datasets have a task of their own, with this one feature.
+    fields = config.seqio_dataset.task_feature_field
+    self._fields = fields if config.type == "seqio" else ("targets",)
     self._arguments = {"split": split, "shuffle": shuffle, "seed": seed}
     self._repeat = repeat
-    self.num_shards = num_shards
+    self.num_shards, self.num_examples = num_shards, num_examples
     self.skipped = skipped
     self.label = provider.name
     missing = [name for name in self._fields if name not in provider.output_features]
@@ -57,10 +57,9 @@ class Corpus:
       known = ", ".join(provider.output_features)
       raise ValueError(f"{self.label} has the features {known}, not {', '.join(missing)}")
 
-  def open_shard(self, shard: int) -> "Documents":
-    """Builds the pipeline of one shard."""
-    with run_context.use(run_context.RunContext(
-      self._context.tokenizer, self._context.data_dir, shard)):  # fmt: skip
+  @override
+  def open_shard(self, shard: int) -> "SeqioDocuments":
+    with run_context.use(dataclasses.replace(self._context, shard=shard)):
       dataset = self._provider.get_dataset(
         sequence_length=None,
         shard_info=seqio.ShardInfo(shard, self.num_shards),
@@ -68,12 +67,12 @@ class Corpus:
         trim_output_features=False,
         **self._arguments,
       )
-      dataset = dataset.map(self._join)
+      dataset = map_graph(dataset, self._join)
     options = tf.data.Options()
     options.threading.private_threadpool_size = _THREADS
     options.threading.max_intra_op_parallelism = 1
     options.autotune.ram_budget = 1 << 26  # bytes, of prefetched documents
-    return Documents(dataset.with_options(options), self.label, self.skipped)
+    return SeqioDocuments(dataset.with_options(options), self.label)
 
   def _join(self, features: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Concatenates the chosen features; all but the last one carry no loss."""
@@ -84,48 +83,44 @@ class Corpus:
     return tf.concat(tokens, 0), tf.concat(loss, 0)
 
 
-class Documents:
-  """Iterator over `Document`s whose position is bytes."""
+class SeqioDocuments(DocumentIterator):
+  """What a tf.data pipeline of (tokens, loss) yields."""
 
-  def __init__(self, dataset: tf.data.Dataset, label: str, skipped: collections.Counter[str]):
+  def __init__(self, dataset: tf.data.Dataset, label: str):
     self._iterator = iter(dataset)
-    self._label, self._skipped = label, skipped
+    self._label = label
 
   def __next__(self) -> Document:
     try:
       tokens, loss = next(self._iterator)
     except tf.errors.OpError as error:
-      first = str(error.message).strip().splitlines()[0]
-      raise ValueError(f"reading {self._label} failed: {first}") from error
+      raise ValueError(f"reading {self._label} failed: {_sentence(error)}") from error
     return Document(tokens.numpy(), loss.numpy())
 
-  def __iter__(self) -> "Documents":
-    return self
-
+  @override
   def state(self) -> bytes:
-    """Returns the position, with everything that tf.data has buffered."""
     # Policy 2 (FAIL): an operation whose state would be lost is an error, not a silent gap.
     parts = tf.raw_ops.SerializeIterator(
       resource_handle=self._iterator._iterator_resource, external_state_policy=2
     )
     return tf.io.serialize_tensor(parts).numpy()
 
+  @override
   def set_state(self, state: bytes) -> None:
-    """Moves to a position that `state()` gave.
-
-    Raises:
-      ValueError: if the position does not fit this pipeline.
-    """
     try:
       tf.raw_ops.DeserializeIterator(
         resource_handle=self._iterator._iterator_resource,
         serialized=tf.io.parse_tensor(state, tf.variant),
       )
     except tf.errors.OpError as error:
-      first = str(error.message).strip().splitlines()[0]
       raise ValueError(
-        f"the saved data position does not fit {self._label} as it is now: {first}"
+        f"the saved data position does not fit {self._label} as it is now: {_sentence(error)}"
       ) from error
+
+
+def _sentence(error: tf.errors.OpError) -> str:
+  """Returns the first line of what TensorFlow says, without the operation it says it of."""
+  return re.sub(r"^{{.*?}} ", "", str(error.message).strip().splitlines()[0])
 
 
 def open_corpus(
@@ -136,7 +131,7 @@ def open_corpus(
   seed: int,
   split_default: str,
   repeat: bool,
-) -> Corpus:
+) -> SeqioCorpus:
   """Finds what `config` names and binds it to the run.
 
   Raises:
@@ -144,7 +139,7 @@ def open_corpus(
   """
   options = config.seqio_dataset
   split = options.split or split_default
-  num_shards, skipped = options.num_shards, collections.Counter()
+  num_shards, num_examples, skipped = options.num_shards, None, collections.Counter()
   if config.type == "seqio":
     provider = tasks.find(options.mixture_or_task_name, options.module)
     if split not in provider.splits:
@@ -157,13 +152,14 @@ def open_corpus(
       examples = JsonLines(config.json_dataset.path, processor)
       skipped = examples.skipped
     else:
-      examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset))
+      examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset, split_default))
     if not len(examples):
       raise ValueError(f"{config.huggingface_dataset.path} has no examples")
     provider = _example_task(config, examples, processor, skipped)
     split = "train"  # the only one that this task has
-    num_shards = min(num_shards, len(examples))
-  return Corpus(
+    num_examples = len(examples)
+    num_shards = min(num_shards, num_examples)
+  return SeqioCorpus(
     provider,
     config,
     run_context.RunContext(tokenizer, data_dir),
@@ -172,6 +168,7 @@ def open_corpus(
     seed=seed,
     repeat=repeat,
     num_shards=num_shards,
+    num_examples=num_examples,
     skipped=skipped,
   )
 
@@ -197,7 +194,7 @@ def _example_task(
       return {"targets": tf.ensure_shape(tokens, [None]),
               "targets" + LOSS_SUFFIX: tf.ensure_shape(loss, [None])}  # fmt: skip
 
-    return dataset.map(to_features, num_parallel_calls=tf.data.AUTOTUNE)
+    return map_graph(dataset, to_features, parallel=True)
 
   feature = seqio.Feature(vocabulary=RUN_VOCABULARY, add_eos=False)
   path = config.json_dataset.path if config.type == "json" else config.huggingface_dataset.path

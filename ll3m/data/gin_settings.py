@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import tokenize
 from collections.abc import Sequence
 
 import gin
@@ -50,7 +51,7 @@ def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
     return get_default_vocabulary(config)
   except OSError as error:
     raise FileNotFoundError(f"--gin_config: {error}") from error
-  except (SyntaxError, TypeError, ValueError) as error:
+  except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
     # gin appends where in its own parser it failed; the first line says what.
     first = next((line for line in str(error).splitlines() if line.strip()), str(error))
     raise ValueError(f"gin settings {bindings or settings.gin_config}: {first.strip()}") from error

@@ -7,12 +7,13 @@ Python generators cannot be part of a tf.data pipeline whose position is saved, 
 import collections
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, override
 
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from ll3m.data.config import DatasetConfig
+from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.text_processor import TextProcessor, Unusable
@@ -22,8 +23,8 @@ from ll3m.data.tokenizer import Tokenizer
 _SHUFFLE_BUFFER = 128
 
 
-class StreamingCorpus:
-  """A streamed dataset, to be read in shards; see `documents.Corpus`."""
+class StreamingCorpus(Corpus):
+  """A streamed dataset in shards: by file where these divide evenly, else by example."""
 
   def __init__(
     self,
@@ -38,11 +39,11 @@ class StreamingCorpus:
     """Wraps a `datasets.IterableDataset`; nothing is read yet."""
     self._rows, self._processor = rows, processor
     self._shuffle_seed, self._repeat = shuffle_seed, repeat
-    self.label, self.num_shards = label, num_shards
+    self.label, self.num_shards, self.num_examples = label, num_shards, None
     self.skipped: collections.Counter[str] = collections.Counter()
 
+  @override
   def open_shard(self, shard: int) -> "StreamedDocuments":
-    """Splits by file where the files divide evenly, else by example."""
     return StreamedDocuments(
       lambda: split_dataset_by_node(self._rows, rank=shard, world_size=self.num_shards),
       self._processor,
@@ -52,8 +53,8 @@ class StreamingCorpus:
     )
 
 
-class StreamedDocuments:
-  """Iterator over `Document`s whose position is bytes.
+class StreamedDocuments(DocumentIterator):
+  """The documents of one shard of a stream.
 
   The shuffle buffer is ours: the one of `datasets` is not part of its state.
   """
@@ -76,9 +77,6 @@ class StreamedDocuments:
     self._repeat, self._ended = repeat, False
     self._examples = iter(self._rows)
 
-  def __iter__(self) -> "StreamedDocuments":
-    return self
-
   def __next__(self) -> Document:
     while len(self._buffer) < self._capacity and not self._ended:
       document = self._read()
@@ -94,8 +92,8 @@ class StreamedDocuments:
     self._buffer[chosen], self._buffer[-1] = self._buffer[-1], self._buffer[chosen]
     return self._buffer.pop()
 
+  @override
   def state(self) -> bytes:
-    """Returns the position, with the documents in the shuffle buffer."""
     return json.dumps({
       "rows": self._rows.state_dict(),
       "ended": self._ended,
@@ -103,8 +101,8 @@ class StreamedDocuments:
       "buffer": [[part.tolist() for part in document] for document in self._buffer],
     }).encode()  # fmt: skip
 
+  @override
   def set_state(self, state: bytes) -> None:
-    """Moves to a position that `state()` gave."""
     loaded = json.loads(state)
     self._rows = self._open_rows()
     self._rows.load_state_dict(loaded["rows"])
@@ -149,7 +147,7 @@ def open_corpus(
   options = config.seqio_dataset
   shuffle = repeat if options.shuffle is None else options.shuffle
   return StreamingCorpus(
-    load_huggingface(config.huggingface_dataset),
+    load_huggingface(config.huggingface_dataset, split_default),
     TextProcessor(config.text_processor, tokenizer),
     label=f"huggingface dataset {config.huggingface_dataset.path}",
     num_shards=options.num_shards,

@@ -11,19 +11,25 @@ from ll3m.data.config import HuggingFaceDatasetConfig
 
 def load_huggingface(
   options: HuggingFaceDatasetConfig,
+  split_default: str,
 ) -> datasets.Dataset | datasets.IterableDataset:
   """Opens a dataset, downloading it first unless it is streamed.
+
+  Args:
+    options: which one.
+    split_default: the split where the options leave it open.
 
   Raises:
     ValueError: if it cannot be opened.
   """
+  split = options.split or split_default
   try:
     return datasets.load_dataset(
-      options.path, options.name, split=options.split, streaming=options.streaming
+      options.path, options.name, split=split, streaming=options.streaming
     )
   except Exception as error:  # of the many libraries below `datasets`
     raise ValueError(
-      f"huggingface dataset {options.path!r} (name {options.name!r}, split {options.split!r}) "
+      f"huggingface dataset {options.path!r} (name {options.name!r}, split {split!r}) "
       f"cannot be loaded: {error}"
     ) from error
 

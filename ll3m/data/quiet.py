@@ -11,6 +11,7 @@ _CHATTER = (
   b"WARNING: All log messages before absl::InitializeLog()",
   b"port.cc:",
   b"cudart_stub.cc:",
+  b"cuda_platform.cc:",
 )
 
 

@@ -4,12 +4,11 @@ import collections
 import functools
 import gzip
 import importlib.metadata
-import json
 import mmap
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, override
+from typing import Any, SupportsInt, override
 
 import numpy as np
 import seqio
@@ -18,9 +17,9 @@ from absl import logging
 from etils import epath
 
 from ll3m.data import run_context
-from ll3m.data.config import SPLITS, json_files, text_shards
-from ll3m.data.text_processor import TextProcessor, Unusable
-from ll3m.data.vocabularies import python_op
+from ll3m.data.config import SPLITS, list_files, text_shards
+from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
+from ll3m.data.vocabularies import map_graph, python_op
 
 # One in this many of the built-in documents is held out for validation.
 _HELD_OUT = 10
@@ -71,7 +70,7 @@ class TextShardSource(seqio.DataSource):
     if not by_file:
       dataset = dataset.shard(count, index)
     features = {"text": tf.io.FixedLenFeature([], tf.string)}
-    return dataset.map(lambda record: tf.io.parse_single_example(record, features))
+    return map_graph(dataset, lambda record: tf.io.parse_single_example(record, features))
 
 
 class IndexedSource(seqio.DataSource):
@@ -123,10 +122,12 @@ class IndexedSource(seqio.DataSource):
     dataset = tf.data.Dataset.range(index, last + 1, count)
     if shuffle and last > 0:
       key = tf.constant([seed or 0, 0], tf.int64)
-      dataset = dataset.map(lambda i: tf.random.experimental.index_shuffle(i, key, max_index=last))
+      dataset = map_graph(
+        dataset, lambda i: tf.random.experimental.index_shuffle(i, key, max_index=last)
+      )
       dataset = dataset.shuffle(_INDEX_BUFFER, seed=seed)
 
-    def fetch(i: np.ndarray) -> bytes:
+    def fetch(i: SupportsInt) -> bytes:
       example = examples[int(i)]
       return example.encode("utf-8", errors="replace") if isinstance(example, str) else example
 
@@ -135,7 +136,7 @@ class IndexedSource(seqio.DataSource):
       text.set_shape([])
       return {self._feature: text}
 
-    return dataset.map(to_features)
+    return map_graph(dataset, to_features)
 
 
 def python_reference(split: str) -> list[str]:
@@ -176,7 +177,7 @@ class JsonLines(Sequence[bytes]):
     """
     self.skipped: collections.Counter[str] = collections.Counter()
     self._buffers, found = [], []
-    for number, file in enumerate(json_files(path)):
+    for number, file in enumerate(list_files(path, "json_dataset.path")):
       buffer = _open_bytes(file)
       self._buffers.append(buffer)
       start = 0
@@ -228,20 +229,3 @@ def _problem(line: bytes, processor: TextProcessor) -> str | None:
   except Unusable as error:
     return str(error)
   return None
-
-
-def parse_json(line: bytes) -> dict[str, Any]:
-  """Parses one JSON object.
-
-  Raises:
-    Unusable: if it is anything else.
-  """
-  try:
-    example = json.loads(line.decode("utf-8"))
-  except UnicodeDecodeError:
-    raise Unusable("not UTF-8") from None
-  except (json.JSONDecodeError, RecursionError):
-    raise Unusable("not JSON") from None
-  if not isinstance(example, dict):
-    raise Unusable("not a JSON object")
-  return example

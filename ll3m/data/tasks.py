@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from ll3m.core.config import did_you_mean
 from ll3m.data import mixtures, run_context, sources
-from ll3m.data.vocabularies import RUN_VOCABULARY
+from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph
 
 # Documents that wait, per source and shard, while a random one of them is taken, unless the
 # source shuffles by itself. Tokenised books are large, and the buffers are saved with every
@@ -33,7 +33,7 @@ def tokenize_documents(
     ids = vocabulary.encode_tf(example["text"])
     return {"targets": tf.concat([tf.constant(head, tf.int32), ids, tail], axis=0)}
 
-  return dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
+  return map_graph(dataset, tokenize, parallel=True)
 
 
 def add_text_task(name: str, source: seqio.DataSource) -> None:

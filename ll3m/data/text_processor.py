@@ -1,5 +1,6 @@
 """From an example of a json or huggingface dataset to a document."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,20 @@ def _text(example: dict[str, Any], name: str) -> str:
   if not isinstance(example[name], str):
     raise Unusable(f"field {name!r} is not text")
   return example[name]
+
+
+def parse_json(line: bytes) -> dict[str, Any]:
+  """Parses one JSON object.
+
+  Raises:
+    Unusable: if it is anything else.
+  """
+  try:
+    example = json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError:
+    raise Unusable("not UTF-8") from None
+  except (json.JSONDecodeError, RecursionError):
+    raise Unusable("not JSON") from None
+  if not isinstance(example, dict):
+    raise Unusable("not a JSON object")
+  return example

@@ -1,7 +1,7 @@
 """The run's tokenizer as a seqio vocabulary."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, override
+from typing import Any, SupportsInt, override
 
 import numpy as np
 import seqio
@@ -9,14 +9,27 @@ import tensorflow as tf
 
 from ll3m.data import run_context
 
+# TensorFlow only prepares text; accelerators and their memory are JAX's.
+tf.config.set_visible_devices([], "GPU")
+
 
 def python_op(function: Callable[..., Any], inputs: list[tf.Tensor], dtypes: Any) -> Any:
   """Calls Python inside a tf.data pipeline whose position can still be saved.
 
-  `stateful=False` is what lets tf.data save an iterator (FACTS: a stateful PyFunc fails at
-  save); in return, `function` must give the same for the same inputs.
+  `stateful=False` is what lets tf.data save an iterator (with a stateful one, saving fails); in
+  return, `function` must give the same for the same inputs.
   """
   return tf.numpy_function(function, inputs, dtypes, stateful=False)
+
+
+def map_graph(
+  dataset: tf.data.Dataset, function: Callable[..., Any], *, parallel: bool = False
+) -> tf.data.Dataset:
+  """Maps a function made of TensorFlow operations; AutoGraph need not rewrite it."""
+  return dataset.map(
+    tf.autograph.experimental.do_not_convert(function),
+    num_parallel_calls=tf.data.AUTOTUNE if parallel else None,
+  )
 
 
 class RunVocabulary(seqio.Vocabulary):
@@ -44,7 +57,7 @@ class RunVocabulary(seqio.Vocabulary):
   def _encode(self, s: str) -> list[int]:
     return run_context.current().tokenizer.encode(s)
 
-  def _decode(self, ids: Iterable[int]) -> str:
+  def _decode(self, ids: Iterable[SupportsInt]) -> str:
     return run_context.current().tokenizer.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:

@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 from tqdm import tqdm
 
 from ll3m import families
@@ -144,7 +145,8 @@ def _write_tensors(
   total = sum(info.nbytes for info in tensors.values())
   with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="export") as bar:
     for path, layers in names.items():
-      for start, values in _blocks(arrays[path], stacked=specs[layers[0]].layer is not None):
+      stacked = specs[layers[0]].layer is not None
+      for start, values in _blocks(checkpoint.params_path, path, arrays[path], stacked):
         for layer, value in enumerate(values, start):
           name = layers[layer]
           if path in digests and parameter_store.checksum(value) != digests[path][layer]:
@@ -156,13 +158,16 @@ def _write_tensors(
           bar.update(info.nbytes)
 
 
-def _blocks(array: ts.TensorStore, stacked: bool):
+def _blocks(
+  directory: epath.Path, path: str, array: ts.TensorStore, stacked: bool
+) -> Iterator[tuple[int, np.ndarray]]:
   """Yields (first layer, values [layers, ...]); an unstacked parameter counts as one layer."""
-  if stacked:
-    for part, values in parameter_store.read_slices(array):
-      yield part.start, values
-  else:
-    yield 0, array.read().result()[None]
+  with parameter_store.naming(directory, path):
+    if stacked:
+      for part, values in parameter_store.read_slices(array):
+        yield part.start, values
+    else:
+      yield 0, array.read().result()[None]
 
 
 def _config_files(

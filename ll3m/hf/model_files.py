@@ -106,7 +106,7 @@ def open_model(
   if not path.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   expected = families.get_preset(preset) if preset else None
-  kind = checkpoint_type or _detect(path)
+  kind = checkpoint_type or detect_type(path)
   if kind == "gguf":
     from ll3m.hf import gguf  # slow to import, seldom needed
 
@@ -135,7 +135,13 @@ def open_model(
   )
 
 
-def _detect(path: Path) -> str:
+def detect_type(path: Path) -> str:
+  """Says what kind of weights a folder or file holds, one of CHECKPOINT_TYPES.
+
+  Raises:
+    ValueError: a file that is no GGUF.
+    FileNotFoundError: a folder without weights.
+  """
   if path.is_file():
     if path.suffix != ".gguf":
       raise ValueError(f"expected a folder or a .gguf file, got {path}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ll3m.core import checkpoint
 from ll3m.core.checkpoint import Params
 from ll3m.core.config import ModelConfig
 from ll3m.hf.mapping import parameter_shapes
-from ll3m.hf.model_files import HfModel, open_model
+from ll3m.hf.model_files import HfModel, detect_type, open_model
 from ll3m.hf.tensors import read_part
 
 _HF_PREFIX = "hf::"
@@ -85,9 +86,9 @@ def _copy_companions(found: checkpoint.Checkpoint, output: epath.Path) -> None:
 
 
 def _open_published(path: str) -> ModelSource:
-  model = open_model(path)
-  if model.checkpoint_type == "gguf":
+  if Path(path).exists() and detect_type(Path(path)) == "gguf":
     raise NotImplementedError(f"{path} is a GGUF file, which has to be converted first")
+  model = open_model(path)
   folder = epath.Path(path)
   return ModelSource(
     path=folder,
@@ -124,7 +125,8 @@ def load_published(model: HfModel, dtype: Any = None, shardings: Params | None =
   for path, shape in parameter_shapes(model.family.rules, model.config).items():
     module, _, leaf = path.rpartition("/")
     sharding = device if shardings is None else shardings[module][leaf]
-    read = functools.partial(_read_shard, model, names[path], dtypes[path], shape)
+    # Devices that hold the same shard share one reading of it.
+    read = functools.cache(functools.partial(_read_shard, model, names[path], dtypes[path], shape))
     params.setdefault(module, {})[leaf] = jax.make_array_from_callback(shape, sharding, read)
   return params
 

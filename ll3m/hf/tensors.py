@@ -18,7 +18,7 @@ DTYPES = {
   "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 
-# Transposing 16 rows at a time keeps the lines being written in the cache: 2.5 GB/s for bf16
+# Transposing 16 rows at a time keeps the lines being written in the cache: 2.8 GB/s for bf16
 # where numpy's own strided copy reaches 0.3 (one core of the machine that the demo runs on).
 _TRANSPOSE_ROWS = 16
 
@@ -103,9 +103,11 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
   with np.errstate(over="ignore"):  # checked below
     if transpose:
       result = np.empty(values.shape[::-1], dtype)
-      for start in range(0, values.shape[0], _TRANSPOSE_ROWS):
-        rows = slice(start, start + _TRANSPOSE_ROWS)
-        result[:, rows] = values[rows].T
+      if dtype == values.dtype:  # NumPy copies integers faster than bfloat16
+        bits = np.dtype(f"u{dtype.itemsize}")
+        _copy_transposed(values.view(bits), result.view(bits))
+      else:
+        _copy_transposed(values, result)
     else:
       result = np.empty(values.shape, dtype)
       result[...] = values
@@ -117,6 +119,12 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
         f"{float(ml_dtypes.finfo(dtype).max):.4g}; use another --dtype"
       )
   return result
+
+
+def _copy_transposed(values: np.ndarray, result: np.ndarray) -> None:
+  for start in range(0, values.shape[0], _TRANSPOSE_ROWS):
+    rows = slice(start, start + _TRANSPOSE_ROWS)
+    result[:, rows] = values[rows].T
 
 
 def whole(shape: tuple[int, ...]) -> Index:

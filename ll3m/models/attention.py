@@ -47,7 +47,7 @@ class Attention(hk.Module):
       for n, y in zip(
         heads,
         projections(
-          x,
+          x.reshape(-1, d_model),
           ("query", "key", "value"),
           tuple(n * config.head_dim for n in heads),
           use_bias=config.use_bias,
@@ -66,7 +66,7 @@ class Attention(hk.Module):
     )
     attended, kept = attend(query, key, value)  # [B, T, N, H]
     out = Linear(d_model, use_bias=config.use_bias, stddev=residual_stddev(config), name="out")
-    return out(attended.reshape(batch, length, -1)), kept
+    return out(attended.reshape(batch * length, -1)).reshape(x.shape), kept
 
 
 def causal_attention(

@@ -59,7 +59,7 @@ class Logger:
     """Args: options; the run's last and first step; the flags' values, for the record."""
     self._quiet = jax.process_index() != 0
     self._sinks = contextlib.ExitStack()
-    self._records: list[dict[str, float]] = []
+    self._records: list[dict[str, Any]] = []
     self._writer = self._wandb = self._bar = None
     self._total_steps = total_steps
     if self._quiet:
@@ -164,7 +164,7 @@ class Logger:
       self._path.write_text(text)
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
   """Reads a metrics.jsonl; an unfinished last line, as a killed run leaves it, is left out."""
   path = epath.Path(path)
   records = []
@@ -176,7 +176,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
   return records
 
 
-def plot_losses(records: list[dict[str, float]], path: epath.Path) -> None:
+def plot_losses(records: list[dict[str, Any]], path: epath.Path) -> None:
   """Draws training and held-out loss over optimizer steps as a PNG, if there are any."""
   if not records:
     return

@@ -255,5 +255,5 @@ def write_companions(run: Run) -> None:
   if jax.process_index() == 0:
     if run.source is not None:
       run.source.save_companions(output)
-    if run.tokenizer_config.path:
+    if not run.tokenizer_config.is_checkpoints_own:
       run.tokenizer.save(output / folders.TOKENIZER)

@@ -125,4 +125,4 @@ def init_state(
 
 
 def _norm(tree: Any) -> Array:
-  return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

@@ -30,13 +30,14 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 def random_params(config, seed=0):
   """Every weight random, norms and biases too, so that one that is dropped shows."""
-  params = make_model(config).init(jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)],
-  )
+  shapes = jax.eval_shape(make_model(config).init, jax.random.key(0))
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    center = 1.0 if path[-1].key == "scale" else 0.0
+    return jnp.asarray(rng.normal(center, 0.3, leaf.shape), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

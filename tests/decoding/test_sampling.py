@@ -68,7 +68,10 @@ def test_top_k_comes_before_top_p():
 
 def test_temperature_zero_takes_the_first_of_the_largest():
   tokens = sample(
-    jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]]), jnp.zeros(2), jnp.zeros(2), Sampling()
+    jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]]),
+    jnp.zeros(2, jnp.uint32),
+    jnp.arange(2),
+    Sampling(),
   )
   assert tokens.tolist() == [1, 0]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.attention import reference
+from ll3m_kernels.attention import xla
 
 
 def flash_attention(
@@ -56,7 +56,7 @@ def flash_attention(
   dispatch.resolve(implementation)
   if block_sizes is not None:
     raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
-  output, log_sum_exp = reference.attention(
+  output, log_sum_exp = xla.attention(
     query,
     key,
     value,

@@ -1,0 +1,117 @@
+"""What is checked of the options before anything slow is imported."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from ll3m.data import config, mixtures
+from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TextField, parse_fields
+
+
+@pytest.mark.parametrize(
+  ("spec", "expected"),
+  [
+    ("", ()),
+    ("text", ((("text",), True),)),
+    ("[prompt],answer", ((("prompt",), False), (("answer",), True))),
+    (" [ system + prompt ] , answer ", ((("system", "prompt"), False), (("answer",), True))),
+    ("[a,b+c],d", ((("a",), False), (("b", "c"), False), (("d",), True))),
+    ("a,[b],c", ((("a",), True), (("b",), False), (("c",), True))),
+  ],
+)
+def test_fields(spec, expected):
+  assert parse_fields(spec) == tuple(TextField(*field) for field in expected)
+
+
+@pytest.mark.parametrize("spec", ["[a,b", "a]", "[a],[b]", "a,,b", "a+,b", "[[a]],b", "a[b],c"])
+def test_fields_that_make_no_sense(spec):
+  with pytest.raises(ValueError, match="text_processor.fields"):
+    parse_fields(spec)
+
+
+def seqio_dataset(name, **kwargs) -> DatasetConfig:
+  return DatasetConfig(seqio_dataset=SeqioDatasetConfig(mixture_or_task_name=name, **kwargs))
+
+
+def test_mixtures_are_those_of_the_recipe():
+  assert mixtures.MIXTURES["wikipedia_mixture"] == (("cc_en", 9.09), ("wiki", 90.91))
+  assert dict(mixtures.MIXTURES["dolma_mixture"]) == {
+    "cc_en": 46.23, "stack": 21.37, "c4": 16.19, "reddit": 6.94, "peS2o": 5.49, "books": 2.10,
+    "wiki": 1.66,
+  }  # fmt: skip
+  assert dict(mixtures.MIXTURES["python_mixture"]) == {
+    "python_reference": 90.91,
+    "package_descriptions": 9.09,
+  }
+
+
+@pytest.mark.parametrize(
+  ("dataset", "message"),
+  [
+    (seqio_dataset("wikipedia_mixure"), "unknown mixture .*did you mean 'wikipedia_mixture'"),
+    (seqio_dataset(None), "needs seqio_dataset.mixture_or_task_name"),
+    (seqio_dataset("python_mixture", split="test"), "train, validation, got 'test'"),
+    (DatasetConfig(type="json"), "needs json_dataset.path"),
+    (DatasetConfig(type="huggingface"), "needs huggingface_dataset.path"),
+  ],
+)
+def test_what_cannot_be_read_is_refused(dataset, message):
+  with pytest.raises(ValueError, match=message):
+    dataset.check(data_dir=None)
+
+
+def test_missing_files_are_named(tmp_path, monkeypatch):
+  wiki = seqio_dataset("wiki")
+  with pytest.raises(FileNotFoundError, match="data_dir .*nowhere does not exist"):
+    wiki.check(data_dir=str(tmp_path / "nowhere"))
+  monkeypatch.setenv("LL3M_DATA_DIR", str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=r"expected 32 shards .*wiki/train-.*found 0"):
+    wiki.check(data_dir=None)
+  (tmp_path / "wiki").mkdir()
+  for i in (0, 2):
+    (tmp_path / "wiki" / f"train-{i:05d}-of-00003.tfrecord").touch()
+  with pytest.raises(FileNotFoundError, match="expected 3 shards .*found 2"):
+    wiki.check(data_dir=None)
+  (tmp_path / "wiki" / "train-00001-of-00003.tfrecord").touch()
+  wiki.check(data_dir=None)
+  with pytest.raises(FileNotFoundError, match="validation-00000"):
+    wiki.check(data_dir=None, split_default="validation")
+  json_lines = DatasetConfig(
+    type="json", json_dataset=config.JsonDatasetConfig(path=str(tmp_path / "*.jsonl"))
+  )
+  with pytest.raises(FileNotFoundError, match=r"json_dataset.path: no file matches .*\*.jsonl"):
+    json_lines.check(data_dir=None)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"batch_size": 0},
+    {"num_shards": 0},
+    {"task_feature_lengths": (8, 8)},
+    {"task_feature_lengths": (1,)},
+    {"task_feature_field": ()},
+  ],
+)
+def test_numbers_that_make_no_sense(options):
+  with pytest.raises(ValueError, match="seqio_dataset"):
+    dataclasses.replace(SeqioDatasetConfig(), **options)
+
+
+def test_files_of_a_glob_over_folders(tmp_path):
+  for name in ("a/x.jsonl", "b/y.jsonl", "b/z.txt"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  found = config.list_files(f"{tmp_path}/*/*.jsonl", "json_dataset.path")
+  assert found == [f"{tmp_path}/a/x.jsonl", f"{tmp_path}/b/y.jsonl"]
+
+
+def test_options_and_tokenizers_load_without_tensorflow():
+  program = (
+    "import sys; import ll3m.data.config, ll3m.data.tokenizer_backends, ll3m.data.chat, "
+    "ll3m.data.gin_settings, ll3m.data.batches; "
+    "assert not {'tensorflow', 'seqio', 'transformers', 'torch'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,104 @@
+"""Datasets of the `datasets` library, downloaded and streamed; local files, no network."""
+
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from ll3m.data.batches import open_dataset
+from ll3m.data.config import (
+  DatasetConfig,
+  HuggingFaceDatasetConfig,
+  SeqioDatasetConfig,
+  TextProcessorConfig,
+)
+
+EXAMPLES = [
+  {"prompt": None if i % 9 == 4 else f"q{i}", "answer": f"a{i} " * (i % 5 + 1)} for i in range(60)
+]
+USABLE = [e for e in EXAMPLES if e["prompt"]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A dataset of two files, and caches that leave nothing behind."""
+  folder = tmp_path_factory.mktemp("dataset")
+  for i in range(2):
+    text = "".join(f"{json.dumps(e)}\n" for e in EXAMPLES[30 * i : 30 * i + 30])
+    (folder / f"part{i}.jsonl").write_text(text)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    yield str(folder)
+
+
+def config(source, *, streaming, num_shards=4, **kwargs):
+  return DatasetConfig(
+    type="huggingface",
+    huggingface_dataset=HuggingFaceDatasetConfig(path=source, streaming=streaming, **kwargs),
+    text_processor=TextProcessorConfig("[prompt],answer"),
+    seqio_dataset=SeqioDatasetConfig(
+      batch_size=3, num_shards=num_shards, task_feature_lengths=(32,)
+    ),
+  )
+
+
+def take(stream, count):
+  return list(itertools.islice(stream, count))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_shards", [2, 4])  # by file, by example
+def test_every_example_is_read_once(source, tokenizer, streaming, num_shards):
+  stream = open_dataset(
+    config(source, streaming=streaming, num_shards=num_shards),
+    tokenizer, rows=range(3), repeat=False,
+  )  # fmt: skip
+  batches = list(stream)
+  counts = {
+    "tokens": sum(len(tokenizer.encode(e["prompt"] + "")) + len(tokenizer.encode(e["answer"])) + 1
+                  for e in USABLE),
+    "ends": len(USABLE),
+  }  # fmt: skip
+  tokens = np.concatenate([b.inputs[b.segment_ids > 0] for b in batches])
+  assert counts == {"tokens": len(tokens), "ends": int(np.sum(tokens == tokenizer.eos_id))}
+  assert stream.skipped == {"field 'prompt' is not text": len(EXAMPLES) - len(USABLE)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_stream_resumes_exactly_on_other_processes(source, tokenizer, streaming, repeat):
+  def opened(rows):
+    return open_dataset(
+      config(source, streaming=streaming), tokenizer, rows=rows, seed=2, repeat=repeat
+    )
+
+  whole = opened(range(3))
+  take(whole, 4)
+  state = whole.state()
+  expected = take(whole, 60)  # with `repeat`, several passes
+  first, second = opened([1]), opened([2, 0])
+  for part in (first, second):
+    part.set_state(state)
+  for batch in expected:
+    one, two = next(first), next(second)
+    for field, a, b in zip(batch, one, two, strict=True):
+      np.testing.assert_array_equal(field, np.stack([b[1], a[0], b[0]]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shuffling_depends_on_the_seed(source, tokenizer, streaming):
+  first = {
+    seed: next(
+      open_dataset(config(source, streaming=streaming), tokenizer, rows=range(3), seed=seed)
+    ).inputs.tobytes()
+    for seed in (1, 2)
+  }
+  assert first[1] != first[2]
+
+
+def test_what_cannot_be_loaded_is_one_sentence(source, tokenizer):
+  for kwargs in ({"split": "nowhere"}, {"name": "no_such_name"}):
+    with pytest.raises(ValueError, match="huggingface dataset .* cannot be loaded"):
+      open_dataset(config(source, streaming=False, **kwargs), tokenizer, rows=[0])

@@ -1,0 +1,171 @@
+"""Mixtures over TFRecord shards, and tasks that users bring."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ll3m.data.batches import open_dataset
+from ll3m.data.config import DatasetConfig, SeqioDatasetConfig
+
+
+def write_shards(data_dir, source, split, documents, num_files):
+  """Deals texts to files, as tools/prepare_text.py does."""
+  import tensorflow as tf
+
+  (data_dir / source).mkdir(parents=True, exist_ok=True)
+  for i in range(num_files):
+    path = data_dir / source / f"{split}-{i:05d}-of-{num_files:05d}.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+      for number, text in list(enumerate(documents))[i::num_files]:
+        values = {"id": f"{number}", "text": text}
+        feature = {
+          key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode()]))
+          for key, value in values.items()
+        }
+        example = tf.train.Example(features=tf.train.Features(feature=feature))
+        writer.write(example.SerializeToString())
+
+
+def config(name, **kwargs):
+  defaults = {"task_feature_lengths": (16,), "batch_size": 4, "num_shards": 4}
+  return DatasetConfig(seqio_dataset=SeqioDatasetConfig(name, **defaults | kwargs))
+
+
+def texts_of(batches, tokenizer):
+  """Every document, put together again from the rows of its shard."""
+  documents = []
+  for rows in zip(*[zip(b.inputs, b.segment_ids, strict=True) for b in batches], strict=True):
+    tokens = [t for inputs, segments in rows for t in inputs[segments > 0].tolist()]
+    ends = [i for i, t in enumerate(tokens) if t == tokenizer.eos_id]
+    starts = [0, *(e + 1 for e in ends)]
+    documents += [tokenizer.decode(tokens[a:b]) for a, b in zip(starts, ends, strict=False)]
+  return documents
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_files", [3, 4, 9])  # by example, by file, by files unevenly
+def test_every_document_is_read_once(tmp_path, tokenizer, num_files, shuffle):
+  documents = [f"{i} " * (i % 7 + 1) for i in range(60)]
+  write_shards(tmp_path, "wiki", "validation", documents, num_files)
+  stream = open_dataset(
+    config("wiki", shuffle=shuffle),
+    tokenizer,
+    rows=range(4),
+    data_dir=str(tmp_path),
+    split_default="validation",
+    repeat=False,
+  )
+  found = texts_of(list(stream), tokenizer)
+  assert sorted(found) == sorted(documents)
+
+
+def test_a_mixture_draws_by_its_rates(tmp_path, tokenizer):
+  for source, text in (("cc_en", "if"), ("wiki", "for")):
+    write_shards(tmp_path, source, "train", [text] * 40, 4)
+  stream = open_dataset(
+    config("wikipedia_mixture"), tokenizer, rows=range(4), data_dir=str(tmp_path)
+  )
+  inputs = np.concatenate([b.inputs for b in itertools.islice(stream, 100)])
+  rare, common = (np.sum(inputs == tokenizer.encode(text)[0]) for text in ("if", "for"))
+  assert rare + common > 2500
+  # Four standard deviations of a share of 9.09 % among so many.
+  assert abs(rare / (rare + common) - 0.0909) < 4 * np.sqrt(0.0909 * 0.9091 / (rare + common))
+
+
+def test_shards_of_a_mixture_draw_independently(tmp_path, tokenizer):
+  for source, text in (("cc_en", "if"), ("wiki", "for")):
+    write_shards(tmp_path, source, "train", [text] * 40, 4)
+  stream = open_dataset(
+    config("wikipedia_mixture", task_feature_lengths=(64,)),
+    tokenizer, rows=range(4), data_dir=str(tmp_path),
+  )  # fmt: skip
+  rows = next(stream).inputs
+  assert len({row.tobytes() for row in rows}) == 4
+
+
+def test_a_damaged_shard_is_an_error(tmp_path, tokenizer):
+  write_shards(tmp_path, "wiki", "train", ["some text"] * 8, 1)
+  file = tmp_path / "wiki" / "train-00000-of-00001.tfrecord"
+  file.write_bytes(file.read_bytes()[:-5])
+  stream = open_dataset(config("wiki"), tokenizer, rows=range(4), data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match="^reading wiki failed: truncated record"):
+    list(itertools.islice(stream, 10))
+
+
+def test_too_few_documents_for_the_shards(tmp_path, tokenizer):
+  write_shards(tmp_path, "wiki", "train", ["one", "two"], 1)
+  stream = open_dataset(config("wiki"), tokenizer, rows=range(4), data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match=r"wiki: a shard has no usable document; lower .*num_shards"):
+    next(stream)
+
+
+OWN_TASKS = """
+import seqio, tensorflow as tf
+from ll3m.data import mixtures, sources, tasks
+from ll3m.data.vocabularies import RUN_VOCABULARY
+
+numbered = sources.IndexedSource(lambda split: [f"{split} {i}" for i in range(9)])
+tasks.add_text_task("own_text", numbered)
+tasks.add_mixture("own_mixture", [("own_text", 3.0), ("python_reference", 1.0)])
+
+def split(dataset, output_features):
+  def cut(example):
+    ids = output_features["targets"].vocabulary.encode_tf(example["text"])
+    return {"inputs": ids[:2], "targets": ids[2:], "targets_loss": tf.range(tf.size(ids) - 2) % 2}
+  return dataset.map(cut)
+
+feature = seqio.Feature(RUN_VOCABULARY)
+seqio.TaskRegistry.add(
+  "own_prompts",
+  source=sources.IndexedSource(lambda split: ["if x: return"] * 4),
+  preprocessors=[split],
+  output_features={"inputs": feature, "targets": feature, "targets_loss": feature},
+  shuffle_buffer_size=None,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def own_tasks(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("module")
+  (folder / "own_tasks_for_test.py").write_text(OWN_TASKS)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(folder)
+    yield "own_tasks_for_test"
+
+
+def test_tasks_of_the_users_own(own_tasks, tokenizer):
+  stream = open_dataset(
+    config("own_text", module=own_tasks), tokenizer, rows=range(4), repeat=False
+  )
+  assert sorted(texts_of(list(stream), tokenizer)) == [f"train {i}" for i in range(9)]
+  mixed = open_dataset(config("own_mixture", module=own_tasks), tokenizer, rows=range(4))
+  assert next(mixed).mask.any()
+
+
+def test_features_before_the_last_carry_no_loss(own_tasks, tokenizer):
+  ids = tokenizer.encode("if x: return")
+  stream = open_dataset(
+    config("own_prompts", module=own_tasks, task_feature_field=("inputs", "targets"),
+           task_feature_lengths=(2, len(ids) - 2), batch_size=1, num_shards=1),
+    tokenizer,
+    rows=[0],
+  )  # fmt: skip
+  batch = next(stream)
+  assert batch.inputs[0].tolist() == ids
+  assert batch.mask[0].tolist() == [0.0, *(float(i % 2) for i in range(len(ids) - 2)), 0.0]
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"name": "own_txt"}, "unknown mixture or task 'own_txt' .did you mean 'own_text'"),
+    ({"name": "own_text", "split": "test"}, "own_text has the splits train, validation, got 'tes"),
+    ({"name": "own_text", "task_feature_field": ("inputs",)}, "the features targets, not inputs"),
+    ({"name": "own_text", "module": "no_such_module"}, "'no_such_module' cannot be imported"),
+  ],
+)
+def test_what_a_module_does_not_have(own_tasks, tokenizer, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    open_dataset(config(**{"module": own_tasks} | kwargs), tokenizer, rows=range(4))

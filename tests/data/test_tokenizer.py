@@ -1,0 +1,128 @@
+"""Tokenizers; the oracle for ids is transformers (and sentencepiece for its own models)."""
+
+import json
+
+import pytest
+import sentencepiece
+import transformers
+
+from ll3m.data.config import TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
+
+TEXTS = (
+  "The `assert` statement",
+  "  two spaces, über  naïve 漢字 \U0001f600\n\n\ttab",
+  "",
+  "for x in range(10): print(x)",
+)
+CONTROL = "a</s>b <s> <|im_end|><|im_start|> c<unk>"
+
+
+def load(path, **kwargs):
+  return load_tokenizer(TokenizerConfig(path=str(path), **kwargs))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_transformers(folder, tokenizer, text):
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_a_document_begins_as_transformers_begins_it(train_tokenizer, tmp_path, bos, settings):
+  ours = load(train_tokenizer(tmp_path, bos=bos, **settings))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("if x")["input_ids"]
+  assert (theirs[0] == ours.token_id("<s>")) == (bos is not None)  # both cases are met
+  assert ours.encode_document("if x") == [*theirs, ours.token_id("<|im_end|>")]
+
+
+def test_control_strings_in_text_stay_text(tokenizer, mistral_model):
+  piece_wise = load(mistral_model)
+  for encoder, controls in ((tokenizer, "<|im_start|> <|im_end|> <s>"), (piece_wise, "<s> </s>")):
+    ids = encoder.encode(CONTROL)
+    assert not {encoder.token_id(control) for control in controls.split()} & set(ids)
+    assert encoder.decode(ids).replace("\N{REPLACEMENT CHARACTER}", "") == CONTROL
+
+
+def test_control_strings_stay_text_where_they_are_pieces_of_the_model(tmp_path):
+  from tokenizers import Tokenizer, models
+
+  pieces = ["<unk>", "</s>", *"abc</s> >"]
+  encoder = Tokenizer(models.Unigram([(p, -float(len(p) < 2)) for p in dict.fromkeys(pieces)], 0))
+  encoder.add_special_tokens(["</s>"])
+  encoder.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+  encoder.encode_special_tokens = True
+  assert encoder.token_to_id("</s>") in encoder.encode("a</s>b").ids  # the trap is real
+  ours = load(tmp_path)
+  assert ours.eos_id not in ours.encode("a</s>b")
+  assert ours.decode(ours.encode("a</s>b")).replace(" ", "") == "a</s>b"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentencepiece_documents(mistral_model, text):
+  model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
+  ours = load(mistral_model)
+  assert ours.vocab_size == 32000
+  assert ours.encode_document(text) == [1, *model.encode(text), 2]
+  assert ours.decode(ours.encode_document(text)) == model.decode(model.encode(text))
+
+
+def test_extra_tokens_are_appended_and_found_in_text(folder, mistral_model, tmp_path):
+  for name, source in (("bpe", folder), ("pieces", mistral_model)):
+    plain, more = load(source), load(source, extra_tokens=("<image>", "<audio>"))
+    assert more.vocab_size == plain.vocab_size + 2
+    ids = more.encode("see <audio> here")
+    assert ids.count(plain.vocab_size + 1) == 1 and plain.vocab_size not in ids
+    assert more.fingerprint != plain.fingerprint
+    more.save(tmp_path / name)
+    assert load(tmp_path / name).encode("see <audio> here") == ids
+
+
+def test_a_saved_folder_is_one_for_transformers(folder, mistral_model, tmp_path):
+  for name, source in (("bpe", folder), ("pieces", mistral_model)):
+    load(source).save(tmp_path / name)
+    again = load(tmp_path / name)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+    assert again.encode(TEXTS[3]) == theirs(TEXTS[3], add_special_tokens=False)["input_ids"]
+    assert again.encode_document("x") == load(source).encode_document("x")
+    assert theirs.eos_token_id == again.eos_id
+
+
+def test_where_a_named_tokenizer_comes_from(folder, mistral_model):
+  def named(name, path=None, **kwargs):
+    return load_tokenizer(TokenizerConfig(type=name, path=path), **kwargs).vocab_size
+
+  own = load(folder).vocab_size
+  assert load_tokenizer(TokenizerConfig(), checkpoint_dir=folder).vocab_size == own
+  assert named("llama", checkpoint_dir=folder, family="llama") == own
+  assert named("mistral", str(mistral_model), checkpoint_dir=folder, family="llama") == 32000
+  assert named(str(mistral_model), checkpoint_dir=folder, family="llama") == 32000
+  with pytest.raises(ValueError, match="'phi' was asked for, but the checkpoint brings 'llama'"):
+    named("phi", checkpoint_dir=folder, family="llama")
+  with pytest.raises(FileNotFoundError, match="tokenizer 'llama' is needed"):
+    named("llama")
+  with pytest.raises(FileNotFoundError, match="no tokenizer at 'lama': expected one of llama"):
+    named("lama")
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(folder):
+  size = load(folder).vocab_size
+  load_tokenizer(TokenizerConfig(path=str(folder)), embedding_size=size)
+  with pytest.raises(ValueError, match=rf"larger than the embedding: {size + 1} ids \(1 of"):
+    load_tokenizer(TokenizerConfig(path=str(folder), extra_tokens=("<x>",)), embedding_size=size)
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+  (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01nonsense")
+  with pytest.raises(ValueError, match="not a SentencePiece model"):
+    load(tmp_path / "tokenizer.model")
+  (tmp_path / "tokenizer.json").write_text("{}")
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+  with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+    load(tmp_path)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+    load(tmp_path / "empty")

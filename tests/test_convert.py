@@ -1,0 +1,55 @@
+"""The command, as it is typed; what it converts to is tests/hf/test_conversion.py's."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures" / "parity"
+
+
+def convert(*arguments) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "ll3m.convert", *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_converts_and_says_what_it_ignored(tmp_path):
+  """The reference's own spelling: --output_file."""
+  output = tmp_path / "converted"
+  done = convert(f"--checkpoint_dir={FIXTURES / 'open_llama_sharded'}", f"--output_file={output}")
+  assert done.returncode == 0, done.stderr
+  assert "convert: 100%" in done.stderr and "B/s" in done.stderr
+  assert "ignored 2 tensors" in done.stdout
+  assert "  model.layers.1.self_attn.rotary_emb.inv_freq\n" in done.stdout
+  assert "converted a llama model of 30,680 parameters" in done.stdout
+  assert json.loads((output / "ll3m.json").read_text())["family"] == "llama"
+
+
+@pytest.fixture
+def broken(tmp_path):
+  """A checkpoint whose weights are cut short."""
+  folder = shutil.copytree(FIXTURES / "llama2", tmp_path / "broken")
+  weights = folder / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-100])
+  return folder
+
+
+def test_an_error_is_one_sentence_and_nothing_is_written(broken, tmp_path):
+  output = tmp_path / "converted"
+  done = convert(f"--checkpoint_dir={broken}", f"--output_dir={output}", "--dtype=f32")
+  assert done.returncode == 1
+  assert not output.exists()
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith(f"error: {broken / 'model.safetensors'} is truncated: expected ")
+  assert "Traceback" not in done.stderr
+
+
+def test_two_output_folders_are_refused(broken):
+  done = convert(f"--checkpoint_dir={broken}", "--output_dir=a", "--output_file=b")
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1] == (
+    "error: --output_dir=a and --output_file=b name two folders"
+  )

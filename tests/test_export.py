@@ -1,0 +1,46 @@
+"""The command, as it is typed; what it exports is tests/hf/test_exporting.py's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes  # registers bfloat16, which safetensors looks up by name
+import numpy as np
+from safetensors.numpy import load_file
+
+from ll3m.hf.conversion import convert_model
+from ll3m.hf.model_files import open_model
+
+FIXTURE = Path(__file__).parent / "fixtures" / "parity" / "llama2_modern"
+
+
+def export(*arguments) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "ll3m.export", *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_exports_shards_in_another_type(tmp_path):
+  convert_model(open_model(FIXTURE), tmp_path / "converted")
+  output = tmp_path / "exported"
+  done = export(
+    f"--checkpoint={tmp_path / 'converted'}", f"--output_dir={output}",
+    "--dtype=bf16", "--max_shard_size=10KB",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "export: 100%" in done.stderr
+  assert "exported a llama model of 15,336 parameters" in done.stdout
+  found = {k: v for file in output.glob("*.safetensors") for k, v in load_file(file).items()}
+  expected = load_file(FIXTURE / "model.safetensors")
+  assert found.keys() == expected.keys()
+  for name, values in expected.items():
+    np.testing.assert_array_equal(found[name], values.astype(ml_dtypes.bfloat16))
+
+
+def test_an_unfinished_checkpoint_is_refused(tmp_path):
+  (tmp_path / "params").mkdir()
+  done = export(f"--checkpoint={tmp_path}", f"--output_dir={tmp_path / 'exported'}")
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1] == (
+    f"error: not a complete checkpoint: {tmp_path} has no ll3m.json"
+  )
+  assert not (tmp_path / "exported").exists()

@@ -1,0 +1,205 @@
+"""Training as a user runs it: a whole run, a killed and resumed one, and what can be loaded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ll3m.core import checkpoint, run
+from ll3m.core.config import ModelConfig
+from ll3m.training import logger
+
+TOTAL = 40
+MODEL = (
+  "vocab_size=258,d_model=16,d_ff=24,num_layers=2,num_heads=2,num_kv_heads=1,head_dim=8,"
+  "max_positions=64"
+)
+
+
+@pytest.fixture(scope="session")
+def arguments(byte_tokenizer) -> list[str]:
+  """A tiny model on a real mixture; two micro-steps, evaluation and checkpoints on the way."""
+  return [
+    "--load_model_config=smollm2_135m",
+    f"--update_model_config={MODEL}",
+    f"--tokenizer.path={byte_tokenizer}",
+    "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
+    "--train_dataset.seqio_dataset.batch_size=2",
+    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
+    "--train_dataset.seqio_dataset.num_shards=3",
+    f"--total_steps={TOTAL}",
+    "--save_model_freq=10",
+    "--log_freq=1",
+    "--eval_steps=2",
+    "--optimizer.accumulate_gradient_steps=2",
+    "--optimizer.adamw_optimizer.lr=0.01",
+    "--z_loss=1e-4",
+  ]
+
+
+@pytest.fixture(scope="session")
+def finished(arguments, run_command, tmp_path_factory) -> Path:
+  """The output_dir of an uninterrupted run, logged to Weights & Biases offline."""
+  output = tmp_path_factory.mktemp("runs") / "finished"
+  done = run_command(
+    "train",
+    *arguments,
+    f"--logger.output_dir={output}",
+    "--logger.online",
+    "--checkpointer.max_to_keep=3",
+    env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+  )
+  assert done.returncode == 0, done.stderr
+  (output / "stderr.txt").write_text(done.stderr)
+  return output
+
+
+def everything(step: Path) -> dict[str, np.ndarray]:
+  """Every array of a step folder, as Orbax reads it, and the position in the data."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  arrays = {}
+  for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
+    reader = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(
+      lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
+      reader.metadata(step / item).tree,
+      is_leaf=lambda leaf: hasattr(leaf, "shape"),
+    )
+    tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    arrays |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+  for name, value in run.restore_dataset_state(step).items():
+    arrays[f"dataset/{name}"] = np.frombuffer(value, np.uint8)
+  return arrays
+
+
+def assert_same(step: Path, other: Path) -> None:
+  ours, theirs = everything(step), everything(other)
+  assert ours.keys() == theirs.keys()
+  different = [
+    n for n in ours if not n.startswith("dataset") and ours[n].tobytes() != theirs[n].tobytes()
+  ]
+  assert not different
+
+
+def losses(output: Path) -> dict[int, float]:
+  return {
+    r["step"]: r["loss"] for r in logger.read_metrics(output / "metrics.jsonl") if "loss" in r
+  }
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  records = logger.read_metrics(finished / "metrics.jsonl")
+  training = [r for r in records if "loss" in r]
+  assert [r["step"] for r in training] == list(range(1, TOTAL + 1))
+  for record in training:
+    assert set(record) == {
+      "step", "loss", "z_loss", "accuracy", "learning_rate", "gradient_norm", "parameter_norm",
+      "tokens_per_second", "step_seconds",
+    }  # fmt: skip
+    assert all(np.isfinite(list(record.values())))
+  assert abs(training[0]["loss"] - np.log(258)) < 0.3  # random parameters know nothing
+  held_out = [r for r in records if "eval_loss" in r]
+  assert [r["step"] for r in held_out] == [0, TOTAL]
+  assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
+  assert held_out[1]["eval_perplexity"] == pytest.approx(np.exp(held_out[1]["eval_loss"]))
+  assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert list((finished / "tensorboard").glob("events.*"))
+  assert list((finished / "wandb").glob("offline-run-*/*.wandb"))
+  assert json.loads((finished / "flags.json").read_text())["optimizer.adamw_optimizer.lr"] == 0.01
+  assert checkpoint.finished_steps(finished) == [20, 30, 40]
+  assert "step 40/40" in (finished / "stderr.txt").read_text()
+  assert "\x1b" not in (finished / "stderr.txt").read_text()  # no control codes in a log
+
+
+def test_checkpoints_hold_model_and_tokenizer(finished):
+  opened = checkpoint.open_checkpoint(finished)
+  assert opened.step == TOTAL and opened.family == "llama"
+  assert opened.config.d_model == 16 and isinstance(opened.config, ModelConfig)
+  assert (opened.tokenizer_dir / "tokenizer.json").exists()
+  assert checkpoint.open_checkpoint(finished / "checkpoints" / "20").step == 20
+
+
+@pytest.fixture(scope="session")
+def killed_and_resumed(arguments, run_command, tmp_path_factory) -> Path:
+  """The output_dir of a run that was killed after a checkpoint and started again."""
+  output = tmp_path_factory.mktemp("runs") / "killed"
+  command = [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"]
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    deadline = time.monotonic() + 240
+    while not checkpoint.finished_steps(output):
+      assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+  assert checkpoint.finished_steps(output)[-1] < TOTAL  # it was killed on the way
+  done = run_command("train", *arguments, f"--logger.output_dir={output}")
+  assert done.returncode == 0, done.stderr
+  (output / "resumed.txt").write_text(done.stderr)
+  return output
+
+
+def test_a_killed_run_goes_on_to_the_bit(finished, killed_and_resumed):
+  assert "resuming from step" in (killed_and_resumed / "resumed.txt").read_text()
+  last = Path("checkpoints") / str(TOTAL)
+  assert_same(finished / last, killed_and_resumed / last)
+  assert losses(finished) == losses(killed_and_resumed)
+
+
+def test_trainstate_and_dataset_state_go_on_to_the_bit(finished, arguments, run_command, tmp_path):
+  """From another run's step into a new output_dir."""
+  step = finished / "checkpoints" / "30"
+  done = run_command(
+    "train",
+    *arguments,
+    f"--load_checkpoint=trainstate::{step}",
+    f"--load_dataset_state={step}",
+    f"--logger.output_dir={tmp_path}",
+  )
+  assert done.returncode == 0, done.stderr
+  last = Path("checkpoints") / str(TOTAL)
+  assert_same(finished / last, tmp_path / last)
+
+
+def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
+  finished, arguments, run_command, tmp_path
+):
+  command = [
+    *arguments[3:],
+    f"--load_checkpoint=trainstate_params::{finished}",
+    f"--logger.output_dir={tmp_path}",
+    "--checkpointer.save_optimizer_state=False",
+  ]
+  done = run_command("train", *command, "--total_steps=1")
+  assert done.returncode == 0, done.stderr
+  first = losses(tmp_path)[1]
+  assert first < losses(finished)[1] - 0.1  # it started from what the other run had learned
+  again = run_command("train", *command, "--total_steps=2")
+  assert again.returncode == 1
+  assert "saved without the optimizer's state" in again.stderr.splitlines()[-1]
+  assert "--load_checkpoint=params::" in again.stderr.splitlines()[-1]
+
+
+def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_command):
+  flags = [a.replace("--train_dataset", "--eval_dataset") for a in arguments[3:7]]
+  done = run_command("evaluate", f"--checkpoint={finished}", *flags, "--eval_steps=2", "--json")
+  assert done.returncode == 0, done.stderr
+  record = json.loads(done.stdout)
+  last = logger.read_metrics(finished / "metrics.jsonl")[-1]
+  assert record["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+  assert record["accuracy"] == last["eval_accuracy"]
+
+
+def test_a_dry_run_plans_and_writes_nothing(arguments, run_command, tmp_path):
+  done = run_command("train", *arguments, f"--logger.output_dir={tmp_path / 'out'}", "--dry_run")
+  assert done.returncode == 0, done.stderr
+  assert "128 tokens per optimizer step" in done.stdout
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,137 @@
+"""Every wrong flag of the trainer ends in one sentence, before weights are loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+GOOD = {
+  "load_model_config": "tiny_llama_1b",
+  "logger.output_dir": "OUT",
+  "train_dataset.seqio_dataset.mixture_or_task_name": "python_mixture",
+  "tokenizer.path": "TOKENIZER",
+}
+CASES = {
+  "preset": ({"load_model_config": "llama2_8b"}, "did you mean 'llama2_7b'"),
+  "field": ({"update_model_config": "d_modle=3"}, "did you mean 'd_model'"),
+  "value": ({"update_model_config": "d_model=__import__('os')"}, "d_model must be int, got"),
+  "heads": ({"update_model_config": "num_heads=30"}, "must be a multiple of num_kv_heads (4)"),
+  "mixture": (
+    {"train_dataset.seqio_dataset.mixture_or_task_name": "wikipedia_mixtur"},
+    "did you mean 'wikipedia_mixture'",
+  ),
+  "data_dir": (
+    {
+      "train_dataset.seqio_dataset.mixture_or_task_name": "wikipedia_mixture",
+      "data_dir": "/nowhere",
+    },
+    "data_dir /nowhere does not exist",
+  ),
+  "mesh form": ({"mesh_dim": "1,2"}, "--mesh_dim expects dp,fsdp,mp, e.g. -1,2,4"),
+  "mesh size": ({"mesh_dim": "1,3,1"}, "needs 3 devices, there are 1"),
+  "batch": (
+    {"train_dataset.seqio_dataset.batch_size": "0"},
+    "batch_size must be at least 1, got 0",
+  ),
+  "length": (
+    {"train_dataset.seqio_dataset.task_feature_lengths": "(4096,)"},
+    "rows of 4096 tokens are longer than the model's 2048 positions",
+  ),
+  "checkpoint kind": ({"load_checkpoint": "weights::x"}, "expects one of params::PATH"),
+  "checkpoint path": ({"load_checkpoint": "params::/nowhere"}, "no such folder"),
+  "steps": ({"total_steps": "0"}, "--total_steps must be at least 1, got 0"),
+  "milestones": (
+    {"save_model_freq": "4", "save_milestone_freq": "6"},
+    "must be a multiple of --save_model_freq (4)",
+  ),
+  "schedule": (
+    {
+      "optimizer.adamw_optimizer.lr_warmup_steps": "9",
+      "optimizer.adamw_optimizer.lr_decay_steps": "8",
+    },
+    "must be larger than lr_warmup_steps (9)",
+  ),
+  "no output": ({"logger.output_dir": ""}, "--logger.output_dir must be given"),
+  "tokenizer": ({"tokenizer.path": "/nowhere"}, "no tokenizer at '/nowhere'"),
+  "vocabulary": (
+    {"update_model_config": "vocab_size=100"},
+    "larger than the embedding: 258 ids, 100 rows",
+  ),
+  "gin": ({"gin_bindings": "data.data_utils.nothing.x=1"}, "gin settings"),
+}  # fmt: skip
+
+# Runs many command lines in one process: importing takes longer than any of them.
+DRIVER = """
+import json, sys
+from absl import flags
+from ll3m import train
+for name, arguments in json.load(sys.stdin).items():
+  flags.FLAGS.unparse_flags()
+  for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]:
+    flag.value = flag.default
+    flag.present = 0
+  flags.FLAGS(["train", *arguments])
+  try:
+    train.read_run()
+    outcome = "accepted"
+  except (ValueError, NotImplementedError, OSError) as error:
+    outcome = str(error)
+  print(json.dumps([name, outcome]))
+print("tensorflow" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(byte_tokenizer, tmp_path_factory) -> dict[str, str]:
+  folder = tmp_path_factory.mktemp("flags")
+
+  def command(changes):
+    values = GOOD | {"tokenizer.path": str(byte_tokenizer), "logger.output_dir": str(folder / "o")}
+    return [f"--{name}={value}" for name, value in (values | changes).items()]
+
+  lines = {"good": command({})} | {name: command(changes) for name, (changes, _) in CASES.items()}
+  done = subprocess.run(
+    [sys.executable, "-c", DRIVER],
+    input=json.dumps(lines),
+    capture_output=True,
+    text=True,
+    env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+  )
+  assert done.returncode == 0, done.stderr
+  *rows, tensorflow = done.stdout.splitlines()
+  assert tensorflow == "False"  # a mistake is told before anything slow is imported
+  assert not (folder / "o").exists()
+  return dict(json.loads(row) for row in rows)
+
+
+def test_the_flags_are_otherwise_good(outcomes):
+  assert outcomes["good"] == "accepted"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_flags_are_explained(outcomes, name):
+  assert CASES[name][1] in outcomes[name]
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--optimzer.type=adamw", "Did you mean: optimizer.type"),
+    ("--optimizer.type=adam", "value should be one of <adamw|"),
+    ("--total_steps=many", "total_steps"),
+    ("--train_dataset.seqio_dataset.task_feature_lengths=2048)", "expected a Python tuple"),
+  ],
+)
+def test_flags_that_do_not_parse_exit_with_one_sentence(run_command, argument, message):
+  done = run_command("train", argument)
+  assert done.returncode == 2
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("error: ") and message in last
+  assert "Traceback" not in done.stderr
+
+
+def test_spaces_around_the_equals_sign_are_refused(run_command):
+  done = run_command("train", "--checkpointer.save_optimizer_state", "=", "False")
+  assert done.returncode == 2
+  assert "unexpected arguments: = False" in done.stderr.splitlines()[-1]
