@@ -12,6 +12,7 @@ from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
+from ll3m.training.inputs import batch_shapes
 from ll3m.training.setup import DTYPES, ModelOptions, build_model, check_length, choose_model
 from ll3m.training.step import make_eval_step
 
@@ -73,9 +74,11 @@ def main() -> None:
   params = source.load_params(
     dtype=DTYPES[options.dtype], shardings=sharding.parameter_shardings(shapes, mesh)
   )
+  shape = (dataset.seqio_dataset.batch_size, dataset.seqio_dataset.length)
+  eval_step = jax.jit(make_eval_step(model)).lower(params, batch_shapes(mesh, *shape)).compile()
   with tqdm(total=options.eval_steps, unit="batch", disable=None, leave=False) as bar:
     record = evaluate(
-      jax.jit(make_eval_step(model)),
+      eval_step,
       params,
       batches,
       steps=options.eval_steps,

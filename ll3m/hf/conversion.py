@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from ll3m.core import checkpoint, parameter_store
+from ll3m.core.progress import byte_bar
 from ll3m.hf.mapping import parameter_shapes
 from ll3m.hf.model_files import HfModel
 from ll3m.hf.tensors import read_part
@@ -65,7 +65,7 @@ def convert_model(
 
   writer = parameter_store.ParameterWriter(output / checkpoint.PARAMS, shapes, dtypes, stacked)
   digests = {path: [0] * (shape[0] if stacked[path] else 1) for path, shape in shapes.items()}
-  with tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="convert") as bar:
+  with byte_bar(nbytes, "convert") as bar:
 
     def convert_tensor(name: str) -> None:
       spec, digest = model.specs[name], 0

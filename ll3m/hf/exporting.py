@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from tqdm import tqdm
 
 from ll3m import families
 from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
+from ll3m.core.progress import byte_bar
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec, expected_tensors, parameter_shapes
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -143,7 +143,7 @@ def _write_tensors(
     names.setdefault(spec.ours, []).append(name)
   digests = checkpoint.meta.get("digests", {})
   total = sum(info.nbytes for info in tensors.values())
-  with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="export") as bar:
+  with byte_bar(total, "export") as bar:
     for path, layers in names.items():
       stacked = specs[layers[0]].layer is not None
       for start, values in _blocks(checkpoint.params_path, path, arrays[path], stacked):

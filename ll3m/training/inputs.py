@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,3 +28,10 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 def stack_micro_steps(batches: Iterator[Batch], count: int) -> Batch:
   """Joins the next micro-steps of an optimizer step: [A, b, T]."""
   return jax.tree.map(lambda *arrays: np.stack(arrays), *(next(batches) for _ in range(count)))
+
+
+def batch_shapes(mesh: Mesh, *shape: int) -> Batch:
+  """Returns the shapes and shardings of a global batch, [B, T] or [A, B, T]: to compile for."""
+  placement = sharding.batch_sharding(mesh, leading=len(shape) - 2)
+  dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+  return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=placement) for dtype in dtypes))

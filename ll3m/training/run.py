@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -26,6 +25,7 @@ from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelSource
 from ll3m.training.evaluation import evaluate
+from ll3m.training.inputs import batch_shapes
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.setup import StatePlan, TrainModelOptions
@@ -143,14 +143,12 @@ class Run:
 
   def batch_shapes(self) -> Batch:
     """Returns the shapes and shardings of an optimizer step's batch, [A, B, T]."""
-    shape = (
+    return batch_shapes(
+      self.mesh,
       self.optimizer.accumulate_gradient_steps,
       self.train_dataset.seqio_dataset.batch_size,
       self.length,
     )
-    placement = sharding.batch_sharding(self.mesh, leading=1)
-    dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-    return Batch(*(jax.ShapeDtypeStruct(shape, d, sharding=placement) for d in dtypes))
 
 
 def _shards(x: jax.ShapeDtypeStruct) -> int:

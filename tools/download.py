@@ -1,0 +1,69 @@
+"""Downloads a model from the Hugging Face Hub: weights, config and tokenizer.
+
+python tools/download.py --repo_id=meta-llama/Llama-2-7b-hf --access_token=TOKEN
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from ll3m.core import flags
+
+_COMPANIONS = ("*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class DownloadOptions:
+  """Flags of the command."""
+
+  repo_id: str | None = flags.option(None, "OWNER/NAME of the model.")
+  access_token: str | None = flags.option(
+    None, "For models that ask for one; $HF_TOKEN or a stored login by default. Never printed."
+  )
+  output_dir: str | None = flags.option(None, "Folder to fill; checkpoints/OWNER/NAME by default.")
+  revision: str | None = flags.option(None, "Branch, tag or commit.")
+
+
+flags.define("", DownloadOptions)
+
+
+def main() -> None:
+  """Downloads; what is there already is not fetched again."""
+  options = flags.read("", DownloadOptions)
+  flags.require(options.repo_id, "repo_id")
+  output = Path(options.output_dir or Path("checkpoints") / options.repo_id)
+  try:
+    download(options, output)
+  except Exception as error:
+    # An HTTP library may put the request's headers into its message.
+    sentence = f"cannot download {options.repo_id}: {' '.join(str(error).split())}"
+    for secret in filter(None, (options.access_token, os.environ.get("HF_TOKEN"))):
+      sentence = sentence.replace(secret, "***")
+    raise ValueError(sentence) from None
+  print(f"downloaded {options.repo_id} to {output}")
+
+
+def download(options: DownloadOptions, output: Path) -> None:
+  """Fetches safetensors where there are any, else .bin files."""
+  import huggingface_hub
+
+  api = huggingface_hub.HfApi(token=options.access_token)
+  names = api.list_repo_files(options.repo_id, revision=options.revision)
+  # Repositories hold other copies of the weights in sub-folders and for other programs.
+  top = [name for name in names if "/" not in name]
+  weights = next((kind for kind in _WEIGHTS if any(name.endswith(kind[1:]) for name in top)), None)
+  if weights is None:
+    raise ValueError(f"it holds neither safetensors nor .bin files, only {', '.join(top[:10])}")
+  huggingface_hub.snapshot_download(
+    options.repo_id,
+    revision=options.revision,
+    token=options.access_token,
+    local_dir=output,
+    allow_patterns=[weights, *_COMPANIONS],
+    ignore_patterns=["*/*"],
+  )
+
+
+if __name__ == "__main__":
+  flags.run(main)
