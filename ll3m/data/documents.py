@@ -71,7 +71,9 @@ class SeqioCorpus(Corpus):
     options = tf.data.Options()
     options.threading.private_threadpool_size = _THREADS
     options.threading.max_intra_op_parallelism = 1
-    options.autotune.ram_budget = 1 << 26  # bytes, of prefetched documents
+    # An autotuner sleeps longer and longer between its rounds, and closing the pipeline waits for
+    # it to wake: at the end of a run for up to a minute.
+    options.autotune.enabled = False
     return SeqioDocuments(dataset.with_options(options), self.label)
 
   def _join(self, features: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:

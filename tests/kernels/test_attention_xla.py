@@ -79,15 +79,15 @@ def test_equals_the_reference(case, lengths, block, monkeypatch):
 def test_many_blocks_are_merged():
   options = xla._Options(1.0, True, None, None)
   assert len(list(xla._blocks(options, 10_000, 10_000))) == 32
-  assert [rows for rows, _ in xla._blocks(options, 300, 300)] == [slice(0, 256), slice(256, 300)]
+  assert [rows for rows, _ in xla._blocks(options, 200, 200)] == [slice(0, 128), slice(128, 200)]
 
 
 def test_blocks_read_only_what_they_see():
   options = xla._Options(1.0, True, (100, 0), None)
-  assert list(xla._blocks(options, 600, 600)) == [
-    (slice(0, 256), slice(0, 256)),
-    (slice(256, 512), slice(156, 512)),
-    (slice(512, 600), slice(412, 600)),
+  assert list(xla._blocks(options, 300, 300)) == [
+    (slice(0, 128), slice(0, 128)),
+    (slice(128, 256), slice(28, 256)),
+    (slice(256, 300), slice(156, 300)),
   ]
 
 

@@ -2,8 +2,8 @@
 
 Queries are taken in blocks, and a block reads only the keys that the causal mask and the window
 let some of it see. The backward pass computes the scores again from their log-sum-exp (Dao, 2023):
-XLA's own gradient would keep three arrays of that size per layer. On two CPU cores, 2 x 512 tokens
-and SmolLM2's heads, forward and backward take a third of the time of `reference`.
+XLA's own gradient would keep three arrays of that size per layer. For 2 x 512 tokens and SmolLM2's
+heads, forward and backward take 39 ms of CPU time where `reference` takes 110.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # Shorter blocks skip more of what is masked but make smaller products.
-_BLOCK = 256
+_BLOCK = 128
 # Long sequences get longer blocks: each one is compiled.
 _MOST_BLOCKS = 32
 # Far below any score, yet finite: a row of -inf would turn into NaN.
