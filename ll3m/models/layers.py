@@ -92,7 +92,7 @@ class FeedForward(hk.Module):
   """The gated (SwiGLU, GeGLU) or plain feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, fused: bool, name: str = "mlp"):
-    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.engine`)."""
+    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.decoder`)."""
     super().__init__(name=name)
     self._config = config
     self._fused = fused

@@ -1,4 +1,4 @@
-"""Attention in plain jnp: the implementation "xla", and what the kernels are held against."""
+"""Attention in plain jnp, all scores in memory: what every implementation is held against."""
 
 import jax
 import jax.numpy as jnp
