@@ -147,7 +147,7 @@ class Logger:
         f"ETA {_duration(remaining)}"
       )
 
-  def _append(self, record: Mapping[str, float]) -> None:
+  def _append(self, record: Mapping[str, Any]) -> None:
     if _is_local(self._path):
       with open(self._path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

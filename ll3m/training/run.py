@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.run import (
   CheckpointerConfig,
+  Position,
   RunCheckpoints,
   restore_dataset_state,
   restore_step,
@@ -28,7 +30,7 @@ from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.setup import StatePlan, TrainModelOptions
+from ll3m.training.setup import StatePlan, TrainModelOptions, check_same_model
 from ll3m.training.step import TrainState
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
@@ -128,7 +130,10 @@ class Run:
     """Returns what will be trained on what, in a few lines."""
     rows = self.train_dataset.seqio_dataset.batch_size
     steps = self.optimizer.accumulate_gradient_steps
-    state_bytes = sum(x.size * x.dtype.itemsize // _shards(x) for x in jax.tree.leaves(plan.state))
+    state_bytes = sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(plan.state)
+    )
     mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
     return "\n".join(
       [
@@ -149,10 +154,6 @@ class Run:
       self.train_dataset.seqio_dataset.batch_size,
       self.length,
     )
-
-
-def _shards(x: jax.ShapeDtypeStruct) -> int:
-  return x.size // max(1, int(np.prod(x.sharding.shard_shape(x.shape)))) if x.size else 1
 
 
 def initial_state(
@@ -176,14 +177,15 @@ def initial_state(
       raise ValueError(
         f"this run's data is split into num_shards={position.meta['num_shards']}, got {shards}"
       )
-    return _state(plan, position.step, position), position.dataset
+    check_same_model(run.config, ModelConfig.from_dict(position.meta["config"]))
+    return _state(plan, position), position.dataset
   dataset = {}
   if options.load_dataset_state:
     dataset = restore_dataset_state(options.load_dataset_state)
   rng = jax.random.key_data(jax.random.key(options.seed))
   if run.load_kind == "trainstate":
     position = restore_step(run.source.path, params=plan.params, opt_state=plan.state.opt_state)
-    return _state(plan, position.step, position), dataset
+    return _state(plan, position), dataset
   if run.source is None:
     params = plan.init(jax.random.key(options.seed))
   else:
@@ -192,10 +194,10 @@ def initial_state(
   return plan.start(params, rng), dataset
 
 
-def _state(plan: StatePlan, step: int, position: Any) -> TrainState:
+def _state(plan: StatePlan, position: Position) -> TrainState:
   everywhere = plan.state.step.sharding
   return TrainState(
-    step=jax.device_put(np.int32(step), everywhere),
+    step=jax.device_put(np.int32(position.step), everywhere),
     params=position.params,
     opt_state=position.opt_state,
     rng=jax.device_put(np.asarray(position.meta["rng"], np.uint32), everywhere),

@@ -80,7 +80,7 @@ def test_prefill_and_steps_equal_the_full_forward(name):
     tokens = np.array([row[column - start] for row, start in zip(rows, starts, strict=True)])
     hidden, cache = decoder.step(weights, cache, tokens, np.int32(column), starts)
     found.append(decoder.logits(weights.ends, hidden))
-  assert cache[0][0].shape == (3, cache_length, config.num_kv_heads, config.head_dim)
+  assert cache[0][0].shape == (3, config.num_kv_heads, cache_length, config.head_dim)
 
   found = np.stack(found, axis=1)  # [B, steps, V]
   for row, length, logits in zip(rows, lengths, found, strict=True):

@@ -1,0 +1,107 @@
+"""Checkpoints of a run: retention, what is refused, and what is restored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ll3m import families
+from ll3m.core import checkpoint
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state, restore_step
+
+CONFIG = families.get_preset("llama2_7b").config
+PARAMS = {
+  "layers/attention/query": {"w": jnp.arange(6.0).reshape(2, 3)},
+  "embed": {"e": jnp.ones(2)},
+}
+STATE = optax.adam(0.1).init(PARAMS)
+
+
+def save(checkpoints, step):
+  checkpoints.save(
+    step,
+    params=PARAMS,
+    opt_state=STATE,
+    meta=checkpoint.model_meta("llama", CONFIG) | {"step": step},
+    dataset={"shard": b"\x00position %d" % step},
+  )
+
+
+def like(tree):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def test_keeps_the_last_and_the_milestones(tmp_path):
+  with RunCheckpoints(tmp_path, CheckpointerConfig(max_to_keep=2), milestone_steps=4) as saved:
+    for step in range(1, 8):
+      save(saved, step)
+  assert checkpoint.finished_steps(tmp_path) == [4, 6, 7]
+  assert checkpoint.open_checkpoint(tmp_path).step == 7
+
+
+def test_restores_everything_exactly(tmp_path):
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    save(saved, 3)
+  restored = restore_step(
+    tmp_path / "checkpoints" / "3", params=like(PARAMS), opt_state=like(STATE)
+  )
+  assert restored.step == 3 and restored.dataset == {"shard": b"\x00position 3"}
+  assert jax.tree.structure(restored.opt_state) == jax.tree.structure(STATE)
+  for ours, saved in ((restored.params, PARAMS), (restored.opt_state, STATE)):
+    jax.tree.map(np.testing.assert_array_equal, ours, saved)
+  assert restore_dataset_state(tmp_path) == restored.dataset
+  params = checkpoint.restore_params(checkpoint.open_checkpoint(tmp_path), dtype=jnp.bfloat16)
+  assert params["layers/attention/query"]["w"].dtype == jnp.bfloat16
+
+
+def test_says_what_differs(tmp_path):
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    save(saved, 1)
+  other = {"layers/attention/query": {"w": jnp.zeros((4, 3))}, "head": {"w": jnp.ones(1)}}
+  with pytest.raises(ValueError, match="parameters differ") as error:
+    restore_step(tmp_path / "checkpoints" / "1", params=like(other), opt_state=like(STATE))
+  for part in ("embed/e is not in the run", "head/w was not saved",
+               "layers/attention/query/w has shape (2, 3), expected (4, 3)"):  # fmt: skip
+    assert part in str(error.value)
+  lion = optax.lion(0.1).init(PARAMS)
+  with pytest.raises(ValueError, match="optimizer's state differ"):
+    restore_step(tmp_path / "checkpoints" / "1", params=like(PARAMS), opt_state=like(lion))
+
+
+def test_parameters_alone_cannot_be_resumed(tmp_path):
+  with RunCheckpoints(tmp_path, CheckpointerConfig(save_optimizer_state=False)) as saved:
+    save(saved, 1)
+  step = tmp_path / "checkpoints" / "1"
+  with pytest.raises(ValueError, match="saved without the optimizer's state"):
+    restore_step(step, params=like(PARAMS), opt_state=like(STATE))
+  with pytest.raises(ValueError, match="no data position was saved"):
+    restore_dataset_state(step)
+  assert checkpoint.restore_params(checkpoint.open_checkpoint(step)).keys() == PARAMS.keys()
+
+
+def test_incomplete_folders_are_refused(tmp_path):
+  with pytest.raises(FileNotFoundError, match="there is no such folder"):
+    checkpoint.open_checkpoint(tmp_path / "nothing")
+  with pytest.raises(ValueError, match="not a complete checkpoint: .* has no ll3m.json"):
+    checkpoint.open_checkpoint(tmp_path)
+  (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+  with pytest.raises(ValueError, match="not a complete checkpoint: .* holds no finished step"):
+    checkpoint.open_checkpoint(tmp_path)
+  (tmp_path / "ll3m.json").write_text('{"format": 1')
+  (tmp_path / "checkpoints" / "5").rmdir()
+  (tmp_path / "checkpoints").rmdir()
+  with pytest.raises(ValueError, match="not a complete checkpoint: cannot read"):
+    checkpoint.open_checkpoint(tmp_path)
+  (tmp_path / "ll3m.json").write_text('{"format": 99}')
+  with pytest.raises(ValueError, match="has format 99, expected 1"):
+    checkpoint.open_checkpoint(tmp_path)
+
+
+def test_nested_names_round_trip():
+  nested = checkpoint.nest(PARAMS)
+  assert nested["layers"]["attention"]["query"]["w"] is PARAMS["layers/attention/query"]["w"]
+  assert checkpoint.flatten(nested) == PARAMS
+  with pytest.raises(ValueError, match="max_to_keep must be at least 1"):
+    CheckpointerConfig(max_to_keep=0)

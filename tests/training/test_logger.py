@@ -1,0 +1,53 @@
+"""What a run writes, what a resumed run drops, and what the plot shows."""
+
+import json
+import struct
+
+import pytest
+
+from ll3m.training.logger import Logger, LoggerConfig, read_metrics
+
+RECORD = {
+  "loss": 2.0, "accuracy": 0.5, "learning_rate": 0.1, "gradient_norm": 1.0,
+  "tokens_per_second": 10.0, "step_seconds": 1.0,
+}  # fmt: skip
+
+
+def open_logger(folder, first_step=0):
+  config = LoggerConfig(output_dir=str(folder), tensorboard=False)
+  return Logger(config, total_steps=4, first_step=first_step, flag_values={"lr": 0.1})
+
+
+def test_records_are_there_at_once_and_lines_are_plain(tmp_path, capsys):
+  with open_logger(tmp_path) as logger:
+    logger.log(1, RECORD)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1} | RECORD]
+    logger.log(2, {"eval_loss": 1.0, "eval_perplexity": 2.7, "eval_accuracy": 0.6})
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith("step 1/4  loss 2.0000") and "ETA 0:00:03" in lines[0]
+  assert lines[1].startswith("step 2/4  eval loss 1.0000")
+  assert json.loads((tmp_path / "flags.json").read_text()) == {"lr": 0.1}
+
+
+def test_a_resumed_run_drops_what_it_will_make_again(tmp_path):
+  with open_logger(tmp_path) as logger:
+    for step in (1, 2, 3):
+      logger.log(step, RECORD)
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 4, "lo')  # as a killed run leaves it
+  with open_logger(tmp_path, first_step=2):
+    pass
+  assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+  with open_logger(tmp_path):
+    pass
+  assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_plot_is_written_even_when_the_run_fails(tmp_path):
+  with pytest.raises(KeyError), open_logger(tmp_path) as logger:
+    logger.log(1, RECORD)
+    raise KeyError("something")
+  header = (tmp_path / "loss.png").read_bytes()[:24]
+  assert header.startswith(b"\x89PNG")
+  width, height = struct.unpack(">II", header[16:24])
+  assert width > 500 and height > 300
