@@ -190,7 +190,8 @@ def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
 
 def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_command):
   flags = [a.replace("--train_dataset", "--eval_dataset") for a in arguments[3:7]]
-  done = run_command("evaluate", f"--checkpoint={finished}", *flags, "--eval_steps=2", "--json")
+  here = f"--checkpoint={finished.name}"  # a relative path, as people type it
+  done = run_command("evaluate", here, *flags, "--eval_steps=2", "--json", cwd=finished.parent)
   assert done.returncode == 0, done.stderr
   record = json.loads(done.stdout)
   last = logger.read_metrics(finished / "metrics.jsonl")[-1]

@@ -77,7 +77,7 @@ def open_checkpoint(path: epath.PathLike) -> Checkpoint:
     FileNotFoundError: there is no such folder.
     ValueError: the folder holds no complete model.
   """
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser().absolute()  # Orbax opens no other
   if not path.is_dir():
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if (path / STEPS).is_dir():
