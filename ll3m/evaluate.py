@@ -12,7 +12,7 @@ from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
-from ll3m.training.inputs import batch_shapes
+from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.setup import DTYPES, ModelOptions, build_model, check_length, choose_model
 from ll3m.training.step import make_eval_step
 
@@ -80,7 +80,7 @@ def main() -> None:
     record = evaluate(
       eval_step,
       params,
-      batches,
+      in_step(batches),
       steps=options.eval_steps,
       mesh=mesh,
       on_batch=bar.update,

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ll3m.core import flags, sharding
-from ll3m.core.checkpoint import model_meta
+from ll3m.core.checkpoint import MANIFEST, model_meta
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints
 from ll3m.data import gin_settings
 from ll3m.data.config import DatasetConfig, TokenizerConfig
@@ -73,11 +74,13 @@ def main() -> None:
   with RunCheckpoints(
     run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
   ) as checkpoints:
+    batches = open_batches(run)
     start = time.perf_counter()
     train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     state, dataset_state = initial_state(run, plan, checkpoints)
-    batches = open_batches(run, dataset_state)
+    if dataset_state:
+      batches.set_state(dataset_state)
     write_companions(run)
     first_step = int(state.step)
     if first_step >= options.total_steps:
@@ -157,6 +160,11 @@ def read_run() -> Run:
   logger = flags.read("logger", LoggerConfig)
   if not options.dry_run:
     flags.require(logger.output_dir, "logger.output_dir")
+    if (epath.Path(logger.output_dir) / MANIFEST).exists():
+      raise ValueError(
+        f"--logger.output_dir={logger.output_dir} holds a converted model: give a folder of the "
+        f"run's own"
+      )
   train_dataset = flags.read("train_dataset", DatasetConfig)
   eval_dataset = read_eval_dataset()
   kind, _, path = (options.load_checkpoint or "").partition("::")
@@ -178,6 +186,8 @@ def read_run() -> Run:
       raise ValueError(f"--load_checkpoint={kind}:: needs a training run, {path} is none")
   family, config = choose_model(options, source)
   check_length(train_dataset.seqio_dataset.length, config)
+  if options.eval_steps:
+    check_length(eval_dataset.seqio_dataset.length, config)
   tokenizer_config = gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig))
   tokenizer = load_tokenizer(
     tokenizer_config,

@@ -52,6 +52,14 @@ CASES = {
     },
     "must be larger than lr_warmup_steps (9)",
   ),
+  "last rate": (
+    {"optimizer.adamw_optimizer.end_lr": "1"},
+    "end_lr (1.0) must not be above lr (0.0001)",
+  ),
+  "held-out length": (
+    {"eval_steps": "1", "eval_dataset.seqio_dataset.task_feature_lengths": "(4096,)"},
+    "rows of 4096 tokens are longer than the model's 2048 positions",
+  ),
   "no output": ({"logger.output_dir": ""}, "--logger.output_dir must be given"),
   "tokenizer": ({"tokenizer.path": "/nowhere"}, "no tokenizer at '/nowhere'"),
   "vocabulary": (

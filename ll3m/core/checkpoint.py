@@ -14,6 +14,7 @@ Paths may be remote (gs://); Orbax and etils read and write them alike.
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def open_checkpoint(path: epath.PathLike) -> Checkpoint:
     FileNotFoundError: there is no such folder.
     ValueError: the folder holds no complete model.
   """
-  path = epath.Path(path).expanduser().absolute()  # Orbax opens no other
+  path = absolute(path)
   if not path.is_dir():
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if (path / STEPS).is_dir():
@@ -110,6 +111,12 @@ def open_checkpoint(path: epath.PathLike) -> Checkpoint:
   )
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns a path as Orbax wants it: remote as it is, local from the root."""
+  path = epath.Path(path)
+  return path if "://" in os.fspath(path) else path.expanduser().absolute()
+
+
 def finished_steps(output_dir: epath.PathLike) -> list[int]:
   """Returns the steps of a run that were saved completely, in order."""
   folder = epath.Path(output_dir) / STEPS
@@ -136,7 +143,7 @@ def restore_params(
     Haiku parameters.
 
   Raises:
-    ValueError: the arrays on disk are not those of the config, or cannot be read.
+    ValueError: the arrays cannot be read.
   """
   return restore_tree(checkpoint.params_path, dtype=dtype, shardings=shardings)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -65,7 +66,7 @@ class RunCheckpoints:
     if milestone_steps:
       policies.append(ocp.checkpoint_managers.EveryNSteps(milestone_steps))
     self._manager = ocp.CheckpointManager(
-      epath.Path(output_dir).absolute() / folders.STEPS,
+      folders.absolute(output_dir) / folders.STEPS,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
@@ -177,6 +178,10 @@ def _restore(reader: ocp.PyTreeCheckpointHandler, path: epath.Path, like: Any) -
   return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
+def _array(shape: tuple[int, ...], dtype: str) -> str:
+  return f"{dtype}{list(shape)}"
+
+
 def _same_shapes(
   path: epath.Path, reader: ocp.PyTreeCheckpointHandler, like: Any, what: str
 ) -> None:
@@ -184,7 +189,11 @@ def _same_shapes(
 
   def shapes(tree):
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    return {
+      name: (tuple(x.shape), jnp.dtype(x.dtype).name)
+      for name, (_, x) in zip(names, leaves, strict=True)
+    }
 
   saved, wanted = shapes(reader.metadata(path).tree), shapes(like)
   if saved == wanted:
@@ -192,7 +201,7 @@ def _same_shapes(
   lines = [f"{n} is not in the run" for n in sorted(saved.keys() - wanted.keys())]
   lines += [f"{n} was not saved" for n in sorted(wanted.keys() - saved.keys())]
   lines += [
-    f"{n} has shape {saved[n]}, expected {wanted[n]}"
+    f"{n} is {_array(*saved[n])}, expected {_array(*wanted[n])}"
     for n in sorted(saved.keys() & wanted.keys())
     if saved[n] != wanted[n]
   ]

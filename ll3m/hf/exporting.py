@@ -18,7 +18,8 @@ from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
 from ll3m.core.progress import byte_bar
 from ll3m.hf.family import Family
-from ll3m.hf.mapping import TensorSpec, expected_tensors, parameter_shapes
+from ll3m.hf.mapping import TensorSpec, expected_tensors
+from ll3m.hf.matching import check_parameters
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ll3m.hf.tensors import arrange
 from ll3m.hf.weights import SafetensorsWriter, TensorInfo
@@ -77,7 +78,7 @@ def export_model(
   _check_output(output)
   family = families.FAMILIES[checkpoint.family]
   arrays = parameter_store.open_parameters(checkpoint.params_path)
-  _check_arrays(checkpoint, family, arrays)
+  check_parameters(family, checkpoint.config, arrays, str(checkpoint.params_path))
   specs = expected_tensors(family.rules, checkpoint.config)
   tensors = {
     name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype.numpy_dtype))
@@ -114,20 +115,6 @@ def _check_output(output: Path) -> None:
     raise ValueError(f"an exported folder is written to a local disk, got {output}")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"the output folder {output} already holds something; give a new one")
-
-
-def _check_arrays(
-  checkpoint: Checkpoint, family: Family, arrays: Mapping[str, ts.TensorStore]
-) -> None:
-  shapes = parameter_shapes(family.rules, checkpoint.config)
-  found = {path: tuple(array.shape) for path, array in arrays.items()}
-  wrong = [
-    f"{path} (expected {shapes.get(path, 'none')}, got {found.get(path, 'none')})"
-    for path in sorted(shapes.keys() | found.keys())
-    if shapes.get(path) != found.get(path)
-  ]
-  if wrong:
-    raise ValueError(f"{checkpoint.params_path} does not fit its config: {', '.join(wrong)}")
 
 
 def _write_tensors(

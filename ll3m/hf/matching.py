@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ll3m.core.config import ModelConfig
 from ll3m.hf.family import Family
-from ll3m.hf.mapping import TensorSpec, expected_tensors
+from ll3m.hf.mapping import TensorSpec, expected_tensors, parameter_shapes
 from ll3m.hf.tensors import DTYPES, LazyTensor
 
 _LISTED = 20  # names in one message
@@ -66,6 +66,31 @@ def match_tensors(
       + "; ".join(problems)
     )
   return Match(specs, {name: tensors[name] for name in specs}, tuple(ignored))
+
+
+def check_parameters(
+  family: Family, config: ModelConfig, arrays: Mapping[str, Any], origin: str
+) -> None:
+  """Demands that parameters of ours are those of their config.
+
+  Args:
+    family: gives the rules.
+    config: the architecture that the checkpoint claims to be.
+    arrays: the parameters that it holds, or their descriptions, by "module/name".
+    origin: how to call the checkpoint in messages.
+
+  Raises:
+    ValueError: every parameter that is missing, extra or of a wrong shape, in one sentence.
+  """
+  wanted = parameter_shapes(family.rules, config)
+  found = {path: tuple(array.shape) for path, array in arrays.items()}
+  wrong = [
+    f"{path} (expected {wanted.get(path, 'none')}, got {found.get(path, 'none')})"
+    for path in sorted(wanted.keys() | found.keys())
+    if wanted.get(path) != found.get(path)
+  ]
+  if wrong:
+    raise ValueError(f"{origin} does not fit its config {_listing(wrong)}")
 
 
 def _listing(names: Sequence[str]) -> str:

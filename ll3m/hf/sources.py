@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ll3m.core import checkpoint
+from ll3m import families
+from ll3m.core import checkpoint, parameter_store
 from ll3m.core.checkpoint import Params
 from ll3m.core.config import ModelConfig
 from ll3m.hf.mapping import parameter_shapes
+from ll3m.hf.matching import check_parameters
 from ll3m.hf.model_files import HfModel, detect_type, open_model
 from ll3m.hf.tensors import read_part
 
@@ -74,6 +76,8 @@ def open_source(name: str) -> ModelSource:
 
 
 def _restore(found: checkpoint.Checkpoint, dtype: Any = None, shardings: Any = None) -> Params:
+  arrays = parameter_store.open_parameters(found.params_path)
+  check_parameters(families.FAMILIES[found.family], found.config, arrays, str(found.params_path))
   return checkpoint.restore_params(found, dtype=dtype, shardings=shardings)
 
 

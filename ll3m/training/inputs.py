@@ -1,6 +1,7 @@
 """From a process's rows on the host to a global batch on the devices."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,19 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
   """
   placement = sharding.batch_sharding(mesh, leading=batch.inputs.ndim - 2)
   return jax.tree.map(lambda array: jax.make_array_from_process_local_data(placement, array), batch)
+
+
+def in_step(batches: Any) -> Iterator[Batch]:
+  """Goes on with padding after the end of the data, if there are several processes.
+
+  Their streams may end at different batches, and every process has to take part in every step.
+
+  Args:
+    batches: a `BatchIterator` that does not repeat.
+  """
+  yield from batches
+  while jax.process_count() > 1:
+    yield batches.padding()
 
 
 def stack_micro_steps(batches: Iterator[Batch], count: int) -> Batch:

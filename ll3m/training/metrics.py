@@ -9,10 +9,10 @@ from ll3m.core.config import ModelConfig
 from ll3m.training.loss import Sums
 from ll3m.training.step import StepMetrics
 
-# Peak bf16 FLOP/s of one chip by jax's device_kind.
+# Peak bf16 FLOP/s of one jax device (a core on v2 and v3, a chip since) by its device_kind.
 PEAK_FLOPS: Mapping[str, float] = {
-  "TPU v2": 45e12,
-  "TPU v3": 123e12,
+  "TPU v2": 22.5e12,
+  "TPU v3": 61.5e12,
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
   "TPU v5": 459e12,

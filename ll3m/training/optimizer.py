@@ -20,7 +20,9 @@ class ScheduleConfig:
 
   lr: float = flags.option(1e-4, "Peak learning rate.")
   init_lr: float = flags.option(0.0, "Learning rate from which the warm-up starts.")
-  end_lr: float = flags.option(1e-5, "Learning rate at and after lr_decay_steps.")
+  end_lr: float | None = flags.option(
+    None, "Learning rate at and after lr_decay_steps; a tenth of lr by default."
+  )
   lr_warmup_steps: int = flags.option(0, "Optimizer steps of linear warm-up from init_lr to lr.")
   lr_decay_steps: int | None = flags.option(
     None,
@@ -36,8 +38,11 @@ class ScheduleConfig:
 
   def __post_init__(self):
     for name in ("lr", "init_lr", "end_lr", "lr_warmup_steps", "clip_gradient", "weight_decay"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+      value = getattr(self, name)
+      if value is not None and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    if self.end_lr is not None and self.end_lr > self.lr:
+      raise ValueError(f"end_lr ({self.end_lr}) must not be above lr ({self.lr})")
     if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
       raise ValueError(
         f"lr_decay_steps ({self.lr_decay_steps}) must be larger than lr_warmup_steps "
@@ -126,8 +131,9 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
   decay_steps = config.lr_decay_steps
   if decay_steps is None:
     decay_steps = max(total_steps, config.lr_warmup_steps + 1)
+  end_lr = 0.1 * config.lr if config.end_lr is None else config.end_lr
   schedule = optax.warmup_cosine_decay_schedule(
-    config.init_lr, config.lr, config.lr_warmup_steps, decay_steps, config.end_lr
+    config.init_lr, config.lr, config.lr_warmup_steps, decay_steps, end_lr
   )
   return lambda step: schedule(step + 1)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelSource
 from ll3m.training.evaluation import evaluate
-from ll3m.training.inputs import batch_shapes
+from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.setup import StatePlan, TrainModelOptions, check_same_model
@@ -204,11 +205,11 @@ def _state(plan: StatePlan, position: Position) -> TrainState:
   )
 
 
-def open_batches(run: Run, dataset_state: dict[str, bytes]) -> Any:
-  """Opens the training data where it was left; loads TensorFlow."""
+def open_batches(run: Run) -> Any:
+  """Opens the training data at its beginning; loads TensorFlow, reads nothing of a mixture yet."""
   from ll3m.data.batches import open_dataset
 
-  batches = open_dataset(
+  return open_dataset(
     run.train_dataset,
     run.tokenizer,
     rows=run.rows(run.train_dataset),
@@ -217,9 +218,6 @@ def open_batches(run: Run, dataset_state: dict[str, bytes]) -> Any:
     split_default="train",
     repeat=True,
   )
-  if dataset_state:
-    batches.set_state(dataset_state)
-  return batches
 
 
 def held_out_evaluation(
@@ -240,7 +238,7 @@ def held_out_evaluation(
       split_default="validation",
       repeat=False,
     )
-    return [batch for _, batch in zip(range(run.options.eval_steps), stream, strict=False)]
+    return list(itertools.islice(in_step(stream), run.options.eval_steps))
 
   def record(params: Any) -> dict[str, float]:
     values = evaluate(eval_step, params, batches(), steps=run.options.eval_steps, mesh=run.mesh)

@@ -1,7 +1,7 @@
 """What a run needs before its first step: the model's options, and the state on the devices."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -70,18 +70,32 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
   else:
     raise ValueError("--load_model_config must be given when no checkpoint is loaded")
   config = apply_updates(preset.config, options.update_model_config)
-  preset = families.Preset(preset.family, config)
   if source is not None:
-    check_same_model(config, source.config)
-  return preset
+    # What is named in so many words may differ from what the weights were trained with.
+    kept = {name: getattr(source.config, name) for name in _FREE}
+    named = apply_updates(source.config.replace(**kept), options.update_model_config)
+    asked = {n for n in _FREE if getattr(named, n) != getattr(source.config, n)}
+    if preset.family.name != source.family:
+      raise ValueError(
+        f"the checkpoint holds a {source.family} model, the run asks for {preset.family.name}"
+      )
+    check_same_model(config, source.config, may_differ=asked)
+  return families.Preset(preset.family, config)
 
 
 # Fields that may change without making another set of weights.
-_FREE = {"max_positions", "sliding_window", "rope_theta", "norm_epsilon"}
+_FREE = ("max_positions", "sliding_window", "rope_theta", "norm_epsilon")
 
 
-def check_same_model(config: ModelConfig, saved: ModelConfig) -> None:
+def check_same_model(
+  config: ModelConfig, saved: ModelConfig, *, may_differ: Collection[str] = ()
+) -> None:
   """Demands that a checkpoint's weights are those of the config.
+
+  Args:
+    config: what the run asks for.
+    saved: what the checkpoint says.
+    may_differ: fields that are not compared.
 
   Raises:
     ValueError: listing the fields that differ.
@@ -90,7 +104,7 @@ def check_same_model(config: ModelConfig, saved: ModelConfig) -> None:
   different = [
     f"{name} is {found[name]!r} in the checkpoint and {wanted[name]!r} in the run"
     for name in wanted
-    if wanted[name] != found[name] and name not in _FREE
+    if wanted[name] != found[name] and name not in may_differ
   ]
   if different:
     raise ValueError("the checkpoint holds another model: " + "; ".join(different))

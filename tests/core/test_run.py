@@ -63,11 +63,25 @@ def test_says_what_differs(tmp_path):
   with pytest.raises(ValueError, match="parameters differ") as error:
     restore_step(tmp_path / "checkpoints" / "1", params=like(other), opt_state=like(STATE))
   for part in ("embed/e is not in the run", "head/w was not saved",
-               "layers/attention/query/w has shape (2, 3), expected (4, 3)"):  # fmt: skip
+               "layers/attention/query/w is float32[2, 3], expected float32[4, 3]"):  # fmt: skip
     assert part in str(error.value)
   lion = optax.lion(0.1).init(PARAMS)
   with pytest.raises(ValueError, match="optimizer's state differ"):
     restore_step(tmp_path / "checkpoints" / "1", params=like(PARAMS), opt_state=like(lion))
+
+
+def test_another_dtype_is_not_resumed_silently(tmp_path):
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    save(saved, 1)
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  with pytest.raises(ValueError, match=r"embed/e is float32\[2\], expected bfloat16\[2\]"):
+    restore_step(tmp_path / "checkpoints" / "1", params=like(narrow), opt_state=like(STATE))
+
+
+def test_paths_are_made_absolute_only_where_they_are_local(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(checkpoint.absolute("runs/mine")) == str(tmp_path / "runs" / "mine")
+  assert str(checkpoint.absolute("gs://bucket/runs")) == "gs://bucket/runs"
 
 
 def test_parameters_alone_cannot_be_resumed(tmp_path):

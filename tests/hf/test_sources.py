@@ -1,5 +1,7 @@
 """Oracle: the tensors as the safetensors library read and wrote them."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -89,6 +91,16 @@ def test_companions_travel_on(source, tmp_path):
   assert [f.name for f in (output / "hf").iterdir()] == ["config.json"]
 
 
+def test_parameters_must_be_those_of_the_config(tiny, tmp_path):
+  conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
+  manifest = tmp_path / "converted" / "ll3m.json"
+  meta = json.loads(manifest.read_text())
+  meta["config"]["d_ff"] = 16
+  manifest.write_text(json.dumps(meta))
+  with pytest.raises(ValueError, match=r"mlp/up/w \(expected .*16\), got .*24\)\)"):
+    sources.open_source(str(tmp_path / "converted")).load_params()
+
+
 def test_a_gguf_has_to_be_converted(tmp_path):
   (tmp_path / "model.gguf").write_bytes(b"")
   with pytest.raises(NotImplementedError, match="is a GGUF file, which has to be converted first"):
@@ -98,7 +110,7 @@ def test_a_gguf_has_to_be_converted(tmp_path):
 def test_a_place_without_a_model_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="no such file or folder: absent"):
     sources.open_source("hf::absent")
-  with pytest.raises(FileNotFoundError, match="no checkpoint at absent"):
+  with pytest.raises(FileNotFoundError, match="no checkpoint at /.*/absent: there is no such"):
     sources.open_source("absent")
   with pytest.raises(ValueError, match="not a complete checkpoint"):
     sources.open_source(str(tmp_path))

@@ -36,6 +36,13 @@ def test_decay_ends_with_the_run_by_default():
   assert float(schedule(9)) == pytest.approx(0.625, rel=1e-6)  # half-way
 
 
+def test_the_last_learning_rate_is_a_tenth_unless_given():
+  schedule = optimizer.make_schedule(AdamWConfig(lr=3e-6), total_steps=20)
+  assert float(schedule(19)) == pytest.approx(3e-7, rel=1e-5)
+  with pytest.raises(ValueError, match=r"end_lr \(0.1\) must not be above lr \(0.01\)"):
+    AdamWConfig(lr=0.01, end_lr=0.1)
+
+
 def test_decay_spares_norms_biases_and_embeddings():
   params = {
     "embed": {"embedding": 0},
