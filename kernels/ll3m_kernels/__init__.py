@@ -5,11 +5,16 @@ G = N / K, H head dim, V vocabulary.
 """
 
 from ll3m_kernels.attention.api import flash_attention
+from ll3m_kernels.attention.blocks import BlockSizes
 from ll3m_kernels.cross_entropy import linear_cross_entropy
+from ll3m_kernels.dispatch import target
 from ll3m_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from ll3m_kernels.rotary import rotary_embedding
+from ll3m_kernels.sharding import Sharding
 
 __all__ = [
+  "BlockSizes",
+  "Sharding",
   "add_layer_norm",
   "add_rms_norm",
   "flash_attention",
@@ -17,4 +22,5 @@ __all__ = [
   "linear_cross_entropy",
   "rms_norm",
   "rotary_embedding",
+  "target",
 ]

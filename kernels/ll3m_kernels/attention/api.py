@@ -6,7 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.attention import xla
+from ll3m_kernels.attention.blocks import (
+  BlockSizes,
+  backward_bytes,
+  choose_blocks,
+  forward_bytes,
+  problem_of,
+)
+from ll3m_kernels.attention.operation import Static, attention
+from ll3m_kernels.attention.spec import Spec, make_span
+from ll3m_kernels.sharding import Sharding
+
+MAX_HEAD_DIM = 256
 
 
 def flash_attention(
@@ -20,8 +31,9 @@ def flash_attention(
   segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
   logits_soft_cap: float | None = None,
   return_residual: bool = False,
-  block_sizes: Any = None,
+  block_sizes: BlockSizes | None = None,
   implementation: str | None = None,
+  sharding: Sharding | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Computes softmax(scale * Q K^T + mask) V with grouped queries (Dao, 2023).
 
@@ -40,8 +52,10 @@ def flash_attention(
       (query's, key's). Compared for equality only; no id is special.
     logits_soft_cap: scores become cap * tanh(scores / cap).
     return_residual: also return the log-sum-exp of each query's scores, float32.
-    block_sizes: of a tiled implementation; None lets it choose.
+    block_sizes: how the kernel is cut; by default as suits the shapes and the TPU.
     implementation: see `dispatch.resolve`.
+    sharding: how the arrays lie on a mesh: batch and heads may be split, lengths may not. KV heads
+      that are fewer than the devices they would be split over are read by several of them.
 
   Returns:
     The attended values, in the query's dtype; softmax runs in float32.
@@ -51,23 +65,69 @@ def flash_attention(
     NotImplementedError: the named implementation cannot serve an argument.
   """
   _check(query, key, value)
-  window = _window(local_window_size)
   query_ids, key_ids = _segments(segment_ids, query, key)
-  dispatch.resolve(implementation)
-  if block_sizes is not None:
-    raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
-  output, log_sum_exp = xla.attention(
-    query,
-    key,
-    value,
-    scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    is_causal=is_causal,
-    window=window,
-    query_ids=query_ids,
-    key_ids=key_ids,
+  spec = Spec(
+    scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+    span=make_span(is_causal, _window(local_window_size)),
     logits_soft_cap=logits_soft_cap,
   )
+  if logits_soft_cap is not None and not logits_soft_cap > 0:
+    raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
+  chosen = dispatch.choose(implementation, _refusal(query, key, value))
+  if block_sizes is not None:
+    if chosen == "xla":
+      raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
+    choose_blocks(block_sizes, problem_of(query, key, value, query_ids is not None))
+  if sharding is not None:
+    sharding.check_batch("query", query.shape)
+  static = Static(spec, block_sizes, chosen, sharding)
+  output, log_sum_exp = attention(static, query, key, value, query_ids, key_ids)
   return (output, log_sum_exp) if return_residual else output
+
+
+def explain(
+  query: Any,
+  key: Any,
+  value: Any,
+  *,
+  segment_ids: Any = None,
+  block_sizes: BlockSizes | None = None,
+  implementation: str | None = None,
+  **_: Any,
+) -> str:
+  """Says what `flash_attention` would run for these arguments."""
+  _check(query, key, value)
+  problem = problem_of(query, key, value, segment_ids is not None)
+  blocks = choose_blocks(block_sizes, problem)
+  return dispatch.describe(
+    "flash_attention",
+    implementation,
+    _refusal(query, key, value),
+    {
+      "forward": (
+        f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
+        "resident",
+        forward_bytes(problem, blocks),
+      ),
+      "backward": (
+        f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
+        f"{blocks.keys_resident_backward} keys resident",
+        backward_bytes(problem, blocks),
+      ),
+    },
+  )
+
+
+def _refusal(query: Array, key: Array, value: Array) -> str | None:
+  """Says why the kernel cannot serve these arrays, if so."""
+  for name, array in (("query", query), ("key", key), ("value", value)):
+    if array.dtype not in (jnp.bfloat16, jnp.float32) or array.dtype != query.dtype:
+      return f"{name}: expected bfloat16 or float32, one for all, got {array.dtype}"
+    if array.shape[3] > MAX_HEAD_DIM:
+      return f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {array.shape[3]}"
+    if not array.size:
+      return f"{name}: it is empty, {array.shape}"
+  return None
 
 
 def _check(query: Array, key: Array, value: Array) -> None:

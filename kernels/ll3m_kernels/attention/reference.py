@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Far below any score, yet finite: a row of -inf would turn into NaN.
-_MASKED = -1e30
+from ll3m_kernels.attention.spec import MASKED
 
 
 def attention(
@@ -37,7 +36,7 @@ def attention(
   )
   if visible is not None:
     visible = visible[:, None, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(visible, scores, _MASKED)
+    scores = jnp.where(visible, scores, MASKED)
   largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)
   if visible is not None:
@@ -48,7 +47,7 @@ def attention(
   output = jnp.einsum(
     "BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
-  log_sum_exp = jnp.where(empty, _MASKED, largest + jnp.log(jnp.where(empty, 1.0, total)))
+  log_sum_exp = jnp.where(empty, MASKED, largest + jnp.log(jnp.where(empty, 1.0, total)))
   return (
     output.reshape(batch, length, num_heads, -1).astype(query.dtype),
     log_sum_exp.reshape(batch, num_heads, length),

@@ -1,0 +1,221 @@
+"""The backward pass of attention on a TPU: one kernel for all three gradients.
+
+With P the weights of a tile, computed again from the log-sum-exp, and dO the output's cotangent
+(Dao, 2023):
+
+    dV += P dO      dP = V dO^T      dS = P * (dP - delta)      dK += dS Q      dQ += dS^T K
+    delta = sum(dO * O) - d(log-sum-exp)
+
+Tiles are [keys, queries], as in the forward pass, so every product is a plain one; K comes twice,
+in both orientations, so that none needs a transposition. Each tile is visited once: dQ of a block
+of queries is summed over its tiles, and dK and dV stay in memory, in float32, for all query heads
+of their KV head. Keys whose gradients do not fit are taken in parts, by one call each; dQ then
+goes from call to call in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from ll3m_kernels.attention import blocks as sizes
+from ll3m_kernels.attention import spec as specs
+from ll3m_kernels.attention import tiles
+from ll3m_kernels.attention.tiles import LOG2_E, dot
+
+
+def backward(
+  spec: specs.Spec,
+  block_sizes: sizes.BlockSizes | None,
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K Hv"],
+  query_ids: Int[Array, "B T"] | None,
+  key_ids: Int[Array, "B S"] | None,
+  output: Float[Array, "B T N Hv"],
+  log_sum_exp: Float[Array, "B N T"],
+  output_bar: Float[Array, "B T N Hv"],
+  log_sum_exp_bar: Float[Array, "B N T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+  """Computes the cotangents of query, key and value."""
+  problem = sizes.problem_of(query, key, value, query_ids is not None)
+  blocks = sizes.choose_blocks(block_sizes, problem)
+  delta = jnp.einsum("BTNH,BTNH->BNT", output_bar.astype(jnp.float32), output.astype(jnp.float32))
+  rows = [(log_sum_exp * LOG2_E)[:, :, None], (delta - log_sum_exp_bar)[:, :, None]]
+  arrays = [
+    query.transpose(0, 2, 3, 1),
+    output_bar.transpose(0, 2, 3, 1),
+    *rows,
+    key.transpose(0, 2, 1, 3),
+    key.transpose(0, 2, 3, 1),
+    value.transpose(0, 2, 1, 3),
+  ]
+  num_keys = key.shape[1]
+  _, seen_keys = specs.some_see(spec.span, 0, query.shape[1] - 1, num_keys)
+  query_bar, key_bars, value_bars = None, [], []
+  starts = range(0, seen_keys, blocks.keys_resident_backward)
+  for start in starts:
+    query_bar, key_bar, value_bar = _part(
+      spec,
+      problem,
+      blocks,
+      arrays,
+      (query_ids, key_ids),
+      start,
+      seen_keys,
+      query_bar,
+      query.dtype if len(starts) == 1 else jnp.float32,
+    )
+    key_bars.append(key_bar)
+    value_bars.append(value_bar)
+
+  def join(parts):
+    part = jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]  # [B, K, S, H]
+    missing = num_keys - part.shape[2]
+    return jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))).transpose(0, 2, 1, 3)
+
+  query_bar = query_bar[..., : query.shape[1]].transpose(0, 3, 1, 2)
+  return query_bar.astype(query.dtype), join(key_bars), join(value_bars)
+
+
+def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, query_bar_dtype):
+  """Computes dK and dV of some keys, and adds what these give to dQ."""
+  query, output_bar, _, _, key, _, value = arrays
+  batch, num_heads, head_dim, length = query.shape
+  num_kv_heads, value_dim = value.shape[1], value.shape[3]
+  group = num_heads // num_kv_heads
+  layout = tiles.Layout(
+    length,
+    num_keys,
+    blocks.queries_backward,
+    blocks.keys_backward,
+    blocks.keys_resident_backward,
+    ids[0] is not None,
+  )
+  count = min(layout.resident, num_keys - first_key)
+  part = first_key // layout.resident
+  # The first part visits all queries: also those that see none of its keys need a gradient.
+  first_block, last_block = 0, pl.cdiv(length, layout.queries)
+  if query_bar is not None:
+    low, high = specs.queries_seeing(spec.span, first_key, first_key + count - 1, length)
+    first_block = min(low // layout.queries, last_block - 1)
+    last_block = max(pl.cdiv(high, layout.queries), first_block + 1)
+
+  def of_queries(size):
+    return pl.BlockSpec(
+      (1, 1, size, layout.queries), lambda b, k, g, i: (b, k * group + g, 0, i + first_block)
+    )
+
+  def of_keys(size):
+    return pl.BlockSpec((1, 1, layout.resident, size), lambda b, k, g, i: (b, k, part, 0))
+
+  in_specs = [
+    of_queries(head_dim),
+    of_queries(value_dim),
+    of_queries(1),
+    of_queries(1),
+    of_keys(head_dim),
+    pl.BlockSpec((1, 1, head_dim, layout.resident), lambda b, k, g, i: (b, k, 0, part)),
+    of_keys(value_dim),
+  ]
+  if layout.has_segments:
+    id_arrays, id_specs = tiles.id_inputs(
+      layout, *ids, lambda b, k, g, i: (b, i + first_block), lambda b, k, g, i: (b, part)
+    )
+    arrays, in_specs = arrays + id_arrays, in_specs + id_specs
+  aliases = {}
+  if query_bar is not None:
+    aliases = {len(arrays): 0}
+    arrays, in_specs = [*arrays, query_bar], [*in_specs, of_queries(head_dim)]
+  return pl.pallas_call(
+    functools.partial(
+      _kernel, spec, layout, first_key, first_block, last_block, group, query_bar is not None
+    ),
+    grid=(batch, num_kv_heads, group, last_block - first_block),
+    in_specs=in_specs,
+    out_specs=[
+      of_queries(head_dim),
+      pl.BlockSpec((1, 1, layout.resident, head_dim), lambda b, k, g, i: (b, k, 0, 0)),
+      pl.BlockSpec((1, 1, layout.resident, value_dim), lambda b, k, g, i: (b, k, 0, 0)),
+    ],
+    out_shape=[
+      # Whole blocks: the interpreter does not cut an array that is passed on to the length it had.
+      jax.ShapeDtypeStruct(
+        (*query.shape[:3], pl.cdiv(length, layout.queries) * layout.queries), query_bar_dtype
+      ),
+      jax.ShapeDtypeStruct((batch, num_kv_heads, count, head_dim), key.dtype),
+      jax.ShapeDtypeStruct((batch, num_kv_heads, count, value_dim), value.dtype),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((head_dim, layout.queries), jnp.float32),
+      pltpu.VMEM((layout.resident, head_dim), jnp.float32),
+      pltpu.VMEM((layout.resident, value_dim), jnp.float32),
+    ],
+    input_output_aliases=aliases,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=sizes.vmem_limit(sizes.backward_bytes(problem, blocks)),
+    ),
+    name="flash_attention_backward",
+  )(*arrays)
+
+
+def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs):
+  query_ref, output_bar_ref, lse_ref, delta_ref, key_ref, key_columns_ref, value_ref = refs[:7]
+  refs = refs[7:]
+  ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
+  query_bar_in_ref, refs = (refs[0], refs[1:]) if adds else (None, refs)
+  query_bar_ref, key_bar_ref, value_bar_ref, query_sum_ref, key_sum_ref, value_sum_ref = refs
+  g, i = pl.program_id(2), pl.program_id(3) + first_block
+
+  @pl.when((g == 0) & (i == first_block))
+  def _():
+    key_sum_ref[...] = jnp.zeros_like(key_sum_ref)
+    value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
+
+  query_sum_ref[...] = query_bar_in_ref[0, 0] if adds else jnp.zeros_like(query_sum_ref)
+  queries = [ref[0, 0] for ref in (query_ref, output_bar_ref, lse_ref, delta_ref)]
+  if layout.num_queries % layout.queries:
+    # All zero, the queries beyond the end add nothing to any gradient.
+    left = layout.num_queries - i * layout.queries
+    queries = [tiles.existing(array, 1, left) for array in queries]
+  query, output_bar, log_sum_exp, delta = queries
+
+  def add_tile(tile, is_masked):
+    part = tiles.part_of(layout, tile)
+    start = first_key + tile * layout.keys
+    key_columns = key_columns_ref[0, 0, :, part]
+    tile_scores, slope = tiles.scores(spec, key_ref[0, 0, part, :], query)
+    weights = jnp.exp2(tile_scores - log_sum_exp)  # [keys, queries]
+    scores_bar = weights * (dot(value_ref[0, 0, part, :], output_bar) - delta) * spec.scale
+    if slope is not None:
+      scores_bar = scores_bar * slope
+    if is_masked:
+      seen = tiles.tile_mask(
+        spec,
+        layout,
+        i * layout.queries,
+        start,
+        None if ids is None else ids.queries[0],
+        None if ids is None else ids.keys[0, :, part],
+      )
+      if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+        scores_bar = jnp.where(seen, scores_bar, 0.0)
+      if layout.num_keys % layout.keys:
+        key_columns = tiles.existing(key_columns, 1, layout.num_keys - start)
+    weights, scores_bar = weights.astype(query.dtype), scores_bar.astype(query.dtype)
+    value_sum_ref[part, :] += dot(weights, output_bar, (1, 1))
+    key_sum_ref[part, :] += dot(scores_bar, query, (1, 1))
+    query_sum_ref[...] += dot(key_columns, scores_bar)
+
+  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile)
+  query_bar_ref[0, 0] = query_sum_ref[...].astype(query_bar_ref.dtype)
+
+  @pl.when((g == group - 1) & (i == last_block - 1))
+  def _():
+    key_bar_ref[0, 0] = key_sum_ref[...].astype(key_bar_ref.dtype)
+    value_bar_ref[0, 0] = value_sum_ref[...].astype(value_bar_ref.dtype)

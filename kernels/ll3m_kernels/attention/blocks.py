@@ -1,0 +1,211 @@
+"""How attention is cut into pieces that fit a TPU core's vector memory.
+
+T queries, S keys, H and Hv head dims of keys and values. A tile is [keys, queries] of scores.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from ll3m_kernels import dispatch
+from ll3m_kernels.dispatch import MIB, Generation
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """Sizes in tokens: multiples of 128, or the whole length where that is shorter.
+
+  Attributes:
+    queries: of a tile of the forward pass.
+    keys: of a tile of the forward pass.
+    keys_resident: fetched together by the forward pass; a multiple of `keys`.
+    queries_backward: of a tile of the backward pass.
+    keys_backward: of a tile of the backward pass.
+    keys_resident_backward: whose gradients the backward pass holds in memory at a time; a
+      multiple of `keys_backward`.
+  """
+
+  queries: int
+  keys: int
+  keys_resident: int
+  queries_backward: int
+  keys_backward: int
+  keys_resident_backward: int
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      size = getattr(self, field.name)
+      if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"block_sizes.{field.name} must be a positive integer, got {size!r}")
+    for resident, tile in (
+      ("keys_resident", "keys"),
+      ("keys_resident_backward", "keys_backward"),
+    ):
+      if getattr(self, resident) % getattr(self, tile):
+        raise ValueError(
+          f"block_sizes.{resident} must be a multiple of {tile} ({getattr(self, tile)}), "
+          f"got {getattr(self, resident)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """The shapes of a call, as far as memory depends on them."""
+
+  queries: int  # T
+  keys: int  # S
+  head_dim: int  # H
+  value_dim: int  # Hv
+  itemsize: int  # bytes of an input's element
+  has_segments: bool
+
+
+def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
+  """Returns the blocks of a call, for the TPU at hand.
+
+  Args:
+    given: the caller's own choice, if any.
+    problem: what is to be cut.
+
+  Raises:
+    ValueError: the caller's choice cannot be laid out.
+  """
+  generation = dispatch.generation()
+  if given is None:
+    return default_blocks(problem, generation)
+  check(given, problem, generation)
+  return fit(given, problem)
+
+
+def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
+  """Chooses the largest sensible tiles, and as many resident keys as there is room for."""
+  tile = 1024 if generation.vmem_bytes >= 64 * MIB else 512
+  if problem.itemsize > 2 or problem.head_dim > LANES or problem.value_dim > LANES:
+    tile //= 2
+  queries, keys = _even(problem.queries, tile), _even(problem.keys, tile)
+  queries_backward, keys_backward = (
+    _even(problem.queries, tile // 2),
+    _even(problem.keys, tile // 2),
+  )
+
+  def resident(keys: int, count: Callable[[Problem, BlockSizes], int]) -> int:
+    tiles = -(-problem.keys // keys)
+    while tiles > 1:
+      all_of_it = BlockSizes(
+        queries, keys, keys * tiles, queries_backward, keys_backward, keys * tiles
+      )
+      if count(problem, all_of_it) <= 0.75 * generation.vmem_bytes:
+        break
+      tiles = -(-tiles // 2)
+    return keys * tiles
+
+  return BlockSizes(
+    queries,
+    keys,
+    resident(keys, forward_bytes),
+    queries_backward,
+    keys_backward,
+    resident(keys_backward, backward_bytes),
+  )
+
+
+def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
+  """Cuts blocks down to the lengths that there are."""
+  keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
+  return BlockSizes(
+    queries=min(blocks.queries, problem.queries),
+    keys=keys,
+    keys_resident=keys * min(blocks.keys_resident // blocks.keys, -(-problem.keys // keys)),
+    queries_backward=min(blocks.queries_backward, problem.queries),
+    keys_backward=keys_backward,
+    keys_resident_backward=keys_backward
+    * min(blocks.keys_resident_backward // blocks.keys_backward, -(-problem.keys // keys_backward)),
+  )
+
+
+def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
+  """Demands that blocks of the caller's own choice can be laid out.
+
+  Raises:
+    ValueError: not a multiple of 128, or too large for the memory, with how large they are.
+  """
+  for field in dataclasses.fields(blocks):
+    size = getattr(blocks, field.name)
+    length = problem.queries if field.name.startswith("queries") else problem.keys
+    if size % LANES and size < length:
+      raise ValueError(
+        f"block_sizes.{field.name} must be a multiple of {LANES} or at least the length "
+        f"{length}, got {size}"
+      )
+  fitted = fit(blocks, problem)
+  for name, count in (("forward", forward_bytes), ("backward", backward_bytes)):
+    needed = count(problem, fitted)
+    if needed > generation.vmem_bytes:
+      raise ValueError(
+        f"block_sizes need {needed / MIB:.1f} MiB of vector memory in the {name} pass, a core of "
+        f"a {generation.name} has {generation.vmem_bytes / MIB:.0f} MiB: {blocks}"
+      )
+
+
+def forward_bytes(problem: Problem, blocks: BlockSizes) -> int:
+  """Returns the vector memory that the forward pass takes: blocks twice, scratch and tiles once."""
+  width = problem.itemsize
+  queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
+  streamed = (
+    queries * (_rows(problem.head_dim, width) + _rows(problem.value_dim, width)) * width
+    + resident * (_up(problem.head_dim, LANES) + _rows(problem.value_dim, width)) * width
+    + 8 * 4 * (queries + (queries + resident) * problem.has_segments)
+  )
+  scratch = queries * (_rows(problem.value_dim, 4) + 16) * 4
+  return 2 * streamed + scratch + 3 * 4 * _up(queries, LANES) * _up(keys, 8)
+
+
+def backward_bytes(problem: Problem, blocks: BlockSizes) -> int:
+  """Returns the same for the backward pass."""
+  width = problem.itemsize
+  queries, keys = blocks.queries_backward, blocks.keys_backward
+  resident = blocks.keys_resident_backward
+  columns = _up(problem.head_dim, LANES) + _up(problem.value_dim, LANES)
+  streamed = (
+    queries * (2 * _rows(problem.head_dim, 4) * 4 + _rows(problem.value_dim, width) * width)
+    + resident * (2 * columns + _rows(problem.head_dim, width)) * width
+    + 8 * 4 * (2 * queries + (queries + resident) * problem.has_segments)
+  )
+  scratch = resident * columns * 4 + queries * _rows(problem.head_dim, 4) * 4
+  return 2 * streamed + scratch + 5 * 4 * _up(queries, LANES) * _up(keys, 8)
+
+
+def vmem_limit(needed: int) -> int:
+  """Returns what to ask the compiler for: what is needed and half as much again, at most all."""
+  generation = dispatch.generation()
+  return min(max(16 * MIB, needed * 3 // 2), generation.vmem_bytes)
+
+
+def problem_of(query, key, value, has_segments: bool) -> Problem:
+  """Describes arrays [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]."""
+  return Problem(
+    queries=query.shape[1],
+    keys=key.shape[1],
+    head_dim=query.shape[3],
+    value_dim=value.shape[3],
+    itemsize=jnp.dtype(query.dtype).itemsize,
+    has_segments=has_segments,
+  )
+
+
+def _even(length: int, tile: int) -> int:
+  """Cuts a length into as few blocks as `tile` allows, all of about the same size."""
+  count = -(-length // tile)
+  return length if count == 1 else _up(-(-length // count), LANES)
+
+
+def _rows(size: int, itemsize: int) -> int:
+  """Rounds a count of sublanes up to whole tiles."""
+  return _up(size, 32 // itemsize)
+
+
+def _up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple

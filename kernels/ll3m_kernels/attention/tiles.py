@@ -1,0 +1,219 @@
+"""What the forward and the backward kernel do alike: walking tiles, scoring and masking them.
+
+A tile is [keys, queries] of scores. Positions are int32 throughout, also under `jax_enable_x64`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from ll3m_kernels.attention import spec as specs
+
+LOG2_E = math.log2(math.e)
+
+
+class Layout(NamedTuple):
+  """How a kernel cuts its problem.
+
+  Attributes:
+    num_queries: T.
+    num_keys: S.
+    queries: of a tile.
+    keys: of a tile.
+    resident: keys that a grid step has at hand; a multiple of `keys`.
+    has_segments: whether segment ids restrict what is seen.
+  """
+
+  num_queries: int
+  num_keys: int
+  queries: int
+  keys: int
+  resident: int
+  has_segments: bool
+
+
+class Ids(NamedTuple):
+  """References to the segment ids of a grid step: ids as rows, ranges [least, largest] of blocks.
+
+  Attributes:
+    queries: [1, 1, queries] of a tile.
+    keys: [1, 1, resident].
+    query_ranges: [1, 2, blocks of queries], in scalar memory.
+    key_ranges: [1, 2, tiles of keys], in scalar memory.
+  """
+
+  queries: Any
+  keys: Any
+  query_ranges: Any
+  key_ranges: Any
+
+
+def id_inputs(
+  layout: Layout,
+  query_ids: Int[Array, "B T"],
+  key_ids: Int[Array, "B S"],
+  query_index: Callable[..., tuple],
+  key_index: Callable[..., tuple],
+) -> tuple[list[Array], list[pl.BlockSpec]]:
+  """Returns the arrays that `Ids` refers to, and how they are cut.
+
+  Args:
+    layout: of the kernel.
+    query_ids: of the queries.
+    key_ids: of the keys.
+    query_index: grid indices -> (batch, block of queries).
+    key_index: grid indices -> (batch, block of resident keys).
+  """
+  query_ranges = specs.block_ranges(query_ids, layout.queries)
+  key_ranges = specs.block_ranges(key_ids, layout.keys)
+
+  def whole(ranges):
+    return pl.BlockSpec(
+      (1, 2, ranges.shape[2]),
+      lambda *grid: (query_index(*grid)[0], 0, 0),
+      memory_space=pltpu.SMEM,
+    )
+
+  def row(size, index):
+    def place(*grid):
+      batch, block = index(*grid)
+      return batch, 0, block
+
+    return pl.BlockSpec((1, 1, size), place)
+
+  arrays = [query_ids[:, None].astype(jnp.int32), key_ids[:, None].astype(jnp.int32)]
+  return (
+    [*arrays, query_ranges, key_ranges],
+    [row(layout.queries, query_index), row(layout.resident, key_index)]
+    + [whole(query_ranges), whole(key_ranges)],
+  )
+
+
+def for_each_tile(
+  spec: specs.Spec,
+  layout: Layout,
+  query_block: Any,
+  first_key: Any,
+  ids: Ids | None,
+  body: Callable[[Any, bool], None],
+) -> None:
+  """Calls `body(tile, is_masked)` for the resident tiles that the queries of a block see.
+
+  Args:
+    spec: of the call.
+    layout: of the kernel.
+    query_block: number of the block of queries.
+    first_key: position of the first resident key, a multiple of `layout.keys`.
+    ids: the segment ids, if any.
+    body: gets a tile's number among the resident ones, and whether the mask may cut it.
+  """
+  first_query = query_block * layout.queries
+  last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
+  base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
+
+  def local(tile: Any) -> Any:
+    return specs.minimum(specs.maximum(tile - base, 0), count)
+
+  low, high = specs.some_see(spec.span, first_query, last_query, layout.num_keys)
+  start = local(specs.divide(low, layout.keys))
+  stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), start)
+  if ids is not None:
+    query_low = ids.query_ranges[0, 0, query_block]
+    query_high = ids.query_ranges[0, 1, query_block]
+
+    def where_ids_meet(tile):
+      meet = (ids.key_ranges[0, 0, base + tile] <= query_high) & (
+        ids.key_ranges[0, 1, base + tile] >= query_low
+      )
+      pl.when(meet)(lambda: body(tile, True))
+
+    _loop(start, stop, where_ids_meet)
+    return
+  low, high = specs.all_see(spec.span, first_query, last_query, layout.num_keys)
+  full_start = specs.minimum(
+    specs.maximum(local(specs.divide(low + layout.keys - 1, layout.keys)), start), stop
+  )
+  full_stop = specs.minimum(specs.maximum(local(specs.divide(high, layout.keys)), full_start), stop)
+  _loop(start, full_start, lambda tile: body(tile, True))
+  _loop(full_start, full_stop, lambda tile: body(tile, False))
+  _loop(full_stop, stop, lambda tile: body(tile, True))
+
+
+def scores(
+  spec: specs.Spec, keys: Float[Array, "s H"], queries: Float[Array, "H t"]
+) -> tuple[Float[Array, "s t"], Float[Array, "s t"] | None]:
+  """Returns a tile's scores in units of log 2, and the slope of the soft cap there, if any."""
+  products = dot(keys, queries)
+  if spec.logits_soft_cap is None:
+    return products * (spec.scale * LOG2_E), None
+  capped = jnp.tanh(products * (spec.scale / spec.logits_soft_cap))
+  return capped * (spec.logits_soft_cap * LOG2_E), 1.0 - capped * capped
+
+
+def tile_mask(
+  spec: specs.Spec,
+  layout: Layout,
+  first_query: Any,
+  first_key: Any,
+  query_ids: Int[Array, "1 t"] | None,
+  key_ids: Int[Array, "1 s"] | None,
+) -> Bool[Array, "s t"] | None:
+  """Returns which query sees which key, and that keys exist; None if nothing is cut."""
+  shape = (layout.keys, layout.queries)
+  keys = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  distance = keys - jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (first_key - first_query)
+  conditions = [specs.within(spec.span, distance)]
+  if layout.num_keys % layout.keys:
+    conditions.append(keys < layout.num_keys - first_key)
+  if query_ids is not None:
+    conditions.append(_column(key_ids) == query_ids)
+  seen = None
+  for condition in conditions:
+    if condition is not None:
+      seen = condition if seen is None else seen & condition
+  return seen
+
+
+def part_of(layout: Layout, tile: Any) -> Any:
+  """Returns the index of a tile's keys among the resident ones."""
+  if layout.keys == layout.resident:
+    return slice(None)  # of any size: a computed start has to be a multiple of 128
+  return pl.ds(pl.multiple_of(tile * layout.keys, layout.keys), layout.keys)
+
+
+def existing(x: Array, axis: int, count: Any) -> Array:
+  """Zeroes what lies beyond the first `count` along an axis: there a block holds anything."""
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, x, 0)
+
+
+def dot(left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Float[Array, "m n"]:
+  """Multiplies matrices in float32: exactly from bfloat16, and in six passes from float32."""
+  precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    left,
+    right,
+    (((contract[0],), (contract[1],)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _column(row: Int[Array, "1 s"]) -> Int[Array, "s 1"]:
+  return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+
+
+def _loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:
+  if isinstance(start, int) and isinstance(stop, int) and start >= stop:
+    return
+
+  def step(tile, carry):
+    body(tile)
+    return carry
+
+  jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), step, None)

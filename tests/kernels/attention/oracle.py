@@ -1,0 +1,79 @@
+"""Attention and its gradients in float64 NumPy, straight from the definition.
+
+Dimensions: B batch, T queries, S keys, N heads, K KV heads, H and W head dims of keys and values.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+UNSEEN = -1e30  # the log-sum-exp of a query that sees no key
+
+
+class Attended(NamedTuple):
+  output: np.ndarray  # [B, T, N, W]
+  log_sum_exp: np.ndarray  # [B, N, T]
+  query_bar: np.ndarray
+  key_bar: np.ndarray
+  value_bar: np.ndarray
+
+
+def attention(
+  query: Any,
+  key: Any,
+  value: Any,
+  output_bar: Any,
+  log_sum_exp_bar: Any,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  local_window_size: Any = None,
+  segment_ids: Any = None,
+  logits_soft_cap: float | None = None,
+) -> Attended:
+  """Returns the results, and the gradients for cotangents of both; none where nothing is seen."""
+  query, key, value, output_bar, log_sum_exp_bar = (
+    np.asarray(x, np.float64) for x in (query, key, value, output_bar, log_sum_exp_bar)
+  )
+  (_, length, num_heads, head_dim), (num_keys, num_kv_heads) = query.shape, key.shape[1:3]
+  group = num_heads // num_kv_heads
+  scale = head_dim**-0.5 if scale is None else scale
+  keys, values = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
+  scores = scale * np.einsum("btnh,bsnh->bnts", query, keys)
+  slope = 1.0
+  if logits_soft_cap is not None:
+    capped = np.tanh(scores / logits_soft_cap)
+    scores, slope = logits_soft_cap * capped, 1 - capped**2
+  t, s = np.arange(length)[:, None], np.arange(num_keys)[None]
+  seen = np.ones((length, num_keys), bool)
+  if is_causal:
+    seen &= s <= t
+  if local_window_size is not None:
+    left, right = np.broadcast_to(local_window_size, 2)
+    seen &= (s >= t - left) & (s <= t + right)
+  seen = seen[None, None]
+  if segment_ids is not None:
+    ours, theirs = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    seen = seen & (np.asarray(ours)[:, None, :, None] == np.asarray(theirs)[:, None, None, :])
+  scores = np.where(seen, scores, -np.inf)
+  any_seen = np.broadcast_to(seen, scores.shape).any(-1, keepdims=True)
+  largest = np.where(any_seen, scores.max(-1, keepdims=True), 0.0)
+  weights = np.exp(scores - largest)
+  total = np.where(any_seen, weights.sum(-1, keepdims=True), 1.0)
+  weights /= total
+  log_sum_exp = np.where(any_seen, largest + np.log(total), UNSEEN)[..., 0]
+  output = np.einsum("bnts,bsnw->btnw", weights, values)
+  weights_bar = np.einsum("btnw,bsnw->bnts", output_bar, values)
+  inner = (weights_bar * weights).sum(-1, keepdims=True)
+  scores_bar = weights * (weights_bar - inner + log_sum_exp_bar[..., None]) * slope * scale
+
+  def by_group(x):
+    return x.reshape(*x.shape[:2], num_kv_heads, group, -1).sum(3)
+
+  return Attended(
+    output,
+    log_sum_exp,
+    np.einsum("bnts,bsnh->btnh", scores_bar, keys),
+    by_group(np.einsum("bnts,btnh->bsnh", scores_bar, query)),
+    by_group(np.einsum("bnts,btnw->bsnw", weights, output_bar)),
+  )

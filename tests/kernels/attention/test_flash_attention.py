@@ -1,0 +1,210 @@
+"""Both implementations of attention against float64 NumPy: values and all gradients."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from benchmarks import shapes
+from ll3m_kernels import BlockSizes, flash_attention
+from tests.kernels.attention import oracle
+from tests.kernels.tolerances import assert_close
+
+# Several blocks and parts also in short sequences.
+SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
+
+
+def segments(batch, length, count, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(np.sort(rng.integers(0, count, (batch, length)), axis=1), jnp.int32)
+
+
+# name: (B, T, S, N, K, H, Hv), options
+CASES = {
+  "one_block": ((2, 64, 64, 4, 2, 16, 16), {}),
+  "tails": ((1, 300, 520, 2, 1, 32, 32), {"block_sizes": SMALL}),
+  "causal": ((1, 390, 390, 2, 2, 32, 24), {"is_causal": True, "block_sizes": SMALL}),
+  "causal_more_keys": ((1, 200, 520, 2, 1, 8, 8), {"is_causal": True, "block_sizes": SMALL}),
+  "causal_more_queries": ((1, 520, 200, 2, 1, 8, 8), {"is_causal": True, "block_sizes": SMALL}),
+  "window": ((1, 520, 300, 2, 1, 80, 80), {"local_window_size": (90, 30), "block_sizes": SMALL}),
+  "window_number": ((1, 260, 260, 1, 1, 8, 8), {"local_window_size": 7, "block_sizes": SMALL}),
+  "causal_window": (
+    (1, 650, 650, 2, 1, 16, 16),
+    {"is_causal": True, "local_window_size": (150, 9), "block_sizes": SMALL},
+  ),
+  "itself_only": ((1, 140, 140, 2, 1, 100, 100), {"is_causal": True, "local_window_size": (0, 0)}),
+  "nothing_seen": ((1, 400, 130, 2, 1, 16, 16), {"local_window_size": (20, 0)}),
+  "segments": (
+    (2, 390, 390, 2, 1, 24, 24),
+    {"is_causal": True, "segment_ids": segments(2, 390, 5), "block_sizes": SMALL},
+  ),
+  "segments_of_both": (
+    (2, 200, 390, 2, 1, 16, 8),
+    {
+      "segment_ids": (segments(2, 200, 7), segments(2, 390, 4, 1)),
+      "logits_soft_cap": 2.0,
+      "block_sizes": SMALL,
+    },
+  ),
+  "unsorted_segments": (
+    (1, 260, 260, 2, 1, 16, 16),
+    {
+      "segment_ids": jnp.asarray(np.random.default_rng(3).integers(-9, 9, (1, 260))),
+      "block_sizes": SMALL,
+    },
+  ),
+  "soft_cap_and_scale": ((1, 200, 200, 2, 2, 64, 64), {"logits_soft_cap": 1.5, "scale": 0.5}),
+  "one_query": (
+    (2, 1, 300, 4, 2, 64, 64),
+    {"segment_ids": (jnp.ones((2, 1), jnp.int32), segments(2, 300, 2)), "block_sizes": SMALL},
+  ),
+  "one_token": ((3, 1, 1, 2, 1, 8, 8), {"is_causal": True}),
+}
+INTERPRETERS = {
+  "nan_memory": pltpu.InterpretParams(),
+  "races_and_shuffled": pltpu.InterpretParams(detect_races=True, random_seed=7),
+}
+
+
+def draw(shape, dtype=jnp.float32, seed=0):
+  batch, length, num_keys, num_heads, num_kv_heads, head_dim, value_dim = shape
+  rng = np.random.default_rng(seed)
+  sizes = (
+    (batch, length, num_heads, head_dim),
+    (batch, num_keys, num_kv_heads, head_dim),
+    (batch, num_keys, num_kv_heads, value_dim),
+    (batch, length, num_heads, value_dim),
+  )
+  arrays = [jnp.asarray(rng.normal(size=size), dtype) for size in sizes]
+  return (*arrays, jnp.asarray(rng.normal(size=(batch, num_heads, length)), jnp.float32))
+
+
+def run(implementation, arrays, **options):
+  """Returns output, log-sum-exp and the three gradients."""
+  *inputs, output_bar, log_sum_exp_bar = arrays
+  if implementation == "xla":
+    options.pop("block_sizes", None)
+
+  def both(query, key, value):
+    results, vjp = jax.vjp(
+      lambda *x: flash_attention(
+        *x, return_residual=True, implementation=implementation, **options
+      ),
+      query,
+      key,
+      value,
+    )
+    return (*results, *vjp((output_bar, log_sum_exp_bar)))
+
+  return jax.jit(both)(*inputs)
+
+
+def compare(actual, arrays, dtype, xla=None, **options):
+  options.pop("block_sizes", None)
+  expected = oracle.attention(*arrays, **options)
+  for i, name in enumerate(oracle.Attended._fields):
+    assert_close(actual[i], expected[i], dtype, None if xla is None else xla[i], name)
+  nowhere = expected.log_sum_exp == oracle.UNSEEN
+  assert (np.asarray(actual[0]).swapaxes(1, 2)[nowhere] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_xla(case):
+  shape, options = CASES[case]
+  arrays = draw(shape)
+  compare(run("xla", arrays, **options), arrays, jnp.float32, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel(case):
+  shape, options = CASES[case]
+  arrays = draw(shape)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+
+
+@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both"])
+def test_kernel_has_no_races_in_any_order(case):
+  shape, options = CASES[case]
+  arrays = draw(shape)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["races_and_shuffled"]):
+    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+
+
+@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both", "nothing_seen"])
+def test_kernel_in_plain_interpret_mode(case, monkeypatch):
+  shape, options = CASES[case]
+  arrays = draw(shape)
+  monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+  compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+
+
+@pytest.mark.parametrize("case", ["tails", "causal", "causal_window", "segments", "one_query"])
+def test_bfloat16(case):
+  shape, options = CASES[case]
+  arrays = draw(shape, jnp.bfloat16)
+  xla = run("xla", arrays, **options)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    actual = run("pallas", arrays, **options)
+  assert [x.dtype for x in actual] == [x.dtype for x in xla]
+  compare(actual, arrays, jnp.bfloat16, xla, **options)
+
+
+@pytest.mark.parametrize("model", shapes.ATTENTION)
+def test_the_models_shapes(model):
+  """One KV head of each model and its queries; 150 tokens and, where there is a window, 40 of it.
+
+  Interpreting all heads at full length would take hours; heads are independent grid steps.
+  """
+  family = shapes.ATTENTION[model]
+  arrays = draw((1, 150, 150, family.group, 1, family.head_dim, family.head_dim), jnp.bfloat16)
+  options = {"is_causal": True}
+  if family.window:
+    options["local_window_size"] = (40 - 1, 0)
+  xla = run("xla", arrays, **options)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    actual = run("pallas", arrays, **options)
+  compare(actual, arrays, jnp.bfloat16, xla, **options)
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(
+  length=st.integers(1, 300),
+  num_keys=st.integers(1, 300),
+  num_kv_heads=st.integers(1, 2),
+  group=st.integers(1, 3),
+  head_dim=st.sampled_from([8, 12, 40, 64]),
+  is_causal=st.booleans(),
+  window=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 200)),
+  has_segments=st.booleans(),
+  dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_any_shape_and_mask(
+  length, num_keys, num_kv_heads, group, head_dim, is_causal, window, has_segments, dtype
+):
+  shape = (1, length, num_keys, group * num_kv_heads, num_kv_heads, head_dim, head_dim)
+  arrays = draw(shape, dtype)
+  options = {"is_causal": is_causal, "local_window_size": window, "block_sizes": SMALL}
+  if has_segments:
+    options["segment_ids"] = (segments(1, length, 4), segments(1, num_keys, 4, 1))
+  xla = run("xla", arrays, **options)
+  compare(xla, arrays, dtype, xla, **options)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    compare(run("pallas", arrays, **options), arrays, dtype, xla, **options)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_jax_says_the_same(implementation):
+  """Where `jax.nn.dot_product_attention` can express a case, names mean what they mean there."""
+  query, key, value, *_ = draw((2, 130, 130, 4, 2, 16, 16))
+  options = {"is_causal": True, "local_window_size": (20, 5), "scale": 0.3}
+  expected = jax.nn.dot_product_attention(query, key, value, **options)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    actual = flash_attention(query, key, value, implementation=implementation, **options)
+  assert_close(actual, np.asarray(expected, np.float64), jnp.float32)

@@ -1,0 +1,181 @@
+"""What jax does to functions, done to attention; and what is refused."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from ll3m_kernels import BlockSizes, flash_attention
+from tests.kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = ["xla", "pallas"]
+
+
+@pytest.fixture
+def unchecked():
+  """Switches off the run-time checks of annotations that only tests have."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+  """Plain interpret mode: jax's TPU interpreter supports neither vmap nor checkpoint."""
+  monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+def draw(*leading, length=20, heads=(2, 1), size=8, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  shapes = [(*leading, 2, length, n, size) for n in (heads[0], heads[1], heads[1])]
+  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def loss(query, key, value, **options):
+  output = flash_attention(query, key, value, is_causal=True, **options)
+  return jnp.sum(output.astype(jnp.float32) ** 2)
+
+
+def grads(function):
+  return jax.grad(function, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap(implementation):
+  arrays = draw(3)
+  ids = jnp.asarray(np.arange(2 * 3 * 20).reshape(3, 2, 20) // 7)
+  function = grads(
+    lambda q, k, v, ids: loss(q, k, v, segment_ids=ids, implementation=implementation)
+  )
+  mapped = jax.vmap(function)(*arrays, ids)
+  for i in range(3):
+    alone = function(*(x[i] for x in arrays), ids[i])
+    for ours, theirs in zip(mapped, alone, strict=True):
+      assert_close(ours[i], np.asarray(theirs, np.float64), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  "policy", [None, jax.checkpoint_policies.save_only_these_names("flash_attention_output")]
+)
+def test_checkpoint_and_jit(implementation, policy):
+  arrays = draw()
+  function = functools.partial(loss, implementation=implementation)
+  expected = grads(function)(*arrays)
+  actual = jax.jit(grads(jax.checkpoint(function, policy=policy)))(*arrays)
+  for ours, theirs in zip(actual, expected, strict=True):
+    assert_close(ours, np.asarray(theirs, np.float64), jnp.float32)
+
+
+def test_saved_by_name_the_forward_pass_runs_once():
+  """A remat policy that keeps output and residual leaves only the backward kernel to run."""
+  names = ("flash_attention_output", "flash_attention_log_sum_exp")
+  function = functools.partial(loss, implementation="pallas")
+  counts = {}
+  for policy in (
+    jax.checkpoint_policies.save_only_these_names(*names),
+    jax.checkpoint_policies.nothing_saveable,
+  ):
+    text = str(jax.make_jaxpr(grads(jax.checkpoint(function, policy=policy)))(*draw()))
+    counts[policy] = text.count("name=flash_attention_forward")
+  assert list(counts.values()) == [1, 2]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_second_derivatives_are_refused(implementation):
+  arrays = draw(length=4)
+  function = functools.partial(loss, implementation=implementation)
+  with pytest.raises(NotImplementedError, match="flash_attention has no second derivatives"):
+    jax.grad(lambda *x: jnp.sum(jax.grad(function)(*x)))(*arrays)
+
+
+X64 = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.experimental.pallas import tpu as pltpu
+from ll3m_kernels import BlockSizes, flash_attention
+rng = np.random.default_rng(0)
+q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
+ids = jnp.asarray(np.arange(300)[None] // 90)
+blocks = BlockSizes(128, 128, 256, 128, 128, 256)
+def run(implementation, **options):
+  options |= {"is_causal": True, "segment_ids": ids, "local_window_size": (99, 3)}
+  f = lambda *x: jnp.sum(flash_attention(*x, implementation=implementation, **options) ** 2)
+  return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
+theirs = run("xla")
+with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+  ours = run("pallas", block_sizes=blocks)
+for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+  assert a.dtype == b.dtype == np.float32
+  np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+lowered = jax.jit(lambda *x: flash_attention(*x, is_causal=True))
+jax.export.export(lowered, platforms=["tpu"])(q, k, v)
+wide = [x.astype(jnp.float64) for x in (q, k, v)]
+assert flash_attention(*wide).dtype == np.float64
+"""
+
+
+def test_x64():
+  done = subprocess.run([sys.executable, "-c", X64], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda q, k, v: (q[0], k, v, {}), r"query must be \[batch, length, heads, head dim\], got"),
+    (lambda q, k, v: (q, k[..., :4], v, {}), "query and key must have one head dim, got 8 and 4"),
+    (lambda q, k, v: (q, k[:, :5], v, {}), "key and value in length and heads, got"),
+    (lambda q, k, v: (q[:1], k, v, {}), "must agree in batch"),
+    (
+      lambda q, k, v: (q[:, :, :1], jnp.tile(k, (1, 1, 2, 1)), jnp.tile(v, (1, 1, 2, 1)), {}),
+      r"query heads \(1\) must be a multiple of KV heads \(2\)",
+    ),
+    (lambda q, k, v: (q.astype(jnp.int32), k, v, {}), "query must be floating, got int32"),
+    (lambda q, k, v: (q, k, v, {"local_window_size": -1}), "must not be negative, got -1"),
+    (lambda q, k, v: (q, k, v, {"local_window_size": (3, -2)}), r"got \(3, -2\)"),
+    (lambda q, k, v: (q, k, v, {"logits_soft_cap": 0.0}), "must be positive, got 0.0"),
+    (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 3), int)}), r"query must be \(2, 20\)"),
+    (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 20))}), "must be integers, got float"),
+  ],
+)
+def test_bad_input_is_explained(unchecked, change, message):
+  *arrays, options = change(*draw())
+  with pytest.raises(ValueError, match=message):
+    flash_attention(*arrays, **options)
+
+
+def test_bad_blocks_are_explained():
+  arrays = draw(length=400)
+  for sizes, message in (
+    ((100, 128, 128, 128, 128, 128), "block_sizes.queries must be a multiple of 128 or at least"),
+    ((128, 128, 200, 128, 128, 128), r"keys_resident must be a multiple of keys \(128\), got 200"),
+    ((0, 128, 128, 128, 128, 128), "block_sizes.queries must be a positive integer, got 0"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      flash_attention(*arrays, block_sizes=BlockSizes(*sizes))
+  huge = jax.ShapeDtypeStruct((1, 2**15, 1, 256), jnp.float32)
+  with pytest.raises(ValueError, match=r"need \d+\.\d MiB of vector memory in the forward pass"):
+    jax.eval_shape(
+      functools.partial(flash_attention, block_sizes=BlockSizes(*[2**14] * 6)), huge, huge, huge
+    )
+
+
+def test_what_the_kernel_cannot_serve_is_named():
+  arrays = draw(size=300)
+  with pytest.raises(NotImplementedError, match="query: expected a head dim of at most 256"):
+    flash_attention(*arrays, implementation="pallas")
+  assert flash_attention(*arrays).shape == arrays[0].shape  # plain jnp takes it
+  half = [x.astype(jnp.float16) for x in draw()]
+  with pytest.raises(NotImplementedError, match="query: expected bfloat16 or float32, one for all"):
+    flash_attention(*half, implementation="pallas")
+  with pytest.raises(NotImplementedError, match="implementation='triton' does not exist"):
+    flash_attention(*half, implementation="triton")
+  with pytest.raises(NotImplementedError, match="block_sizes: implementation 'xla' has no blocks"):
+    flash_attention(*half, implementation="xla", block_sizes=BlockSizes(*[128] * 6))
