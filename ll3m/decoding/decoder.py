@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from ll3m.core.config import ModelConfig
 from ll3m.models.attention import Attend, causal_attention
+from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import Norm
 from ll3m.models.transformer import Embed, Params, block, logits
 from ll3m_kernels import flash_attention
@@ -67,14 +68,14 @@ class Decoder(NamedTuple):
 
 
 def make_decoder(
-  config: ModelConfig, *, dtype: Any = jnp.float32, implementation: str | None = None
+  config: ModelConfig, *, dtype: Any = jnp.float32, kernels: Kernels = DEFAULT_KERNELS
 ) -> Decoder:
   """Builds the functions.
 
   Args:
     config: the architecture.
     dtype: of activations and cache.
-    implementation: of the kernels.
+    kernels: how to call them.
   """
 
   def apply(params: Params, function: Callable, *args: Any) -> Any:
@@ -84,7 +85,7 @@ def make_decoder(
     positions = jnp.maximum(columns - starts[:, None], 0)
     return apply(
       params,
-      lambda x: block(config, x, positions, attend, fused=True, implementation=implementation),
+      lambda x: block(config, x, positions, attend, fused=True, kernels=kernels),
       x,
     )
 
@@ -99,7 +100,7 @@ def make_decoder(
 
     def attend(query, key, value):
       attended = causal_attention(
-        config, query, key, value, segment_ids=segment_ids, implementation=implementation
+        config, query, key, value, segment_ids=segment_ids, kernels=kernels
       )
       return attended, (_to_ring(key, cache_length), _to_ring(value, cache_length))
 
@@ -123,9 +124,7 @@ def make_decoder(
       # the whole cache four times: 64 ms a step of SmolLM2 at 4096 columns, and 27 with it.
       kept = jax.lax.optimization_barrier(kept)
       keys, values = (array.swapaxes(1, 2) for array in kept)
-      attended = flash_attention(
-        query, keys, values, segment_ids=segment_ids, implementation=implementation
-      )
+      attended = flash_attention(query, keys, values, segment_ids=segment_ids, **kernels.options)
       return attended, kept
 
     return layer(params, x, column[None, None], starts, attend)
@@ -147,7 +146,7 @@ def make_decoder(
     return x[:, -1], new_cache
 
   def last_logits(ends, hidden):
-    norm = lambda x: Norm(config, implementation=implementation, name="final_norm")(x)  # noqa: E731
+    norm = lambda x: Norm(config, kernels=kernels, name="final_norm")(x)  # noqa: E731
     return logits(config, ends, apply(ends, norm, hidden[:, None]))[:, 0]
 
   return Decoder(prefill, step, last_logits)

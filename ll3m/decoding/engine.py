@@ -13,6 +13,7 @@ import numpy as np
 from ll3m.core.config import ModelConfig
 from ll3m.decoding.decoder import make_decoder, unstack
 from ll3m.decoding.sampling import Sampling, sample
+from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.transformer import Params
 
 # Every new length of prompt or cache is a new compilation: lengths go up to a power of two, and
@@ -32,7 +33,7 @@ class Engine:
     *,
     num_tokens: int | None = None,
     dtype: Any = jnp.float32,
-    implementation: str | None = None,
+    kernels: Kernels = DEFAULT_KERNELS,
   ):
     """Prepares the parameters for decoding; the given ones are not needed afterwards.
 
@@ -41,7 +42,7 @@ class Engine:
       params: stacked over layers, as `models.transformer.make_model` has them.
       num_tokens: ids from here on pad the vocabulary and are never generated; None if none do.
       dtype: of parameters, activations and cache.
-      implementation: of the kernels.
+      kernels: how to call them.
 
     Raises:
       ValueError: more tokens than the vocabulary has.
@@ -54,7 +55,7 @@ class Engine:
       )
     self._config = config
     self._weights = unstack(config, params, dtype)
-    self._decoder = make_decoder(config, dtype=dtype, implementation=implementation)
+    self._decoder = make_decoder(config, dtype=dtype, kernels=kernels)
 
     def choose(ends, hidden, seeds, positions, sampling):
       logits = self._decoder.logits(ends, hidden)

@@ -10,6 +10,7 @@ import haiku as hk
 from jaxtyping import Array, Float, Int
 
 from ll3m.core.config import ModelConfig
+from ll3m.models.kernels import Kernels
 from ll3m.models.layers import Linear, projections, residual_stddev
 from ll3m_kernels import flash_attention, rotary_embedding
 
@@ -26,14 +27,14 @@ class Attention(hk.Module):
     config: ModelConfig,
     *,
     fused: bool,
-    implementation: str | None,
+    kernels: Kernels,
     name: str = "attention",
   ):
-    """Args: the config; fused: q, k and v are one matrix; implementation of the kernels."""
+    """Args: the config; fused: q, k and v are one matrix; how to call the kernels."""
     super().__init__(name=name)
     self._config = config
     self._fused = fused
-    self._implementation = implementation
+    self._kernels = kernels
 
   def __call__(
     self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend
@@ -62,7 +63,7 @@ class Attention(hk.Module):
       positions,
       theta=config.rope_theta,
       rotary_dim=config.rotary_dim,
-      implementation=self._implementation,
+      **self._kernels.options,
     )
     attended, kept = attend(query, key, value)  # [B, T, N, H]
     out = Linear(d_model, use_bias=config.use_bias, stddev=residual_stddev(config), name="out")
@@ -76,7 +77,7 @@ def causal_attention(
   value: Float[Array, "B T K H"],
   *,
   segment_ids: Int[Array, "B T"] | None,
-  implementation: str | None,
+  kernels: Kernels,
 ) -> Float[Array, "B T N H"]:
   """Attends to the tokens before, within the window and the segment."""
   window = config.sliding_window
@@ -88,5 +89,5 @@ def causal_attention(
     # A window of w keys counts the query itself: w - 1 to its left.
     local_window_size=None if window is None else (window - 1, 0),
     segment_ids=segment_ids,
-    implementation=implementation,
+    **kernels.options,
   )

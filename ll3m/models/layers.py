@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ll3m.core.config import ModelConfig
+from ll3m.models.kernels import Kernels
 from ll3m_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 # GPT-2's initialisation (Radford et al., 2019), as in the families' own configs.
@@ -52,11 +53,11 @@ class Linear(hk.Module):
 class Norm(hk.Module):
   """RMSNorm, Gemma's RMSNorm or LayerNorm, with or without the residual addition before it."""
 
-  def __init__(self, config: ModelConfig, *, implementation: str | None, name: str):
-    """Args: the config; see `ll3m_kernels.dispatch` for the implementation."""
+  def __init__(self, config: ModelConfig, *, kernels: Kernels, name: str):
+    """Args: the config; how to call the kernels."""
     super().__init__(name=name)
     self._config = config
-    self._implementation = implementation
+    self._kernels = kernels
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Returns norm(x)."""
@@ -75,7 +76,7 @@ class Norm(hk.Module):
     # The weight acts as (offset + scale): it starts at the identity in every family.
     start = hk.initializers.Constant(1.0 - config.norm_scale_offset)
     weights = {"scale": hk.get_parameter("scale", (size,), init=start)}
-    options = {"epsilon": config.norm_epsilon, "implementation": self._implementation}
+    options = {"epsilon": config.norm_epsilon, **self._kernels.options}
     if config.norm == "layer":
       weights["bias"] = hk.get_parameter("bias", (size,), init=jnp.zeros)
       plain, fused = layer_norm, add_layer_norm

@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ll3m.core.config import ModelConfig
 from ll3m.models.attention import Attend, Attention, causal_attention
+from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import INIT_STDDEV, FeedForward, Norm
+from ll3m_kernels import ATTENTION_RESIDUALS
 
 Params = dict[str, dict[str, Array]]
 
-_ATTENTION_OUTPUT = "attention_output"
 # What is kept of a layer for the backward pass, by the name of what is computed again.
 REMAT_POLICIES: dict[str, Callable | None] = {
   "nothing": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION_OUTPUT),
+  "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_RESIDUALS),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -88,7 +88,7 @@ def block(
   attend: Attend,
   *,
   fused: bool = False,
-  implementation: str | None = None,
+  kernels: Kernels = DEFAULT_KERNELS,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Applies one layer; to be called within a Haiku transform.
 
@@ -98,19 +98,18 @@ def block(
     positions: of the tokens, for the rotary embedding.
     attend: the attention function; see `models.attention.Attend`.
     fused: the projections that read the same input are one matrix.
-    implementation: of the kernels.
+    kernels: how to call them.
 
   Returns:
     The new residual stream, and what `attend` keeps of this layer.
   """
-  attention = Attention(config, fused=fused, implementation=implementation)
+  attention = Attention(config, fused=fused, kernels=kernels)
   feed_forward = FeedForward(config, fused=fused)
-  normed = Norm(config, implementation=implementation, name="attention_norm")(x)
+  normed = Norm(config, kernels=kernels, name="attention_norm")(x)
   attended, kept = attention(normed, positions, attend)
-  attended = checkpoint_name(attended, _ATTENTION_OUTPUT)
   if config.parallel_block:
     return x + attended + feed_forward(normed), kept
-  mlp_norm = Norm(config, implementation=implementation, name="mlp_norm")
+  mlp_norm = Norm(config, kernels=kernels, name="mlp_norm")
   normed, x = mlp_norm.add(attended, x)
   return x + feed_forward(normed), kept
 
@@ -138,8 +137,7 @@ def make_model(
   *,
   dtype: Any = jnp.float32,
   remat: str = "nothing",
-  implementation: str | None = None,
-  constrain: Callable[[Array], Array] = lambda x: x,
+  kernels: Kernels = DEFAULT_KERNELS,
 ) -> Model:
   """Builds the decoder's functions.
 
@@ -147,8 +145,7 @@ def make_model(
     config: the architecture.
     dtype: of the activations; parameters are cast to it where they are used.
     remat: what the backward pass computes again instead of keeping it; see `REMAT_POLICIES`.
-    implementation: of the kernels.
-    constrain: fixes the sharding of the residual stream [B, T, D].
+    kernels: how to call them, and how the residual stream [B, T, D] lies on a mesh.
 
   Raises:
     ValueError: unknown remat policy.
@@ -159,20 +156,20 @@ def make_model(
   def decoder(tokens, positions, segment_ids):
     def attend(query, key, value):
       attended = causal_attention(
-        config, query, key, value, segment_ids=segment_ids, implementation=implementation
+        config, query, key, value, segment_ids=segment_ids, kernels=kernels
       )
       return attended, None
 
     def layer(x):
-      return constrain(block(config, x, positions, attend, implementation=implementation)[0])
+      return kernels.constrain(block(config, x, positions, attend, kernels=kernels)[0])
 
     if remat != "nothing":
       layer = hk.remat(layer, policy=REMAT_POLICIES[remat])
-    x = constrain(Embed(config, dtype)(tokens))
+    x = kernels.constrain(Embed(config, dtype)(tokens))
     x = hk.layer_stack(config.num_layers, name="layers")(layer)(x)
     if hk.running_init():
       _HeadParameters(config)()
-    return Norm(config, implementation=implementation, name="final_norm")(x)
+    return Norm(config, kernels=kernels, name="final_norm")(x)
 
   transformed = hk.without_apply_rng(hk.transform(decoder))
 

@@ -34,7 +34,6 @@ def token_sums(
   batch: Batch,
   *,
   z_loss: float = 0.0,
-  implementation: str | None = None,
 ) -> Sums:
   """Runs the model on a batch [B, T] and sums its losses.
 
@@ -43,7 +42,6 @@ def token_sums(
     params: its parameters.
     batch: tokens, targets and where the loss counts.
     z_loss: weight of log(Z)^2.
-    implementation: of the kernels.
   """
   hidden = model.hidden(params, batch.inputs, batch.positions, batch.segment_ids)
   weight, layout, bias = head(model.config, params)
@@ -56,7 +54,6 @@ def token_sums(
     mask=batch.mask,
     z_loss=z_loss,
     return_correct=True,
-    implementation=implementation,
   )
   return Sums(
     loss=jnp.sum(loss),

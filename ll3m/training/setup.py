@@ -12,9 +12,13 @@ from jax.sharding import Mesh
 from ll3m import families
 from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig, apply_updates
+from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
 from ll3m.training.optimizer import state_shardings
 from ll3m.training.step import TrainState, init_state
+from ll3m_kernels import Sharding
+
+Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 DTYPES = {
   "f32": jnp.float32, "fp32": jnp.float32, "float32": jnp.float32,
@@ -48,7 +52,7 @@ class TrainModelOptions(ModelOptions):
   remat: str = flags.option(
     "nothing",
     "What the backward pass computes again instead of keeping it: nothing, all but matrix "
-    "products (dots), all but attention outputs (attention), everything (full).",
+    "products (dots), all but the outputs of attention (attention), everything (full).",
     choices=tuple(REMAT_POLICIES),
   )
 
@@ -124,14 +128,9 @@ def check_length(length: int, config: ModelConfig) -> None:
 
 
 def build_model(config: ModelConfig, mesh: Mesh, *, dtype: str, remat: str = "nothing") -> Model:
-  """Builds the decoder for a mesh: the residual stream is split by rows."""
-  placement = sharding.batch_sharding(mesh)
-  return make_model(
-    config,
-    dtype=DTYPES[dtype],
-    remat=remat,
-    constrain=lambda x: jax.lax.with_sharding_constraint(x, placement),
-  )
+  """Builds the decoder for a mesh: activations are split by rows, attention also by heads."""
+  activations = Sharding(mesh, sharding.BATCH_AXES, sharding.HEAD_AXIS)
+  return make_model(config, dtype=DTYPES[dtype], remat=remat, kernels=Kernels(sharding=activations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +144,13 @@ class StatePlan:
     start: parameters, rng -> the state before the first step.
   """
 
-  params: Params
+  params: Shapes
   state: TrainState
   init: Callable[[jax.Array], Params]
   start: Callable[[Params, jax.Array], TrainState]
 
   @property
-  def param_shardings(self) -> Params:
+  def param_shardings(self) -> dict[str, dict[str, jax.sharding.Sharding]]:
     """The sharding of every parameter."""
     return jax.tree.map(lambda x: x.sharding, self.params)
 

@@ -56,7 +56,6 @@ def make_train_step(
   *,
   z_loss: float = 0.0,
   accumulator_dtype: Any = jnp.float32,
-  implementation: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
   """Returns (state, batch [A, B, T]) -> (state, metrics).
 
@@ -70,11 +69,10 @@ def make_train_step(
     schedule: its learning rate, for the metrics.
     z_loss: weight of the z-loss.
     accumulator_dtype: in which the micro-steps' gradients are summed.
-    implementation: of the kernels.
   """
 
   def loss(params, micro_batch, total):
-    sums = token_sums(model, params, micro_batch, z_loss=z_loss, implementation=implementation)
+    sums = token_sums(model, params, micro_batch, z_loss=z_loss)
     return (sums.loss + sums.z_loss) / total, sums
 
   gradient_of = jax.grad(loss, has_aux=True)
@@ -110,11 +108,9 @@ def make_train_step(
   return step
 
 
-def make_eval_step(
-  model: Model, *, implementation: str | None = None
-) -> Callable[[Params, Batch], Sums]:
+def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
   """Returns (params, batch [B, T]) -> sums over the batch's tokens."""
-  return lambda params, batch: token_sums(model, params, batch, implementation=implementation)
+  return lambda params, batch: token_sums(model, params, batch)
 
 
 def init_state(

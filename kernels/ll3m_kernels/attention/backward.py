@@ -44,6 +44,8 @@ def backward(
   problem = sizes.problem_of(query, key, value, query_ids is not None)
   blocks = sizes.choose_blocks(block_sizes, problem)
   delta = jnp.einsum("BTNH,BTNH->BNT", output_bar.astype(jnp.float32), output.astype(jnp.float32))
+  # What is masked gives weights of 0 also to queries that see nothing.
+  log_sum_exp = jnp.where(log_sum_exp > 0.5 * specs.MASKED, log_sum_exp, 0.0)
   rows = [(log_sum_exp * LOG2_E)[:, :, None], (delta - log_sum_exp_bar)[:, :, None]]
   arrays = [
     query.transpose(0, 2, 3, 1),
@@ -185,32 +187,28 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
   query, output_bar, log_sum_exp, delta = queries
 
   def add_tile(tile, is_masked):
-    part = tiles.part_of(layout, tile)
-    start = first_key + tile * layout.keys
-    key_columns = key_columns_ref[0, 0, :, part]
-    tile_scores, slope = tiles.scores(spec, key_ref[0, 0, part, :], query)
-    weights = jnp.exp2(tile_scores - log_sum_exp)  # [keys, queries]
-    scores_bar = weights * (dot(value_ref[0, 0, part, :], output_bar) - delta) * spec.scale
-    if slope is not None:
-      scores_bar = scores_bar * slope
-    if is_masked:
-      seen = tiles.tile_mask(
-        spec,
-        layout,
-        i * layout.queries,
-        start,
-        None if ids is None else ids.queries[0],
-        None if ids is None else ids.keys[0, :, part],
-      )
-      if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-        scores_bar = jnp.where(seen, scores_bar, 0.0)
-      if layout.num_keys % layout.keys:
-        key_columns = tiles.existing(key_columns, 1, layout.num_keys - start)
-    weights, scores_bar = weights.astype(query.dtype), scores_bar.astype(query.dtype)
-    value_sum_ref[part, :] += dot(weights, output_bar, (1, 1))
-    key_sum_ref[part, :] += dot(scores_bar, query, (1, 1))
-    query_sum_ref[...] += dot(key_columns, scores_bar)
+    query_sum = query_sum_ref[...]
+    for chunk in tiles.chunks_of(layout, tile):
+      keys, values = key_ref[0, 0, chunk.index, :], value_ref[0, 0, chunk.index, :]
+      key_columns = key_columns_ref[0, 0, :, chunk.index]
+      if is_masked and layout.num_keys % layout.keys:
+        left = layout.num_keys - first_key - chunk.offset
+        keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
+        key_columns = tiles.existing(key_columns, 1, left)
+      chunk_scores, slope = tiles.scores(spec, keys, query)
+      if is_masked:
+        seen = tiles.mask(spec, layout, i, first_key, chunk, ids)
+        if seen is not None:
+          chunk_scores = jnp.where(seen, chunk_scores, specs.MASKED)
+      weights = jnp.exp2(chunk_scores - log_sum_exp)  # [keys, queries]
+      scores_bar = weights * (dot(values, output_bar) - delta) * spec.scale
+      if slope is not None:
+        scores_bar = scores_bar * slope
+      weights, scores_bar = weights.astype(query.dtype), scores_bar.astype(query.dtype)
+      value_sum_ref[chunk.index, :] += dot(weights, output_bar, (1, 1))
+      key_sum_ref[chunk.index, :] += dot(scores_bar, query, (1, 1))
+      query_sum += dot(key_columns, scores_bar)
+    query_sum_ref[...] = query_sum
 
   tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile)
   query_bar_ref[0, 0] = query_sum_ref[...].astype(query_bar_ref.dtype)

@@ -122,30 +122,25 @@ def _kernel(spec, layout, key_blocks, query_ref, key_ref, value_ref, *refs):
     total_ref[...] = jnp.zeros_like(total_ref)
 
   def add_tile(tile, is_masked):
-    part = tiles.part_of(layout, tile)
-    start = first_key + tile * layout.keys
-    values = value_ref[0, 0, :, part]
-    tile_scores, _ = tiles.scores(spec, key_ref[0, 0, part, :], query_ref[0, 0])
-    if is_masked:
-      seen = tiles.tile_mask(
-        spec,
-        layout,
-        i * layout.queries,
-        start,
-        None if ids is None else ids.queries[0],
-        None if ids is None else ids.keys[0, :, part],
-      )
-      if seen is not None:
-        tile_scores = jnp.where(seen, tile_scores, specs.MASKED)
-      if layout.num_keys % layout.keys:
-        values = tiles.existing(values, 1, layout.num_keys - start)
-    before = largest_ref[...]
-    largest = jnp.maximum(before, jnp.max(tile_scores, axis=0, keepdims=True))
-    weights = jnp.exp2(tile_scores - largest)  # [keys, queries]
-    shrink = jnp.exp2(before - largest)
-    largest_ref[...] = largest
-    total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=0, keepdims=True)
-    sum_ref[...] = shrink * sum_ref[...] + dot(values, weights.astype(values.dtype))
+    query = query_ref[0, 0]
+    chunks = tiles.chunks_of(layout, tile)
+    products = [tiles.scores(spec, key_ref[0, 0, chunk.index, :], query)[0] for chunk in chunks]
+    largest, total, weighted = largest_ref[...], total_ref[...], sum_ref[...]
+    for chunk, chunk_scores in zip(chunks, products, strict=True):
+      values = value_ref[0, 0, :, chunk.index]
+      if is_masked:
+        seen = tiles.mask(spec, layout, i, first_key, chunk, ids)
+        if seen is not None:
+          chunk_scores = jnp.where(seen, chunk_scores, specs.MASKED)
+        if layout.num_keys % layout.keys:
+          values = tiles.existing(values, 1, layout.num_keys - first_key - chunk.offset)
+      before = largest
+      largest = jnp.maximum(before, jnp.max(chunk_scores, axis=0, keepdims=True))
+      weights = jnp.exp2(chunk_scores - largest)  # [keys, queries]
+      shrink = jnp.exp2(before - largest)
+      total = shrink * total + jnp.sum(weights, axis=0, keepdims=True)
+      weighted = shrink * weighted + dot(values, weights.astype(values.dtype))
+    largest_ref[...], total_ref[...], sum_ref[...] = largest, total, weighted
 
   tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile)
 

@@ -15,9 +15,11 @@ from ll3m_kernels.attention.blocks import BlockSizes
 from ll3m_kernels.attention.spec import Spec
 from ll3m_kernels.sharding import Sharding, map_shards
 
-# What `jax.checkpoint_policies.save_only_these_names` calls what the backward pass reads.
 OUTPUT_NAME = "flash_attention_output"
 RESIDUAL_NAME = "flash_attention_log_sum_exp"
+# What the backward pass reads beside the arguments: with these names saved
+# (`jax.checkpoint_policies.save_only_these_names`), a remat does not run the forward pass again.
+ATTENTION_RESIDUALS = (OUTPUT_NAME, RESIDUAL_NAME)
 
 
 class Static(NamedTuple):

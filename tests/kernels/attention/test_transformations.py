@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ll3m_kernels import BlockSizes, flash_attention
+from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
 from tests.kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "pallas"]
@@ -75,11 +75,10 @@ def test_checkpoint_and_jit(implementation, policy):
 
 def test_saved_by_name_the_forward_pass_runs_once():
   """A remat policy that keeps output and residual leaves only the backward kernel to run."""
-  names = ("flash_attention_output", "flash_attention_log_sum_exp")
   function = functools.partial(loss, implementation="pallas")
   counts = {}
   for policy in (
-    jax.checkpoint_policies.save_only_these_names(*names),
+    jax.checkpoint_policies.save_only_these_names(*ATTENTION_RESIDUALS),
     jax.checkpoint_policies.nothing_saveable,
   ):
     text = str(jax.make_jaxpr(grads(jax.checkpoint(function, policy=policy)))(*draw()))
@@ -99,7 +98,7 @@ X64 = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.experimental.pallas import tpu as pltpu
-from ll3m_kernels import BlockSizes, flash_attention
+from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
 ids = jnp.asarray(np.arange(300)[None] // 90)

@@ -1,0 +1,183 @@
+"""Every kernel at the shapes of the real models, as functions to compile for a TPU.
+
+Dimensions: B batch, T queries, S keys, N heads, K KV heads, H head dim, D features.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import ll3m_kernels as kernels
+from benchmarks import shapes
+
+LENGTH = 4096
+# What the longest preset allows (Mistral), and beyond most.
+LONGEST = 32_768
+_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+class Case(NamedTuple):
+  """One function to compile.
+
+  Attributes:
+    kernel: the operation.
+    name: the model, and what is special.
+    dtype: "bf16" or "f32".
+    function: to be traced with `arrays`; forward, and backward where there is one to run.
+    arrays: its arguments' shapes and dtypes.
+  """
+
+  kernel: str
+  name: str
+  dtype: str
+  function: Callable[..., Any]
+  arrays: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def all_cases() -> Iterator[Case]:
+  """Yields the whole matrix: each model in bfloat16, at several lengths, and once in float32."""
+  for model, shape in shapes.ATTENTION.items():
+    for length in (LENGTH, LONGEST):
+      yield attention(model, shape, length, "bf16")
+    yield packed_attention(model, shape, LENGTH, "bf16")
+    yield decoding(model, shape, LONGEST, "bf16")
+  for model, shape in shapes.NORMS.items():
+    for rows in (1, LENGTH):
+      yield norm(model, shape, rows, "bf16")
+  for model, shape in shapes.ROTARY.items():
+    for length in (1, LENGTH, LONGEST):
+      yield rotary(model, shape, length, "bf16")
+  yield attention("llama2_7b", shapes.ATTENTION["llama2_7b"], LENGTH, "f32")
+  yield norm("llama2_7b", shapes.NORMS["llama2_7b"], LENGTH, "f32")
+  yield rotary("llama2_7b", shapes.ROTARY["llama2_7b"], LENGTH, "f32")
+
+
+def slice_of_cases() -> Iterator[Case]:
+  """Yields few cases that between them go through every kernel and every kind of shape."""
+  attentions, norms, rotaries = shapes.ATTENTION, shapes.NORMS, shapes.ROTARY
+  yield attention("mistral_7b", attentions["mistral_7b"], 16_384, "bf16")
+  yield packed_attention("phi_2", attentions["phi_2"], 1000, "bf16")
+  yield attention("gemma_2b", attentions["gemma_2b"], 2048, "f32")
+  yield decoding("tiny_llama_1b", attentions["tiny_llama_1b"], LENGTH, "bf16")
+  yield norm("open_llama_3b", norms["open_llama_3b"], 1000, "bf16")
+  yield norm("phi_2", norms["phi_2"], LENGTH, "f32")
+  yield rotary("phi_2", rotaries["phi_2"], 1000, "bf16")
+  yield rotary("smollm2_135m", rotaries["smollm2_135m"], 1, "f32")
+
+
+def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
+  """Training on one causal sequence per row."""
+  options = {"is_causal": True, "local_window_size": _window(shape)}
+  return Case(
+    "flash_attention",
+    f"{model} T={length}",
+    dtype,
+    _with_gradients(functools.partial(kernels.flash_attention, **options), 3),
+    _heads(shape, length, length, dtype),
+  )
+
+
+def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
+  """Training on rows of several documents."""
+  options = {"is_causal": True, "local_window_size": _window(shape)}
+
+  def function(query, key, value, ids):
+    return kernels.flash_attention(query, key, value, segment_ids=ids, **options)
+
+  return Case(
+    "flash_attention",
+    f"{model} T={length} packed",
+    dtype,
+    _with_gradients(function, 3),
+    (*_heads(shape, length, length, dtype), jax.ShapeDtypeStruct((2, length), jnp.int32)),
+  )
+
+
+def decoding(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
+  """One query per row against a cache, whose valid slots are marked by segment ids."""
+
+  def function(query, key, value, query_ids, key_ids):
+    return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids))
+
+  slots = min(length, shape.window or length)
+  ids = tuple(jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, slots))
+  return Case(
+    "flash_attention",
+    f"{model} T=1 S={slots}",
+    dtype,
+    function,
+    (*_heads(shape, 1, slots, dtype), *ids),
+  )
+
+
+def norm(model: str, shape: shapes.NormShape, rows: int, dtype: str) -> Case:
+  """The norm alone and fused with the residual addition."""
+  x = jax.ShapeDtypeStruct((2, rows, shape.features), _DTYPES[dtype])
+  scale = jax.ShapeDtypeStruct((shape.features,), _DTYPES[dtype])
+  if shape.kind == "layer":
+
+    def function(x, residual, scale, bias):
+      normed, total = kernels.add_layer_norm(x, residual, scale, bias)
+      return kernels.layer_norm(normed, scale, bias) + total
+
+    arrays = (x, x, scale, scale)
+  else:
+    options = {"scale_offset": shape.scale_offset}
+
+    def function(x, residual, scale):
+      normed, total = kernels.add_rms_norm(x, residual, scale, **options)
+      return kernels.rms_norm(normed, scale, **options) + total
+
+    arrays = (x, x, scale)
+  return Case(
+    f"{shape.kind}_norm",
+    f"{model} T={rows}",
+    dtype,
+    _with_gradients(function, len(arrays)),
+    arrays,
+  )
+
+
+def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Case:
+  """Queries and keys rotated together."""
+
+  def function(query, key, positions):
+    return kernels.rotary_embedding(query, key, positions, rotary_dim=shape.rotary_dim)
+
+  query, key = (
+    jax.ShapeDtypeStruct((2, length, n, shape.head_dim), _DTYPES[dtype])
+    for n in (shape.num_heads, shape.num_kv_heads)
+  )
+  return Case(
+    "rotary_embedding",
+    f"{model} T={length}",
+    dtype,
+    _with_gradients(function, 2),
+    (query, key, jax.ShapeDtypeStruct((2, length), jnp.int32)),
+  )
+
+
+def _window(shape: shapes.AttentionShape) -> tuple[int, int] | None:
+  return None if shape.window is None else (shape.window - 1, 0)
+
+
+def _heads(shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str) -> tuple:
+  sizes = (
+    (length, shape.num_heads),
+    (num_keys, shape.num_kv_heads),
+    (num_keys, shape.num_kv_heads),
+  )
+  return tuple(jax.ShapeDtypeStruct((2, t, n, shape.head_dim), _DTYPES[dtype]) for t, n in sizes)
+
+
+def _with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+  """Returns results and the gradients of the first `count` arguments, for cotangents of 1."""
+
+  def both(*arrays):
+    results, vjp = jax.vjp(lambda *x: function(*x, *arrays[count:]), *arrays[:count])
+    return results, vjp(jax.tree.map(jnp.ones_like, results))
+
+  return both

@@ -1,0 +1,77 @@
+"""Compiles every kernel for every TPU generation, with the real compiler and no TPU.
+
+  python -m benchmarks.tpu_check [--generations=v5e,v6e] [--kernels=flash_attention] [--quick]
+
+Prints a row per kernel, shape and generation: how long it took, and the vector memory of each
+kernel in it, which is what the compiler's module says it gave to blocks and scratch. Exits with 1
+if anything does not compile.
+"""
+
+import dataclasses
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: libtpu must not look for chips
+
+from benchmarks import tpu_cases
+from ll3m.core import flags
+from ll3m_kernels import dispatch
+from ll3m_kernels.dispatch import MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+  """What to compile."""
+
+  generations: str = flags.option(
+    ",".join(dispatch.GENERATIONS), "Generations to compile for, separated by commas."
+  )
+  kernels: str = flags.option("", "Operations to compile, separated by commas; all by default.")
+  quick: bool = flags.option(False, "Only a few shapes, the ones that the test suite compiles.")
+
+  def __post_init__(self):
+    for name in self.generations.split(","):
+      if name not in dispatch.GENERATIONS:
+        raise ValueError(
+          f"--generations expects any of {', '.join(dispatch.GENERATIONS)}, got {name!r}"
+        )
+
+
+flags.define("", CheckConfig)
+
+
+def main() -> None:
+  """Compiles case by case."""
+  from ll3m_kernels.tpu_compiler import compile_for, vmem_bytes
+
+  config = flags.read("", CheckConfig)
+  cases = list(tpu_cases.slice_of_cases() if config.quick else tpu_cases.all_cases())
+  chosen = set(filter(None, config.kernels.split(","))) or {case.kernel for case in cases}
+  if unknown := chosen - {case.kernel for case in cases}:
+    raise ValueError(f"--kernels: there are no cases of {', '.join(sorted(unknown))}")
+  print(f"{'kernel':17} {'shape':30} {'dtype':5} {'TPU':6} {'seconds':>7}  MiB of vector memory")
+  count, failures = 0, []
+  for case in cases:
+    for generation in config.generations.split(",") if case.kernel in chosen else ():
+      row = f"{case.kernel:17} {case.name:30} {case.dtype:5} {generation:6}"
+      start = time.perf_counter()
+      try:
+        compiled = compile_for(generation, case.function, *case.arrays)
+        memory = ", ".join(
+          f"{name.rpartition('.')[0]} {size / MIB:.1f}"
+          for name, size in vmem_bytes(compiled).items()
+        )
+        outcome = memory or "no kernel in the module"
+      except Exception as error:  # whatever the compiler says is a result
+        memory, outcome = "", f"FAILED: {' '.join(str(error).split())[:200]}"
+      print(f"{row} {time.perf_counter() - start:7.1f}  {outcome}", flush=True)
+      count += 1
+      if not memory:
+        failures.append(row)
+  print(f"{count - len(failures)} of {count} compiled")
+  if failures:
+    raise ValueError(f"{len(failures)} of {count} did not compile: {'; '.join(failures[:5])}")
+
+
+if __name__ == "__main__":
+  flags.run(main)

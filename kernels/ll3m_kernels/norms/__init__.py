@@ -1,0 +1,1 @@
+"""RMSNorm and LayerNorm, with or without the residual addition before them."""

@@ -1,0 +1,115 @@
+"""The backward pass of the norms on a TPU: one kernel for all gradients.
+
+The statistics are computed again, from what was normalised: nothing else is kept. Every row is
+read once and its gradient written once. The gradients of scale and bias are summed over the rows
+in float32, in [8, D] of each core of its own: row i of these is the sum of the rows i, i + 8, ..
+that the core has seen. XLA adds up what is left, [8 * cores, D], together with whatever consumes
+it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from ll3m_kernels import dispatch
+from ll3m_kernels.norms import blocks as sizes
+from ll3m_kernels.norms import tiles
+from ll3m_kernels.norms.spec import Spec, gradients, measure, measure_bars
+
+
+def backward(
+  spec: Spec,
+  x: Float[Array, "*B D"],
+  scale: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
+  y_bar: Float[Array, "*B D"],
+  sum_bar: Float[Array, "*B D"] | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
+  """Computes the cotangents of x, scale and bias; arguments as in `xla.backward`."""
+  shape, manual = x.shape, jax.typeof(x).mat
+  arrays = [array.reshape(-1, shape[-1]) for array in (x, y_bar, sum_bar) if array is not None]
+  num_rows, size = arrays[0].shape
+  blocks, needed = blocks_of(arrays[0], bias, sum_bar is not None)
+  num_blocks = pl.cdiv(num_rows, blocks.rows)
+  generation = dispatch.generation()
+  cores = min(generation.num_cores, num_blocks)
+  steps = pl.cdiv(num_blocks, cores)
+
+  def place(core, step):
+    index = core * steps + step
+    # A core without a block of its own at the end does the last one again, which changes nothing.
+    return (jnp.minimum(index, num_blocks - 1) if num_blocks % cores else index), 0
+
+  block = pl.BlockSpec((blocks.rows, size), place)
+  sums = pl.BlockSpec((sizes.SUBLANES, size), lambda core, step: (core, 0))
+  num_sums = 1 if bias is None else 2
+  struct = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual)
+  x_bar, *sums = pl.pallas_call(
+    functools.partial(
+      _kernel, spec, blocks, num_rows, steps, cores, sum_bar is not None, bias is not None
+    ),
+    grid=(cores, steps),
+    in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda core, step: (0, 0))],
+    out_specs=[block] + [sums] * num_sums,
+    out_shape=[struct((num_rows, size), x.dtype)]
+    + [struct((cores * sizes.SUBLANES, size), jnp.float32)] * num_sums,
+    scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"),
+      vmem_limit_bytes=sizes.vmem_limit(needed, generation),
+    ),
+    name="norm_backward",
+  )(*arrays, scale[None])
+  scale_bar, *bias_bar = [
+    jnp.sum(total, axis=0).astype(weight.dtype)
+    for total, weight in zip(sums, (scale, bias), strict=False)
+  ]
+  return x_bar.reshape(shape), scale_bar, (bias_bar[0] if bias_bar else None)
+
+
+def blocks_of(x: Any, bias: Any, adds: bool) -> tuple[sizes.Blocks, int]:
+  """Returns how the backward pass cuts x, and the vector memory that this takes, in bytes."""
+  problem = sizes.problem_of(x, 4 if adds else 3, 1, 1 if bias is None else 2)
+  blocks = sizes.choose_blocks(problem, dispatch.generation())
+  return blocks, sizes.vmem_bytes(problem, blocks)
+
+
+def _kernel(spec, blocks, num_rows, steps, cores, adds, has_bias, *refs):
+  refs = iter(refs)
+  x_ref, y_bar_ref = next(refs), next(refs)
+  sum_bar_ref = next(refs) if adds else None
+  scale_ref, x_bar_ref = next(refs), next(refs)
+  sum_refs = [next(refs) for _ in range(1 + has_bias)]
+  gain_ref = next(refs)
+  tiles.spread(scale_ref, gain_ref, spec.scale_offset)
+  step = pl.program_id(1)
+  left = num_rows - (pl.program_id(0) * steps + step) * blocks.rows
+  is_ragged = num_rows != cores * steps * blocks.rows
+
+  @pl.when(step == 0)
+  def _():
+    for ref in sum_refs:
+      ref[...] = jnp.zeros_like(ref)
+
+  def do(rows):
+    x, y_bar = tiles.read(x_ref, rows), tiles.read(y_bar_ref, rows)
+    found = measure(spec, x)
+    bars = measure_bars(x, found, tiles.weight(gain_ref), y_bar)
+    for part in tiles.columns(x_ref.shape[1]):
+      x, y_bar = tiles.read(x_ref, rows, part), tiles.read(y_bar_ref, rows, part)
+      x_bar, scale_terms = gradients(x, found, bars, tiles.weight(gain_ref, part), y_bar)
+      if adds:
+        x_bar = x_bar + tiles.read(sum_bar_ref, rows, part)
+      tiles.write(x_bar_ref, rows, part, x_bar)
+      for ref, terms in zip(sum_refs, (scale_terms, y_bar), strict=False):
+        if is_ragged:
+          # Rows beyond the end hold anything, and what comes of it: NaN, say.
+          terms = jnp.where(tiles.exist(terms, rows, left), terms, 0.0)
+        ref[:, part] += jnp.sum(terms, axis=0)
+
+  tiles.for_each_chunk(blocks, do)

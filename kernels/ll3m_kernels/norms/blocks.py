@@ -1,0 +1,107 @@
+"""How the rows of a norm are cut into pieces that fit a TPU core's vector memory.
+
+A grid step has a block of rows, [rows, D], of every array. It works on a tile of them at a time,
+and within a tile on chunks that do not depend on each other.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from ll3m_kernels.dispatch import MIB, Generation
+
+LANES = 128
+SUBLANES = 8
+# Rows of the smallest bfloat16 tile; float32 could do with half.
+_ROWS = 16
+# A step costs about 400 cycles beside its work: less would show, and more does not pay.
+_BLOCK_BYTES = 2 * MIB
+# Nothing hides the first fetch and the last store, so there are at least so many steps ...
+_STEPS = 16
+# ... unless that made the blocks smaller than this.
+_LEAST_BLOCK_BYTES = MIB // 2
+# Elements of a tile: enough independent work to hide how long a sum over lanes takes.
+_TILE = 2**18
+_MOST_ROWS = 256
+_CHUNKS = 4
+
+
+class Blocks(NamedTuple):
+  """Sizes in rows: `rows` is a multiple of `tile`, and that of `chunk`, and that of 16."""
+
+  rows: int
+  tile: int
+  chunk: int
+
+
+class Problem(NamedTuple):
+  """The shapes of a call, as far as memory depends on them.
+
+  Attributes:
+    num_rows: of every array.
+    size: D.
+    itemsize: bytes of an element.
+    num_arrays: [rows, D] that are read or written.
+    num_weights: [D] that are read.
+    num_sums: [8, D] in float32 that are written.
+  """
+
+  num_rows: int
+  size: int
+  itemsize: int
+  num_arrays: int
+  num_weights: int
+  num_sums: int
+
+
+def choose_blocks(problem: Problem, generation: Generation) -> Blocks:
+  """Chooses the largest blocks that are of use and fit; 16 rows at least, fit or not."""
+  tile = min(max(_power_of_two(_TILE // problem.size), _ROWS), _MOST_ROWS)
+  tile = min(tile, _up(problem.num_rows, _ROWS))
+  row_bytes = problem.size * problem.itemsize
+  wanted = min(max(problem.num_rows * row_bytes // _STEPS, _LEAST_BLOCK_BYTES), _BLOCK_BYTES)
+  # A power of two leaves no rest of the usual lengths, and with it nothing to mask.
+  rows = max(_power_of_two(wanted // row_bytes), tile)
+  blocks = _cut(problem, rows, tile)
+  while rows > _ROWS and vmem_bytes(problem, blocks) > 0.75 * generation.vmem_bytes:
+    rows = max(rows // 2 // _ROWS * _ROWS, _ROWS)
+    blocks = _cut(problem, rows, tile)
+  return blocks
+
+
+def _cut(problem: Problem, rows: int, tile: int) -> Blocks:
+  """Returns blocks of at most so many rows, of about the same size all of them."""
+  tile = min(tile, rows)
+  chunk = max(tile // _CHUNKS // _ROWS, 1) * _ROWS
+  tile = tile // chunk * chunk
+  count = -(-problem.num_rows // (rows // tile * tile))
+  return Blocks(_up(-(-problem.num_rows // count), tile), tile, chunk)
+
+
+def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
+  """Returns the vector memory a pass takes: blocks twice, broadcast weights and tiles once."""
+  columns = _up(problem.size, LANES)
+  streamed = problem.num_arrays * blocks.rows * problem.itemsize
+  streamed += (problem.num_weights + problem.num_sums) * SUBLANES * 4
+  working = (problem.num_weights * SUBLANES + blocks.tile) * 4
+  return (2 * streamed + working) * columns
+
+
+def vmem_limit(needed: int, generation: Generation) -> int:
+  """Returns what to ask the compiler for: what is needed and half as much again, at most all."""
+  return min(max(16 * MIB, needed * 3 // 2), generation.vmem_bytes)
+
+
+def _power_of_two(size: int) -> int:
+  """Returns the largest power of two that is not above a size, or 1."""
+  return 1 << max(size.bit_length() - 1, 0)
+
+
+def _up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
+
+
+def problem_of(x: Any, num_arrays: int, num_weights: int, num_sums: int) -> Problem:
+  """Describes a pass over arrays like x, [.., D]."""
+  return Problem(
+    math.prod(x.shape[:-1]), x.shape[-1], x.dtype.itemsize, num_arrays, num_weights, num_sums
+  )

@@ -1,0 +1,110 @@
+"""What a norm computes, in float32: the formulas of both implementations.
+
+Arrays are [.., D] and what is known of their rows is [.., 1]; weights have as many axes and
+broadcast against them. Gain is the scale with its offset.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Spec(NamedTuple):
+  """The options of a call that do not change with its data.
+
+  Attributes:
+    is_centred: LayerNorm, which subtracts the mean; else RMSNorm.
+    epsilon: added to the mean square.
+    scale_offset: added to the scale.
+  """
+
+  is_centred: bool
+  epsilon: float
+  scale_offset: float
+
+
+class Rows(NamedTuple):
+  """What the forward pass has to know of each row.
+
+  Attributes:
+    inverse: 1 / sqrt(mean((x - mean)^2) + epsilon).
+    mean: of x; None, as if it were 0, for RMSNorm.
+  """
+
+  inverse: Float[Array, "*B 1"]
+  mean: Float[Array, "*B 1"] | None
+
+
+class RowBars(NamedTuple):
+  """What the backward pass has to know of each row besides: what the statistics take back.
+
+  Attributes:
+    slope: of x_bar in x - mean.
+    shift: of x_bar; None for RMSNorm.
+  """
+
+  slope: Float[Array, "*B 1"]
+  shift: Float[Array, "*B 1"] | None
+
+
+def measure(spec: Spec, x: Float[Array, "*B D"]) -> Rows:
+  """Computes the statistics of x."""
+  mean = _mean(x) if spec.is_centred else None
+  centred = _centre(x, mean)
+  return Rows(jax.lax.rsqrt(_mean(centred * centred) + spec.epsilon), mean)
+
+
+def normalise(
+  x: Float[Array, "*B D"],
+  rows: Rows,
+  gain: Float[Array, "*b D"],
+  bias: Float[Array, "*b D"] | None,
+) -> Float[Array, "*B D"]:
+  """Computes (x - mean) * inverse * gain + bias."""
+  y = _centre(x, rows.mean) * rows.inverse * gain
+  return y if bias is None else y + bias
+
+
+def measure_bars(
+  x: Float[Array, "*B D"], rows: Rows, gain: Float[Array, "*b D"], y_bar: Float[Array, "*B D"]
+) -> RowBars:
+  """Computes what `gradients` subtracts.
+
+  Neither mean waits for the inverse, so that a TPU can reduce them together with the statistics.
+  """
+  h = y_bar * gain
+  # Factor by factor: the inverse to the third alone would underflow long before the product does.
+  slope = _mean(h * _centre(x, rows.mean)) * rows.inverse * rows.inverse * rows.inverse
+  return RowBars(slope, None if rows.mean is None else _mean(h) * rows.inverse)
+
+
+def gradients(
+  x: Float[Array, "*B D"],
+  rows: Rows,
+  bars: RowBars,
+  gain: Float[Array, "*b D"],
+  y_bar: Float[Array, "*B D"],
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+  """Computes the cotangent of x, and what summed over the rows is that of the scale.
+
+  With c = x - mean, r the inverse and h = y_bar * gain:
+
+    x_bar = r h - c r^3 mean(h c) - r mean(h)        scale_bar = sum of (y_bar r) c
+
+  the last term of x_bar for LayerNorm only.
+  """
+  centred, scaled = _centre(x, rows.mean), y_bar * rows.inverse
+  x_bar = scaled * gain - centred * bars.slope
+  if bars.shift is not None:
+    x_bar = x_bar - bars.shift
+  return x_bar, scaled * centred
+
+
+def _centre(x: Float[Array, "*B D"], mean: Float[Array, "*B 1"] | None) -> Float[Array, "*B D"]:
+  return x if mean is None else x - mean
+
+
+def _mean(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
+  return jnp.mean(x, axis=-1, keepdims=True)

@@ -1,0 +1,67 @@
+"""Norms in plain jnp: the implementation "xla", for any platform."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ll3m_kernels.norms.spec import Spec, gradients, measure, measure_bars, normalise
+
+
+def forward(
+  spec: Spec, x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"] | None
+) -> Float[Array, "*B D"]:
+  """Normalises x; see `rms_norm` and `layer_norm`."""
+  gain = _row(scale, x.ndim) + spec.scale_offset
+  wide = _wide(x)
+  y = normalise(wide, measure(spec, wide), gain, None if bias is None else _row(bias, x.ndim))
+  return y.astype(x.dtype)
+
+
+def add_forward(
+  spec: Spec,
+  x: Float[Array, "*B D"],
+  residual: Float[Array, "*B D"],
+  scale: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+  """Returns the normalised sum, and the sum; see `add_rms_norm`."""
+  total = x + residual
+  return forward(spec, total, scale, bias), total
+
+
+def backward(
+  spec: Spec,
+  x: Float[Array, "*B D"],
+  scale: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
+  y_bar: Float[Array, "*B D"],
+  sum_bar: Float[Array, "*B D"] | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
+  """Computes the cotangents of x, scale and bias.
+
+  Args:
+    spec: of the call.
+    x: what was normalised.
+    scale: the weight.
+    bias: added last, if given.
+    y_bar: the cotangent of the normalised activations.
+    sum_bar: for the fused addition, the cotangent of the sum, which x is.
+  """
+  wide, y_bar = _wide(x), _wide(y_bar)
+  gain = _row(scale, x.ndim) + spec.scale_offset
+  rows = measure(spec, wide)
+  x_bar, scale_terms = gradients(wide, rows, measure_bars(wide, rows, gain, y_bar), gain, y_bar)
+  if sum_bar is not None:
+    x_bar = x_bar + _wide(sum_bar)
+  leading = tuple(range(x.ndim - 1))
+  scale_bar = jnp.sum(scale_terms, axis=leading).astype(scale.dtype)
+  bias_bar = None if bias is None else jnp.sum(y_bar, axis=leading).astype(bias.dtype)
+  return x_bar.astype(x.dtype), scale_bar, bias_bar
+
+
+def _row(weight: Float[Array, " D"], ndim: int) -> Float[Array, "*b D"]:
+  """Returns a weight as float32 [1, .., D]."""
+  return _wide(weight).reshape((1,) * (ndim - 1) + weight.shape)
+
+
+def _wide(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+  return x.astype(jnp.float32)

@@ -1,0 +1,40 @@
+"""The one seam between the models and the kernels: which implementation runs, on which mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from ll3m_kernels import Sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """How a model calls the kernels.
+
+  Attributes:
+    implementation: None for what suits the platform, or "pallas" or "xla"; see
+      `ll3m_kernels.dispatch`.
+    sharding: how activations lie on a mesh of several devices: rows and heads may be split.
+  """
+
+  implementation: str | None = None
+  sharding: Sharding | None = None
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """The keyword arguments of every kernel."""
+    return {"implementation": self.implementation}
+
+  def constrain(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Keeps the residual stream split by rows, and by nothing else."""
+    if self.sharding is None:
+      return x
+    placement = NamedSharding(self.sharding.mesh, self.sharding.rows(x.ndim))
+    return jax.lax.with_sharding_constraint(x, placement)
+
+
+# What suits the platform, on one device.
+DEFAULT_KERNELS = Kernels()

@@ -1,0 +1,65 @@
+"""Kernels against the real TPU compiler, which libtpu brings and which needs no TPU.
+
+In a process of its own: libtpu, once loaded, changes what jax sees. The whole matrix is
+`make tpu-check`.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import tpu_cases
+from ll3m_kernels.dispatch import GENERATIONS
+
+COMPILE = """
+import json, sys
+from benchmarks import tpu_cases
+from ll3m_kernels.tpu_compiler import compile_for, vmem_bytes
+for case in tpu_cases.slice_of_cases():
+  try:
+    memory = vmem_bytes(compile_for(sys.argv[1], case.function, *case.arrays))
+  except Exception as error:
+    memory = f"{type(error).__name__}: {error}"
+  print(json.dumps([f"{case.kernel} {case.name} {case.dtype}", memory]), flush=True)
+"""
+SCALING = """
+import jax, jax.numpy as jnp, json
+from benchmarks import shapes, tpu_cases
+from ll3m_kernels.tpu_compiler import compile_for
+found = {}
+for length in (16384, 32768):
+  case = tpu_cases.attention("tiny_llama_1b", shapes.ATTENTION["tiny_llama_1b"], length, "bf16")
+  compiled = compile_for("v5p", case.function, *case.arrays)
+  found[length] = compiled.memory_analysis().temp_size_in_bytes
+print(json.dumps(found))
+"""
+
+
+def run(code: str, *arguments: str) -> list:
+  done = subprocess.run(
+    [sys.executable, "-c", code, *arguments],
+    env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_kind_of_kernel_compiles(generation):
+  results = dict(run(COMPILE, generation))
+  assert len(results) == len(list(tpu_cases.slice_of_cases()))
+  for name, memory in results.items():
+    assert isinstance(memory, dict), f"{name}: {memory}"
+    assert memory, f"{name}: no kernel in the compiled module"
+    assert max(memory.values()) <= GENERATIONS[generation].vmem_bytes
+
+
+def test_memory_of_attention_grows_with_the_length_and_not_its_square():
+  (found,) = run(SCALING)
+  # Twice the tokens take twice the memory; one array of T x S would make it four times. (Short
+  # sequences do not show it: the compiler keeps their arrays in vector memory.)
+  assert 0 < found["32768"] <= 2.1 * found["16384"]
