@@ -3,7 +3,7 @@ PIP := .venv/bin/pip --disable-pip-version-check
 PY := .venv/bin/python
 RUN_DIR ?= runs/demo
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench tpu-check lint format clean
 
 demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
@@ -13,6 +13,10 @@ test: lint
 
 bench: .venv/installed-test
 	$(PY) -m pytest benchmarks --benchmark-only -p no:xdist
+
+# Every kernel against the TPU compilers of every generation; needs no TPU.
+tpu-check: .venv/installed-test
+	$(PY) -m benchmarks.tpu_check
 
 lint: .venv/installed-test
 	.venv/bin/ruff format --check .

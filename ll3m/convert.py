@@ -6,6 +6,7 @@ python -m ll3m.convert --checkpoint_dir=DIR --output_dir=DIR [--model=PRESET] [-
 import dataclasses
 
 from ll3m.core import flags
+from ll3m.core.dtypes import DTYPES, STORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ConvertConfig:
   dtype: str = flags.option(
     "keep",
     "Type of the written parameters; keep leaves them as they are (dequantised GGUF: f32).",
-    choices=("keep", "bf16", "f16", "f32"),
+    choices=("keep", *STORED),
   )
 
   def __post_init__(self):
@@ -49,7 +50,6 @@ def main() -> None:
 
   from ll3m.hf.conversion import convert_model
   from ll3m.hf.model_files import open_model
-  from ll3m.hf.tensors import DTYPES
 
   output = config.output_dir or config.output_file
   model = open_model(config.checkpoint_dir, config.checkpoint_type, config.model)

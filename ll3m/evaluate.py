@@ -7,13 +7,16 @@ import jax
 from tqdm import tqdm
 
 from ll3m.core import flags, sharding
+from ll3m.core.dtypes import DTYPES
 from ll3m.data import gin_settings
-from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
+from ll3m.data.unusable import describe
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
-from ll3m.training.setup import DTYPES, ModelOptions, build_model, check_length, choose_model
+from ll3m.training.logger import say
+from ll3m.training.setup import ModelOptions, build_model, check_length, choose_model
 from ll3m.training.step import make_eval_step
 
 
@@ -46,7 +49,8 @@ def main() -> None:
   options = flags.read("", EvaluateOptions)
   flags.require(options.checkpoint, "checkpoint")
   dataset = flags.read("eval_dataset", DatasetConfig)
-  dataset.check(data_dir=options.data_dir, split_default="validation")
+  refuse_unread(dataset, "eval_dataset")
+  dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
   source = open_source(options.checkpoint)
   family, config = choose_model(options, source)
   check_length(dataset.seqio_dataset.length, config)
@@ -83,14 +87,17 @@ def main() -> None:
       in_step(batches),
       steps=options.eval_steps,
       mesh=mesh,
+      skipped=batches.skipped,
       on_batch=bar.update,
     )
+  if skipped := describe(batches.skipped):
+    say(skipped)
   if options.json:
     print(json.dumps(record))
     return
   print(
     f"loss {record['loss']:.4f}  perplexity {record['perplexity']:.3f}  "
-    f"accuracy {record['accuracy']:.4f}  over {record['tokens']:.0f} tokens  "
+    f"accuracy {record['accuracy']:.4f}  over {record['targets']:.0f} target tokens  "
     f"({record['tokens_per_second']:.0f} tokens/s)"
   )
 

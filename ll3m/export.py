@@ -6,6 +6,7 @@ python -m ll3m.export --checkpoint=PATH --output_dir=DIR [--dtype=bf16] [--max_s
 import dataclasses
 
 from ll3m.core import flags
+from ll3m.core.dtypes import DTYPES, STORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ExportConfig:
   dtype: str = flags.option(
     "keep",
     "Type of the written tensors; keep leaves them as they are.",
-    choices=("keep", "bf16", "f16", "f32"),
+    choices=("keep", *STORED),
   )
   max_shard_size: str = flags.option("5GB", "The largest file of tensors, as in 5GB or 200MB.")
 
@@ -37,8 +38,12 @@ def main() -> None:
 
   from ll3m.core.checkpoint import open_checkpoint
   from ll3m.hf.exporting import export_model, parse_size
-  from ll3m.hf.tensors import DTYPES
 
+  if config.checkpoint.startswith("hf::"):
+    raise ValueError(
+      f"--checkpoint must be a converted folder or a run, got {config.checkpoint}, which is a "
+      f"Hugging Face folder already"
+    )
   checkpoint = open_checkpoint(config.checkpoint)
   done = export_model(
     checkpoint,

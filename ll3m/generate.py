@@ -13,7 +13,9 @@ from typing import Any
 from etils import epath
 
 from ll3m.core import flags
+from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.data.config import TokenizerConfig
+from ll3m.data.unusable import Unusable, require_unicode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class GenerateConfig:
     False, "Print a line of JSON per prompt: prompt, completion, tokens, and whether it ended."
   )
   batch_size: int = flags.option(8, "How many prompts of a file are continued at a time.")
-  dtype: str = flags.option("f32", "Of parameters, activations and cache.", choices=("f32", "bf16"))
+  dtype: str = flags.option("f32", "Of parameters, activations and cache.", choices=COMPUTED)
 
   def __post_init__(self):
     flags.require(self.checkpoint, "checkpoint")
@@ -70,7 +72,6 @@ def main() -> None:
   from ll3m.decoding.engine import Engine, check_request
   from ll3m.decoding.sampling import Sampling
   from ll3m.hf.sources import open_source
-  from ll3m.hf.tensors import DTYPES
 
   sampling = Sampling(config.temperature, config.top_k, config.top_p)
   texts = _read_prompts(config)
@@ -115,18 +116,33 @@ def main() -> None:
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
   if config.prompt_file is None:
-    texts = [config.prompt]
+    texts = {"--prompt": config.prompt}
   else:
-    lines = epath.Path(config.prompt_file).read_text().splitlines()
-    numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
-    if config.prompt_file.endswith(".jsonl"):
-      texts = [_prompt_of(line, f"{config.prompt_file}, line {i}") for i, line in numbered]
-    else:
-      texts = [line for _, line in numbered]
-    if not texts:
-      raise ValueError(f"{config.prompt_file} holds no prompt")
-  if not all(texts):
-    raise ValueError("expected a prompt, got an empty text")
+    texts = _read_file(config.prompt_file)
+  for where, text in texts.items():
+    if not text:
+      raise ValueError(f"{where}: expected a prompt, got an empty text")
+    try:
+      require_unicode(text)
+    except Unusable as reason:
+      raise ValueError(f"{where}: {reason}, got {text[:80]!a}") from reason
+  return list(texts.values())
+
+
+def _read_file(name: str) -> dict[str, str]:
+  """Returns the prompts of a file by their places in it."""
+  file = epath.Path(name)
+  if not file.exists() or file.is_dir():
+    raise FileNotFoundError(f"--prompt_file: no such file: {name}")
+  try:
+    lines = file.read_text().splitlines()
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+  texts = {f"{name}, line {i}": line for i, line in enumerate(lines, start=1) if line.strip()}
+  if not texts:
+    raise ValueError(f"{name} holds no prompt")
+  if name.endswith(".jsonl"):
+    return {where: _prompt_of(line, where) for where, line in texts.items()}
   return texts
 
 

@@ -1,7 +1,7 @@
 """Trains or fine-tunes a model: `python -m ll3m.train --help`.
 
 Everything that can be checked is checked before weights are loaded. A run with the same flags in
-the same output_dir goes on where it stopped, to the bit.
+the same output_dir goes on where it stopped, to the bit, without what it was loaded from.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import numpy as np
 from etils import epath
 
 from ll3m.core import flags, sharding
-from ll3m.core.checkpoint import MANIFEST, model_meta
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
+from ll3m.core.dtypes import DTYPES
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.data import gin_settings
-from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
+from ll3m.data.unusable import describe
 from ll3m.hf.sources import open_source
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
@@ -28,12 +30,21 @@ from ll3m.training.run import (
   LOAD_KINDS,
   Run,
   TrainOptions,
+  check_settings,
+  fixed_settings,
   held_out_evaluation,
   initial_state,
   open_batches,
+  open_held_out,
   write_companions,
 )
-from ll3m.training.setup import DTYPES, build_model, check_length, choose_model, plan_state
+from ll3m.training.setup import (
+  build_model,
+  check_length,
+  check_same_model,
+  choose_model,
+  plan_state,
+)
 from ll3m.training.step import TrainState, make_eval_step, make_train_step
 
 flags.define("", TrainOptions)
@@ -49,6 +60,9 @@ def main() -> None:
   """Trains."""
   run = read_run()
   options = run.options
+  if run.resumed is not None and run.resumed.step >= options.total_steps:
+    print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
+    return
   optimizer = make_optimizer(run.optimizer, options.total_steps)
   schedule = make_schedule(run.optimizer.chosen, options.total_steps)
   model = build_model(run.config, run.mesh, dtype=options.dtype, remat=options.remat)
@@ -64,7 +78,6 @@ def main() -> None:
     donate_argnums=0,
     out_shardings=(jax.tree.map(lambda x: x.sharding, plan.state), None),
   )
-  eval_step = jax.jit(make_eval_step(model))
   if options.dry_run:
     print(run.describe(plan))
     jax.eval_shape(train_step, plan.state, run.batch_shapes())
@@ -74,25 +87,26 @@ def main() -> None:
   with RunCheckpoints(
     run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
   ) as checkpoints:
-    batches = open_batches(run)
+    batches, held_out_batches = open_batches(run), open_held_out(run)
+    # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
+    state = initial_state(run, plan, checkpoints)
+    write_companions(run)
     start = time.perf_counter()
     train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
-    state, dataset_state = initial_state(run, plan, checkpoints)
-    if dataset_state:
-      batches.set_state(dataset_state)
-    write_companions(run)
-    first_step = int(state.step)
-    if first_step >= options.total_steps:
-      print(f"{run.logger.output_dir} is already at step {first_step} of {options.total_steps}")
-      return
+    held_out = None
+    if held_out_batches is not None:
+      held_out = held_out_evaluation(run, held_out_batches, jax.jit(make_eval_step(model)))
     with Logger(
       run.logger,
       total_steps=options.total_steps,
-      first_step=first_step,
+      first_step=int(state.step),
       flag_values=run.settings(),
     ) as logger:
-      train(run, state, batches, train_step, eval_step, checkpoints, logger)
+      train(run, state, batches, train_step, held_out, checkpoints, logger)
+  for name, stream in (("train", batches), ("eval", held_out_batches)):
+    if stream is not None and (skipped := describe(stream.skipped)):
+      say(f"{name}_dataset: {skipped}")
 
 
 def train(
@@ -100,14 +114,14 @@ def train(
   state: TrainState,
   batches: Any,
   train_step: Callable,
-  eval_step: Callable,
+  held_out: Callable[[Any], dict[str, float]] | None,
   checkpoints: RunCheckpoints,
   logger: Logger,
 ) -> None:
   """Steps from where the state stands to the end of the run."""
   options, step = run.options, int(state.step)
   rng = np.asarray(state.rng).tolist()
-  held_out = held_out_evaluation(run, eval_step) if options.eval_steps else None
+  settings = fixed_settings(options, run.optimizer, run.train_dataset)
   if held_out and step == 0:
     logger.log(0, held_out(state.params))
   pending: list = []
@@ -142,8 +156,7 @@ def train(
         params=state.params,
         opt_state=state.opt_state,
         meta=model_meta(run.family.name, run.config)
-        | {"step": step, "rng": rng, "seed": options.seed}
-        | {"num_shards": run.train_dataset.seqio_dataset.num_shards},
+        | {"step": step, "rng": rng, "settings": settings},
         dataset=batches.state(),
       )
     since += time.perf_counter() - pause  # tokens/s is the training's
@@ -165,8 +178,10 @@ def read_run() -> Run:
         f"--logger.output_dir={logger.output_dir} holds a converted model: give a folder of the "
         f"run's own"
       )
+  optimizer = read_optimizer()
   train_dataset = flags.read("train_dataset", DatasetConfig)
-  eval_dataset = read_eval_dataset()
+  refuse_unread(train_dataset, "train_dataset")
+  eval_dataset = read_eval_dataset(options)
   kind, _, path = (options.load_checkpoint or "").partition("::")
   if options.load_checkpoint and (kind not in LOAD_KINDS or not path):
     raise ValueError(
@@ -175,35 +190,51 @@ def read_run() -> Run:
     )
   mesh = sharding.make_mesh(options.mesh_dim)
   sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
-  train_dataset.check(data_dir=options.data_dir)
+  train_dataset.check(data_dir=options.data_dir, prefix="--train_dataset.")
   if options.eval_steps:
-    eval_dataset.check(data_dir=options.data_dir, split_default="validation")
     sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
-  source = None
-  if options.load_checkpoint:
+  settings = fixed_settings(options, optimizer, train_dataset)
+  resumed = source = None
+  dataset_state = {}
+  if logger.output_dir and finished_steps(logger.output_dir):
+    resumed = open_checkpoint(logger.output_dir)
+    if resumed.step < options.total_steps:
+      check_settings(resumed, settings)
+      dataset_state = restore_dataset_state(resumed.path)
+  elif options.load_checkpoint:
     source = open_source(options.load_checkpoint if kind == "hf" else path)
     if kind.startswith("trainstate") and source.step is None:
       raise ValueError(f"--load_checkpoint={kind}:: needs a training run, {path} is none")
-  family, config = choose_model(options, source)
+    if kind == "trainstate":
+      settings.pop("train_dataset.seqio_dataset.num_shards")  # other data may follow
+      check_settings(open_checkpoint(source.path), settings)
+  if resumed is None and options.load_dataset_state:
+    dataset_state = restore_dataset_state(options.load_dataset_state)
+  family, config = choose_model(options, resumed or source)
+  if resumed is not None:  # in all fields: what is trained does not change under way
+    check_same_model(config, resumed.config)
   check_length(train_dataset.seqio_dataset.length, config)
   if options.eval_steps:
     check_length(eval_dataset.seqio_dataset.length, config)
   tokenizer_config = gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig))
+  origin = resumed or source
   tokenizer = load_tokenizer(
     tokenizer_config,
-    checkpoint_dir=None if source is None else source.tokenizer_dir,
+    checkpoint_dir=None if origin is None else origin.tokenizer_dir,
     family=family.name,
     embedding_size=config.vocab_size,
   )
   return Run(
     options=options,
-    optimizer=flags.read("optimizer", OptimizerConfig),
+    optimizer=optimizer,
     checkpointer=flags.read("checkpointer", CheckpointerConfig),
     logger=logger,
     train_dataset=train_dataset,
     eval_dataset=eval_dataset,
     load_kind=kind or None,
     source=source,
+    resumed=resumed,
+    dataset_state=dataset_state,
     family=family,
     config=config,
     tokenizer=tokenizer,
@@ -212,15 +243,35 @@ def read_run() -> Run:
   )
 
 
-def read_eval_dataset() -> DatasetConfig:
+def read_optimizer() -> OptimizerConfig:
+  """Reads --optimizer.*.
+
+  Raises:
+    ValueError: a value makes no sense, or an option of another optimizer was given.
+  """
+  config = flags.read("optimizer", OptimizerConfig)
+  for group in (f.name for f in dataclasses.fields(config) if f.name.endswith("_optimizer")):
+    if getattr(config, group) is not config.chosen:
+      flags.refuse(f"optimizer.{group}", f"with --optimizer.type={config.type}")
+  return config
+
+
+def read_eval_dataset(options: TrainOptions) -> DatasetConfig:
   """Reads --eval_dataset.*; what was not given is as for training, but for what it reads.
 
   The split is the validation split, and files have to be named anew: held-out text is not what
   is trained on.
+
+  Raises:
+    ValueError: the options make no sense, or have no effect.
+    FileNotFoundError: files are missing.
   """
+  if not options.eval_steps:
+    for name in ("eval_dataset", "eval_freq"):
+      flags.refuse(name, "without --eval_steps")
   config = flags.read("eval_dataset", DatasetConfig, fallback="train_dataset")
   own = flags.read("eval_dataset", DatasetConfig)
-  return dataclasses.replace(
+  config = dataclasses.replace(
     config,
     seqio_dataset=dataclasses.replace(
       config.seqio_dataset, split=own.seqio_dataset.split, shuffle=own.seqio_dataset.shuffle
@@ -230,6 +281,15 @@ def read_eval_dataset() -> DatasetConfig:
       config.huggingface_dataset, split=own.huggingface_dataset.split
     ),
   )
+  if options.eval_steps:
+    refuse_unread(config, "eval_dataset")
+    if config.type == "json" and not config.json_dataset.path:
+      raise ValueError(
+        "--eval_dataset.json_dataset.path must be given: held-out text is read from files of its "
+        "own"
+      )
+    config.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
+  return config
 
 
 if __name__ == "__main__":

@@ -44,3 +44,12 @@ def test_an_unfinished_checkpoint_is_refused(tmp_path):
     f"error: not a complete checkpoint: {tmp_path} has no ll3m.json"
   )
   assert not (tmp_path / "exported").exists()
+
+
+def test_a_published_folder_needs_no_export(tmp_path):
+  done = export(f"--checkpoint=hf::{FIXTURE}", f"--output_dir={tmp_path / 'exported'}")
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1] == (
+    f"error: --checkpoint must be a converted folder or a run, got hf::{FIXTURE}, which is a "
+    "Hugging Face folder already"
+  )

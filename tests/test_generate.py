@@ -111,7 +111,8 @@ def test_bfloat16_runs(generate):
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
-    (["--prompt="], "error: expected a prompt, got an empty text"),
+    (["--prompt="], "error: --prompt: expected a prompt, got an empty text"),
+    ([b"--prompt=a\xffb"], r"error: --prompt: not Unicode text, got 'a\udcffb'"),
     ([], "error: give either --prompt or --prompt_file"),
     (["--prompt=a", "--top_p=1.5", "--temperature=1"], "top_p must be above 0 and at most 1"),
     (["--prompt=a", "--temperature=nan"], "temperature must be a finite number, at least 0"),
@@ -121,11 +122,31 @@ def test_bfloat16_runs(generate):
       "prompt 1 has 80 tokens, which with 20 new ones is more than the 96 positions",
     ),
     (["--prompt=a", "--max_new_token=3"], "Did you mean: max_new_tokens"),
-    (["--prompt_file=/nowhere"], "error: [Errno 2] No such file"),
+    (["--prompt_file=/nowhere"], "error: --prompt_file: no such file: /nowhere"),
   ],
 )
 def test_bad_input_is_one_sentence(generate, folder, arguments, sentence):
   done = generate(*arguments)
   assert done.returncode != 0 and not done.stdout
   assert "Traceback" not in done.stderr
+  assert sentence in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "sentence"),
+  [
+    (
+      "p.jsonl",
+      b'{"prompt": "a"}\n{"prompt": "\\ud800"}',
+      r"p.jsonl, line 2: not Unicode text, got",
+    ),
+    ("p.jsonl", b'{"text": "a"}', 'p.jsonl, line 1: expected {"prompt": "..."}'),
+    ("p.txt", b"a\n\xff", "p.txt is not UTF-8 text"),
+    ("p.txt", b"\n", "p.txt holds no prompt"),
+  ],
+)
+def test_files_that_are_no_prompts(generate, tmp_path, name, content, sentence):
+  (tmp_path / name).write_bytes(content)
+  done = generate(f"--prompt_file={tmp_path / name}")
+  assert done.returncode == 1
   assert sentence in done.stderr.splitlines()[-1]

@@ -1,7 +1,9 @@
 """Training as a user runs it: a whole run, a killed and resumed one, and what can be loaded."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,9 @@ import pytest
 
 from ll3m.core import checkpoint, run
 from ll3m.core.config import ModelConfig
+from ll3m.data.batch import Batch
+from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
 from ll3m.training import logger
 
 TOTAL = 40
@@ -61,7 +66,7 @@ def finished(arguments, run_command, tmp_path_factory) -> Path:
 
 
 def everything(step: Path) -> dict[str, np.ndarray]:
-  """Every array of a step folder, as Orbax reads it, and the position in the data."""
+  """Every array of a step folder, as Orbax reads it."""
   import jax
   import orbax.checkpoint as ocp
 
@@ -76,18 +81,36 @@ def everything(step: Path) -> dict[str, np.ndarray]:
     tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     arrays |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-  for name, value in run.restore_dataset_state(step).items():
-    arrays[f"dataset/{name}"] = np.frombuffer(value, np.uint8)
   return arrays
 
 
-def assert_same(step: Path, other: Path) -> None:
+def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
+  """The batches that a run would read after a step."""
+  from ll3m.data.batches import open_dataset
+
+  dataset = DatasetConfig(
+    seqio_dataset=SeqioDatasetConfig(
+      "python_mixture", batch_size=2, task_feature_lengths=(32,), num_shards=3
+    )
+  )
+  opened = load_tokenizer(TokenizerConfig(path=str(tokenizer)))
+  batches = open_dataset(dataset, opened, rows=[0, 1], seed=42)
+  batches.set_state(run.restore_dataset_state(step))
+  return list(itertools.islice(batches, count))
+
+
+def assert_same(step: Path, other: Path, tokenizer: Path) -> None:
+  """Same parameters and optimizer to the bit, and the same data to come.
+
+  The saved positions themselves may differ: tf.data puts what its threads happened to have read
+  ahead into them.
+  """
   ours, theirs = everything(step), everything(other)
   assert ours.keys() == theirs.keys()
-  different = [
-    n for n in ours if not n.startswith("dataset") and ours[n].tobytes() != theirs[n].tobytes()
-  ]
-  assert not different
+  assert not [n for n in ours if ours[n].tobytes() != theirs[n].tobytes()]
+  expected = next_batches(step, tokenizer)
+  assert len({batch.inputs.tobytes() for batch in expected}) == len(expected)
+  np.testing.assert_equal(next_batches(other, tokenizer), expected)
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -113,7 +136,8 @@ def test_a_run_leaves_what_it_promises(finished):
   assert held_out[1]["eval_perplexity"] == pytest.approx(np.exp(held_out[1]["eval_loss"]))
   assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert list((finished / "tensorboard").glob("events.*"))
-  assert list((finished / "wandb").glob("offline-run-*/*.wandb"))
+  experiment = (finished / "wandb_id").read_text().strip()
+  assert list((finished / "wandb").glob(f"offline-run-*-{experiment}/*.wandb"))
   assert json.loads((finished / "flags.json").read_text())["optimizer.adamw_optimizer.lr"] == 0.01
   assert checkpoint.finished_steps(finished) == [20, 30, 40]
   assert "step 40/40" in (finished / "stderr.txt").read_text()
@@ -147,14 +171,16 @@ def killed_and_resumed(arguments, run_command, tmp_path_factory) -> Path:
   return output
 
 
-def test_a_killed_run_goes_on_to_the_bit(finished, killed_and_resumed):
+def test_a_killed_run_goes_on_to_the_bit(finished, killed_and_resumed, byte_tokenizer):
   assert "resuming from step" in (killed_and_resumed / "resumed.txt").read_text()
   last = Path("checkpoints") / str(TOTAL)
-  assert_same(finished / last, killed_and_resumed / last)
+  assert_same(finished / last, killed_and_resumed / last, byte_tokenizer)
   assert losses(finished) == losses(killed_and_resumed)
 
 
-def test_trainstate_and_dataset_state_go_on_to_the_bit(finished, arguments, run_command, tmp_path):
+def test_trainstate_and_dataset_state_go_on_to_the_bit(
+  finished, arguments, run_command, tmp_path, byte_tokenizer
+):
   """From another run's step into a new output_dir."""
   step = finished / "checkpoints" / "30"
   done = run_command(
@@ -166,7 +192,7 @@ def test_trainstate_and_dataset_state_go_on_to_the_bit(finished, arguments, run_
   )
   assert done.returncode == 0, done.stderr
   last = Path("checkpoints") / str(TOTAL)
-  assert_same(finished / last, tmp_path / last)
+  assert_same(finished / last, tmp_path / last, byte_tokenizer)
 
 
 def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
@@ -182,10 +208,53 @@ def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
   assert done.returncode == 0, done.stderr
   first = losses(tmp_path)[1]
   assert first < losses(finished)[1] - 0.1  # it started from what the other run had learned
+  again = run_command("train", *command, "--total_steps=1")
+  assert again.returncode == 0, again.stderr
+  assert again.stdout == f"{tmp_path} is already at step 1 of 1\n"
   again = run_command("train", *command, "--total_steps=2")
   assert again.returncode == 1
   assert "saved without the optimizer's state" in again.stderr.splitlines()[-1]
   assert "--load_checkpoint=params::" in again.stderr.splitlines()[-1]
+
+
+def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tmp_path):
+  source = shutil.copytree(finished / "checkpoints" / "40", tmp_path / "source/checkpoints/40")
+  shutil.copytree(finished / "tokenizer", tmp_path / "source" / "tokenizer")
+  (tmp_path / "lines.jsonl").write_text('{"text": "some words"}\n' * 9 + '{"txt": ""}\n')
+  output = tmp_path / "run"
+
+  def train(*changes):
+    return run_command(
+      "train",
+      f"--load_checkpoint=params::{source}",
+      "--train_dataset.type=json",
+      f"--train_dataset.json_dataset.path={tmp_path / 'lines.jsonl'}",
+      "--train_dataset.seqio_dataset.batch_size=2",
+      "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
+      f"--logger.output_dir={output}",
+      "--logger.tensorboard=False",
+      *changes,
+    )
+
+  done = train("--total_steps=1")
+  assert done.returncode == 0, done.stderr
+  assert "train_dataset: skipped 1: no field 'text' (1)" in done.stderr.splitlines()
+  shutil.rmtree(tmp_path / "source")
+  done = train("--total_steps=2")
+  assert done.returncode == 0, done.stderr
+  assert "resuming from step 1" in done.stderr
+  done = train("--total_steps=2")
+  assert (done.returncode, done.stdout) == (0, f"{output} is already at step 2 of 2\n")
+  assert "compiled" not in done.stderr
+  for flag, was in (("optimizer.type=lion", "adamw"), ("param_dtype=bf16", "float32"),
+                    ("train_dataset.seqio_dataset.num_shards=2", "8")):  # fmt: skip
+    done = train("--total_steps=3", f"--{flag}")
+    assert done.returncode == 1
+    name, _, asked = flag.replace("bf16", "bfloat16").partition("=")
+    assert done.stderr.splitlines()[-1] == (
+      f"error: cannot go on from {output}/checkpoints/2: it was saved with --{name}={was}, asked "
+      f"for {asked}"
+    )
 
 
 def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_command):
@@ -197,6 +266,7 @@ def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_comma
   last = logger.read_metrics(finished / "metrics.jsonl")[-1]
   assert record["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
   assert record["accuracy"] == last["eval_accuracy"]
+  assert record["targets"] == last["eval_targets"] < record["tokens"]
 
 
 def test_a_dry_run_plans_and_writes_nothing(arguments, run_command, tmp_path):

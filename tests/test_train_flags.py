@@ -12,6 +12,11 @@ GOOD = {
   "train_dataset.seqio_dataset.mixture_or_task_name": "python_mixture",
   "tokenizer.path": "TOKENIZER",
 }
+JSON = {
+  "train_dataset.type": "json",
+  "train_dataset.json_dataset.path": __file__,
+  "train_dataset.seqio_dataset.mixture_or_task_name": None,
+}
 CASES = {
   "preset": ({"load_model_config": "llama2_8b"}, "did you mean 'llama2_7b'"),
   "field": ({"update_model_config": "d_modle=3"}, "did you mean 'd_model'"),
@@ -32,7 +37,7 @@ CASES = {
   "mesh size": ({"mesh_dim": "1,3,1"}, "needs 3 devices, there are 1"),
   "batch": (
     {"train_dataset.seqio_dataset.batch_size": "0"},
-    "batch_size must be at least 1, got 0",
+    "--train_dataset.seqio_dataset.batch_size must be at least 1, got 0",
   ),
   "length": (
     {"train_dataset.seqio_dataset.task_feature_lengths": "(4096,)"},
@@ -50,7 +55,7 @@ CASES = {
       "optimizer.adamw_optimizer.lr_warmup_steps": "9",
       "optimizer.adamw_optimizer.lr_decay_steps": "8",
     },
-    "must be larger than lr_warmup_steps (9)",
+    "--optimizer.adamw_optimizer.lr_decay_steps (8) must be larger than lr_warmup_steps (9)",
   ),
   "last rate": (
     {"optimizer.adamw_optimizer.end_lr": "1"},
@@ -65,6 +70,51 @@ CASES = {
   "vocabulary": (
     {"update_model_config": "vocab_size=100"},
     "larger than the embedding: 258 ids, 100 rows",
+  ),
+  "no held-out files": (
+    JSON | {"eval_steps": "1"},
+    "--eval_dataset.json_dataset.path must be given: held-out text is read from files of its own",
+  ),
+  "no such files": (
+    JSON | {"eval_steps": "1", "eval_dataset.json_dataset.path": "/nowhere"},
+    "--eval_dataset.json_dataset.path: no file matches '/nowhere'",
+  ),
+  "nothing to read": (
+    {"train_dataset.type": "huggingface", "train_dataset.seqio_dataset.mixture_or_task_name": None},
+    "--train_dataset.huggingface_dataset.path must be given for a dataset of type huggingface",
+  ),
+  "held-out batch": (
+    {"eval_steps": "1", "eval_dataset.seqio_dataset.batch_size": "0"},
+    "--eval_dataset.seqio_dataset.batch_size must be at least 1, got 0",
+  ),
+  "data position": ({"load_dataset_state": "/nowhere"}, "no checkpoint at /nowhere"),
+  "another optimizer's option": (
+    {"optimizer.lion_optimizer.lr": "0.1"},
+    "--optimizer.lion_optimizer.lr has no effect with --optimizer.type=adamw",
+  ),
+  "another dataset's option": (
+    {"train_dataset.json_dataset.path": __file__},
+    "--train_dataset.json_dataset.path has no effect with --train_dataset.type=seqio",
+  ),
+  "a mixture beside files": (
+    JSON | {"train_dataset.seqio_dataset.mixture_or_task_name": "python_mixture"},
+    "--train_dataset.seqio_dataset.mixture_or_task_name has no effect with --train_dataset.type=j",
+  ),
+  "a split beside files": (
+    JSON | {"train_dataset.seqio_dataset.split": "train"},
+    "--train_dataset.seqio_dataset.split has no effect with --train_dataset.type=json",
+  ),
+  "features beside files": (
+    JSON | {"train_dataset.seqio_dataset.task_feature_field": "('targets',)"},
+    "--train_dataset.seqio_dataset.task_feature_field has no effect with",
+  ),
+  "held-out data without evaluation": (
+    {"eval_dataset.seqio_dataset.batch_size": "4"},
+    "--eval_dataset.seqio_dataset.batch_size has no effect without --eval_steps",
+  ),
+  "gin without quotes": (
+    {"gin_bindings": "data.data_utils.get_default_vocabulary.tokenizer_type=llama"},
+    "a value must be a Python literal, text in quotes",
   ),
   "gin": ({"gin_bindings": "data.data_utils.nothing.x=1"}, "gin settings"),
 }  # fmt: skip
@@ -96,7 +146,8 @@ def outcomes(byte_tokenizer, tmp_path_factory) -> dict[str, str]:
 
   def command(changes):
     values = GOOD | {"tokenizer.path": str(byte_tokenizer), "logger.output_dir": str(folder / "o")}
-    return [f"--{name}={value}" for name, value in (values | changes).items()]
+    return [f"--{name}={value}" for name, value in (values | changes).items()
+            if value is not None]  # fmt: skip
 
   lines = {"good": command({})} | {name: command(changes) for name, (changes, _) in CASES.items()}
   done = subprocess.run(

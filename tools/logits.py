@@ -38,8 +38,11 @@ def read_tokens(path: Path) -> np.ndarray:
     integers [B, T].
 
   Raises:
+    FileNotFoundError: there is no such file.
     ValueError: not a .npy file of integers [B, T], or an empty one.
   """
+  if not path.is_file():
+    raise FileNotFoundError(f"--tokens: no such file: {path}")
   try:
     tokens = np.load(path, allow_pickle=False)
   except (ValueError, EOFError) as error:

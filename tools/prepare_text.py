@@ -23,7 +23,8 @@ from tqdm import tqdm
 from ll3m.core import flags
 from ll3m.data import quiet
 from ll3m.data.config import SPLITS, list_files
-from ll3m.data.text_processor import Unusable, parse_json
+from ll3m.data.text_processor import parse_json
+from ll3m.data.unusable import Unusable, describe, require_unicode
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _PLAIN = (".txt", ".text", ".md", ".rst")
@@ -94,8 +95,7 @@ def main() -> None:
       raise ValueError(f"{target} already holds shards of {split}: choose another --output_dir")
   counts, skipped = write(config, kinds, target, splits)
   print(", ".join(f"{split}: {counts[split]:,} documents" for split in splits))
-  reasons = ", ".join(f"{reason} ({n:,})" for reason, n in skipped.most_common())
-  print(f"skipped: {skipped.total():,}" + (f": {reasons}" if reasons else ""))
+  print(describe(skipped) or "skipped none")
 
 
 def write(
@@ -150,8 +150,8 @@ def write(
     for part in parts:
       (part.parent / f"{part.name}.part").unlink()
     raise ValueError(
-      f"no document for the {empty[0]} split: {sum(counts.values())} in all, skipped "
-      f"{dict(skipped)}, --validation_fraction={config.validation_fraction}"
+      f"no document for the {empty[0]} split: {sum(counts.values())} in all, "
+      f"{describe(skipped) or 'skipped none'}, --validation_fraction={config.validation_fraction}"
     )
   for part in parts:
     (part.parent / f"{part.name}.part").rename(part)
@@ -219,10 +219,7 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
         text = _decode(piece)
       if not text.strip():
         raise Unusable("empty text")
-      try:
-        (identity + text).encode()
-      except UnicodeEncodeError:
-        raise Unusable("not Unicode text") from None
+      require_unicode(identity + text)
       documents.append((identity, text))
     except Unusable as reason:
       skipped[str(reason)] += 1

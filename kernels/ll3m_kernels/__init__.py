@@ -10,7 +10,7 @@ from ll3m_kernels.attention.operation import ATTENTION_RESIDUALS
 from ll3m_kernels.cross_entropy import linear_cross_entropy
 from ll3m_kernels.dispatch import target
 from ll3m_kernels.norms.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from ll3m_kernels.rotary import rotary_embedding
+from ll3m_kernels.rotary.api import rotary_embedding
 from ll3m_kernels.sharding import Sharding
 
 __all__ = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +70,25 @@ def map_shards(
   return jax.shard_map(
     function, mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
+
+
+def vary_alike(*arrays: Array | None) -> list[Array | None]:
+  """Makes all arrays vary over the mesh axes that any does, in a caller's own `shard_map`.
+
+  With `check_vma` on, a kernel's operands have to; the cotangent of one that all devices share is
+  then the sum of theirs.
+  """
+  varying = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays if a is not None))
+
+  def cast(array):
+    if array is None:
+      return None
+    missing = tuple(varying - jax.typeof(array).mat.varying)
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+  return [cast(array) for array in arrays]
+
+
+def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+  """Describes a kernel's result, which varies over the mesh axes that its operand does."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

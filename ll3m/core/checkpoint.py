@@ -12,14 +12,17 @@ Three kinds of folder hold a model:
 Paths may be remote (gs://); Orbax and etils read and write them alike.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from ll3m.core.config import ModelConfig
@@ -69,7 +72,7 @@ def open_checkpoint(path: epath.PathLike) -> Checkpoint:
   """Finds the model in a converted folder, a run's output_dir or one step folder.
 
   Args:
-    path: the folder.
+    path: the folder. Of a run, the latest good step is taken (see above).
 
   Returns:
     What is known of it without reading any weight.
@@ -81,23 +84,31 @@ def open_checkpoint(path: epath.PathLike) -> Checkpoint:
   path = absolute(path)
   if not path.is_dir():
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
-  if (path / STEPS).is_dir():
-    steps = finished_steps(path)
-    if not steps:
-      raise ValueError(f"not a complete checkpoint: {path} holds no finished step")
-    path = path / STEPS / str(steps[-1])
-  if (path / META).is_dir():
-    home = path.parent.parent
-    meta = _read_json(path / META / "metadata")
-  elif (path / MANIFEST).exists():
-    home = path
-    meta = _read_json(path / MANIFEST)
+  if not (path / STEPS).is_dir():
+    return _open(path)
+  for step in reversed(finished_steps(path)):
+    try:
+      return _open(path / STEPS / str(step))
+    except ValueError as error:
+      logging.warning("step %d of %s is passed over: %s", step, path, error)
+  raise ValueError(f"not a complete checkpoint: {path} holds no finished step")
+
+
+def _open(path: epath.Path) -> Checkpoint:
+  """Opens a converted folder or one step folder."""
+  if path.parent.name == STEPS or (path / META).is_dir():
+    home, manifest = path.parent.parent, path / META / "metadata"
   else:
-    raise ValueError(f"not a complete checkpoint: {path} has no {MANIFEST}")
+    home, manifest = path, path / MANIFEST
+  if not manifest.exists():
+    raise ValueError(f"not a complete checkpoint: {path} has no {os.path.relpath(manifest, path)}")
+  meta = _read_json(manifest)
   if meta.get("format") != FORMAT:
     raise ValueError(
       f"not a complete checkpoint: {path} has format {meta.get('format')!r}, expected {FORMAT}"
     )
+  if lacking := {"family", "config"} - meta.keys():
+    raise ValueError(f"not a complete checkpoint: {manifest} lacks {', '.join(sorted(lacking))}")
   if not (path / PARAMS).is_dir():
     raise ValueError(f"not a complete checkpoint: {path} has no {PARAMS}/")
   return Checkpoint(
@@ -125,7 +136,7 @@ def finished_steps(output_dir: epath.PathLike) -> list[int]:
   return sorted(
     int(step.name)
     for step in folder.iterdir()
-    if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) and (step / META).is_dir()
+    if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
   )
 
 
@@ -151,7 +162,7 @@ def restore_params(
 def restore_tree(path: epath.Path, *, dtype: Any = None, shardings: Params | None = None) -> Params:
   """Reads an Orbax checkpoint of Haiku parameters; see `restore_params`."""
   handler = ocp.PyTreeCheckpointHandler()
-  try:
+  with reading(path):
     metadata = handler.metadata(path).tree
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placement = jax.tree.map(
@@ -168,8 +179,23 @@ def restore_tree(path: epath.Path, *, dtype: Any = None, shardings: Params | Non
       is_leaf=lambda leaf: hasattr(leaf, "shape"),
     )
     return flatten(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments)))
-  except (KeyError, FileNotFoundError, json.JSONDecodeError) as error:
-    raise ValueError(f"cannot read the parameters at {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path) -> Iterator[None]:
+  """Makes one short sentence of what goes wrong while Orbax reads a folder.
+
+  Raises:
+    ValueError: instead of Orbax's own, among which are bare `Exception`s of a hundred lines.
+  """
+  try:
+    yield
+  except Exception as error:
+    # Orbax puts TensorStore's whole specification around its reason, which is the cause; that
+    # ends, in brackets, with the specification again and places in TensorStore's source.
+    reason = str(error.__cause__ or error).strip().replace(f"{path}/", "")
+    reason = re.split(r"\n| \[(?=tensorstore_spec|source)", reason)[0]
+    raise ValueError(f"cannot read {path}: {reason or type(error).__name__}") from error
 
 
 def nest(params: Params) -> dict[str, Any]:
@@ -201,9 +227,12 @@ def model_meta(family: str, config: ModelConfig) -> dict[str, Any]:
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise ValueError(f"not a complete checkpoint: cannot read {path}: {error}") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"not a complete checkpoint: {path} holds no JSON object")
+  return found
 
 
 _SUFFIX = ".state"

@@ -61,8 +61,9 @@ class ModelConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if not _has_type(value, field.type):
-        raise ValueError(f"{field.name} must be {_type_name(field.type)}, got {value!r}")
+      check_type(field.name, value)
+      if field.type is float and not abs(value) < float("inf"):  # which NaN is not either
+        raise ValueError(f"{field.name} must be finite, got {value}")
     for name in (
       "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim",
       "max_positions", "norm_epsilon", "rope_theta",
@@ -91,11 +92,6 @@ class ModelConfig:
   def rotary_dim(self) -> int:
     """How many of a head's dimensions are rotated."""
     return int(self.head_dim * self.rotary_fraction)
-
-  @property
-  def group_size(self) -> int:
-    """G = N / K, query heads per KV head."""
-    return self.num_heads // self.num_kv_heads
 
   def replace(self, **changes: Any) -> "ModelConfig":
     """Returns a copy with some fields changed, validated anew."""
@@ -138,6 +134,23 @@ def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
       changes[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
   _check_names(changes)
   return config.replace(**changes)
+
+
+def check_type(field: str, value: Any, name: str | None = None) -> None:
+  """Demands that a value has the type of a field of `ModelConfig`.
+
+  Args:
+    field: of the config.
+    value: for it.
+    name: what the message calls it; the field's own name by default.
+
+  Raises:
+    ValueError: it has another type.
+  """
+  (expected,) = (f.type for f in dataclasses.fields(ModelConfig) if f.name == field)
+  # JSON and users write 10000 where a float is due.
+  if not _has_type(value, expected) and not (expected is float and type(value) is int):
+    raise ValueError(f"{name or field} must be {_type_name(expected)}, got {value!r}")
 
 
 def did_you_mean(name: str, known: Any) -> str:

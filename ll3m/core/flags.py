@@ -9,6 +9,7 @@ validated. Only commands call `define` and `read`.
 import ast
 import dataclasses
 import os
+import re
 import sys
 import traceback
 import types
@@ -155,12 +156,33 @@ def read[T](prefix: str, cls: type[T], *, fallback: str | None = None) -> T:
       values[field.name] = tuple(value) if field.metadata[_REPEATED] else value
     else:
       values[field.name] = read(name, typing.get_type_hints(cls)[field.name], fallback=other)
-  return cls(**values)
+  try:
+    return cls(**values)
+  except ValueError as error:
+    # A dataclass's messages begin with the name of the field; the person who typed knows a flag.
+    if prefix and re.match(r"\w*", str(error))[0] in values:
+      raise ValueError(f"--{prefix}.{error}") from error
+    raise
 
 
 def given(name: str) -> bool:
   """Says whether a flag was set on the command line, as opposed to left at its default."""
   return absl_flags.FLAGS[name].present > 0
+
+
+def refuse(prefix: str, why: str) -> None:
+  """Refuses a flag that was given and has no effect.
+
+  Args:
+    prefix: its name, or that of a group of flags.
+    why: ends the sentence, e.g. "without --eval_steps".
+
+  Raises:
+    ValueError: it, or one of the group, was given.
+  """
+  for name in absl_flags.FLAGS:
+    if (name == prefix or name.startswith(f"{prefix}.")) and given(name):
+      raise ValueError(f"--{name} has no effect {why}")
 
 
 def require(value: Any, name: str) -> None:
@@ -186,8 +208,8 @@ def to_dict(config: Any, prefix: str = "") -> dict[str, Any]:
 def run(main: Callable[[], None]) -> None:
   """Runs a command: parses flags, then `main()`; any error ends as one sentence on stderr.
 
-  Exits with 0 when main returns, 1 when it raises, 2 when the flags are wrong. With --debug
-  the traceback is printed before the sentence.
+  Exits with 0 when main returns or help was asked for, 1 when main raises, 2 when the flags are
+  wrong, 130 when it is interrupted. With --debug the traceback is printed before the sentence.
   """
 
   def parse(argv: list[str]) -> list[str]:
@@ -200,13 +222,13 @@ def run(main: Callable[[], None]) -> None:
     return rest
 
   def guarded_parse(argv: list[str]) -> list[str]:
-    # absl looks for --help only after parsing; parse errors are ours to print in one line.
+    # Parse errors are ours to print in one line; absl's help flags exit with 1 while it parses.
     try:
       return parse(argv)
     except absl_flags.Error as error:
-      if "--helpfull" in argv or "--help" in argv:
-        raise
       _exit_with(error, status=2)
+    except SystemExit:
+      sys.exit(0)
 
   def guarded_main(_: Sequence[str]) -> None:
     if not given("verbosity"):  # the libraries' progress reports are not the user's
@@ -217,6 +239,8 @@ def run(main: Callable[[], None]) -> None:
       if _DEBUG.value:
         traceback.print_exc()
       _exit_with(error, status=1)
+    except KeyboardInterrupt:
+      _exit_with(InterruptedError("interrupted"), status=130)
 
   app.run(guarded_main, flags_parser=guarded_parse)
 

@@ -181,36 +181,6 @@ def checksum(values: np.ndarray, previous: int = 0) -> int:
   return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), previous)
 
 
-def verify_digests(directory: epath.Path, digests: Mapping[str, list[int]]) -> None:
-  """Reads every array and compares it with the checksums that were taken when it was written.
-
-  Args:
-    directory: the folder with `_METADATA`.
-    digests: by "module/name", the CRC-32 of each layer, or of the whole if it is not stacked.
-
-  Raises:
-    ValueError: names the arrays that differ.
-  """
-  wrong = []
-  arrays = open_parameters(directory)
-  for path, expected in digests.items():
-    if path not in arrays:
-      raise ValueError(f"{directory} lacks the parameter {path}")
-    per_layer = len(expected) > 1
-    found: list[int] = [0] * (arrays[path].shape[0] if per_layer else 1)
-    with naming(directory, path):
-      for part, values in read_slices(arrays[path]):
-        if per_layer:
-          for layer, value in zip(range(part.start, part.stop), values, strict=True):
-            found[layer] = checksum(value)
-        else:
-          found[0] = checksum(values, found[0])
-    if found != list(expected):
-      wrong.append(path)
-  if wrong:
-    raise ValueError(f"damaged checkpoint {directory}: checksums differ for {', '.join(wrong)}")
-
-
 @contextlib.contextmanager
 def naming(directory: epath.Path, name: str) -> Iterator[None]:
   """Names the array in TensorStore's errors, which are ValueErrors of many lines.

@@ -38,14 +38,12 @@ class Position(NamedTuple):
     params: Haiku parameters.
     opt_state: of the optimizer; None if it was not asked for.
     meta: what was saved beside them.
-    dataset: the position in the data, by stream.
   """
 
   step: int
   params: Any
   opt_state: Any
   meta: Mapping[str, Any]
-  dataset: Mapping[str, bytes]
 
 
 class RunCheckpoints:
@@ -87,10 +85,6 @@ class RunCheckpoints:
       self._manager.wait_until_finished()
     self._manager.close()
 
-  def latest_step(self) -> int | None:
-    """Returns the newest step that was saved completely."""
-    return self._manager.latest_step()
-
   def save(
     self,
     step: int,
@@ -116,8 +110,17 @@ class RunCheckpoints:
     self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def restore(self, step: int, *, params: Any, opt_state: Any) -> Position:
-    """Restores a step of this output_dir; see `restore_step`."""
-    return restore_step(self._manager.directory / str(step), params=params, opt_state=opt_state)
+    """Restores a step of this output_dir to go on from; see `restore_step`.
+
+    Later steps, which are there only if they are damaged (`open_checkpoint`), are deleted: they
+    will be made again, and Orbax saves no step twice.
+    """
+    path = self._manager.directory / str(step)
+    position = restore_step(path, params=params, opt_state=opt_state)
+    for later in self._manager.all_steps():
+      if later > step:
+        self._manager.delete(later)
+    return position
 
 
 def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
@@ -129,16 +132,12 @@ def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
     opt_state: the same for the optimizer's state.
 
   Raises:
-    ValueError: the step was saved without what resuming needs, or for another model or optimizer.
+    ValueError: the step was saved without what resuming needs or for another model or optimizer,
+      or its arrays are damaged.
   """
   opened = folders.open_checkpoint(path)
   path = opened.path
-  if not (path / folders.OPTIMIZER).is_dir():
-    raise ValueError(
-      f"cannot resume from {path}: it was saved without the optimizer's state "
-      f"(checkpointer.save_optimizer_state=False); start a new run with "
-      f"--load_checkpoint=params::{path}"
-    )
+  require_resumable(path)
   reader = ocp.PyTreeCheckpointHandler()
   _same_shapes(path / folders.PARAMS, reader, nest(params), "parameters")
   _same_shapes(path / folders.OPTIMIZER, reader, _leaves(opt_state), "optimizer's state")
@@ -149,8 +148,21 @@ def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
     params=flatten(restored_params),
     opt_state=jax.tree.unflatten(jax.tree.structure(opt_state), restored_state.values()),
     meta=opened.meta,
-    dataset=restore_dataset_state(path),
   )
+
+
+def require_resumable(path: epath.Path) -> None:
+  """Demands that a step folder holds more than the parameters.
+
+  Raises:
+    ValueError: it does not.
+  """
+  if not (path / folders.OPTIMIZER).is_dir():
+    raise ValueError(
+      f"cannot resume from {path}: it was saved without the optimizer's state "
+      f"(checkpointer.save_optimizer_state=False); start a new run with "
+      f"--load_checkpoint=params::{path}"
+    )
 
 
 def restore_dataset_state(path: epath.PathLike) -> dict[str, bytes]:
@@ -175,7 +187,8 @@ def _restore(reader: ocp.PyTreeCheckpointHandler, path: epath.Path, like: Any) -
   arguments = jax.tree.map(
     lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), like
   )
-  return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+  with folders.reading(path):
+    return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 def _array(shape: tuple[int, ...], dtype: str) -> str:
@@ -195,7 +208,9 @@ def _same_shapes(
       for name, (_, x) in zip(names, leaves, strict=True)
     }
 
-  saved, wanted = shapes(reader.metadata(path).tree), shapes(like)
+  with folders.reading(path):
+    saved = shapes(reader.metadata(path).tree)
+  wanted = shapes(like)
   if saved == wanted:
     return
   lines = [f"{n} is not in the run" for n in sorted(saved.keys() - wanted.keys())]

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("dp", "fsdp", "mp")
 BATCH_AXES = ("dp", "fsdp")
+HEAD_AXIS = "mp"
 
 # Parameter path -> the mesh axis of each dimension. Layers are stacked along the first one.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (

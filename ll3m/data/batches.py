@@ -10,6 +10,7 @@ every process agrees on.
 import io
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.packing import Packer, Row, make_row
 from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.unusable import describe
 
 # A stream that repeats and yields this many unusable documents in a row has no usable one.
 _PATIENCE = 10_000
@@ -36,9 +38,9 @@ _MAY_CHANGE = {
 class _Shard:
   """One of the stream's pipelines: documents in, rows out."""
 
-  def __init__(self, documents: DocumentIterator, packer: Packer, *, repeat: bool, label: str):
-    self._documents, self._packer = documents, packer
-    self._repeat, self._label = repeat, label
+  def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, repeat: bool):
+    self._documents, self._packer, self._corpus = documents, packer, corpus
+    self._repeat = repeat
     self.exhausted = False
 
   def next_row(self) -> Row | None:
@@ -52,9 +54,10 @@ class _Shard:
         self._packer.add(document)
       idle = 0 if document is not None and len(document.tokens) else idle + 1
       if self._repeat and (self.exhausted or idle > _PATIENCE):
+        why = describe(self._corpus.skipped)
         raise ValueError(
-          f"{self._label}: a shard has no usable document; lower seqio_dataset.num_shards, or "
-          "give more data"
+          f"{self._corpus.label}: a shard has no usable document; "
+          + (why or "lower seqio_dataset.num_shards, or give more data")
         )
     return row
 
@@ -149,14 +152,17 @@ class BatchIterator:
       states: the entries of at least the shards that this process reads.
 
     Raises:
-      ValueError: if entries are missing, disagree or belong to another stream.
+      ValueError: if entries are missing or damaged, disagree or belong to another stream.
     """
     if not states:
       raise ValueError("the saved data position is empty")
     loaded = {}
     for name, data in states.items():
-      with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        loaded[name] = {key: arrays[key] for key in arrays.files}
+      try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+          loaded[name] = {key: arrays[key] for key in arrays.files}
+      except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the saved data position is damaged: {name}: {error}") from error
     headers = [json.loads(str(arrays.pop("header"))) for arrays in loaded.values()]
     self._check_stream(headers[0]["stream"])
     if any(header != headers[0] for header in headers):
@@ -181,8 +187,8 @@ class BatchIterator:
       self._shards[index] = _Shard(
         self._corpus.open_shard(index),
         Packer(self._options.length, pack=self._options.pack),
+        self._corpus,
         repeat=self._repeat,
-        label=self._corpus.label,
       )
     return self._shards[index]
 

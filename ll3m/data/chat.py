@@ -14,11 +14,12 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.tokenizer import CUT, Tokenizer, cut_controls
+from ll3m.data.unusable import require_unicode
 
-# Unicode noncharacters: no text that is meant for interchange holds them.
-_CUT, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-_NONCHARACTERS = str.maketrans("", "", _CUT + _OPEN + _CLOSE)
+# Noncharacters, as CUT is.
+_OPEN, _CLOSE = "\ufdd1", "\ufdd2"
+_NONCHARACTERS = str.maketrans("", "", CUT + _OPEN + _CLOSE)
 
 
 class Rendered(NamedTuple):
@@ -33,15 +34,16 @@ def render(tokenizer: Tokenizer, messages: Any) -> Rendered:
 
   A template that marks this with `{% generation %}` is taken at its word. Else a turn is what
   appears when it is added to the conversation up to there, after the header that the template
-  gives to start an answer, through EOS.
+  gives to start an answer, up to and with the token that ends it: EOS, else the template's last
+  control token after what was said; where there is neither, up to the last visible character.
 
   Args:
     tokenizer: brings the template.
     messages: a list of {"role": ..., "content": ...}.
 
   Raises:
-    ValueError: if there is no template, the messages are malformed, or the template refuses
-      them or rewrites earlier turns when later ones come.
+    ValueError: if there is no template, the messages are malformed or not Unicode text, or the
+      template refuses them or rewrites earlier turns when later ones come.
   """
   messages = _checked(tokenizer, messages)
   whole = _apply(tokenizer, messages)
@@ -56,10 +58,18 @@ def render(tokenizer: Tokenizer, messages: Any) -> Rendered:
     head = next((h for h in heads if upto.startswith(h)), None)
     if head is None or not whole.startswith(upto):
       raise ValueError("the chat template rewrites earlier turns and has no {% generation %}")
-    eos = tokenizer.special_tokens.get("eos_token")
-    end = len(head) + upto[len(head) :].rfind(eos) + len(eos) if eos in upto[len(head) :] else None
-    spans.append((len(head), end or len(upto)))
+    turn = upto[len(head) :]
+    spans.append((len(head), len(head) + _end(tokenizer, turn, message["content"])))
   return Rendered(whole, spans)
+
+
+def _end(tokenizer: Tokenizer, turn: str, said: str) -> int:
+  """Returns where a turn ends; what follows, as a line break, belongs to the template."""
+  eos = tokenizer.special_tokens.get("eos_token")
+  ends = [eos] if eos in turn else tokenizer.control_tokens
+  end = max((turn.rfind(token) + len(token) for token in ends if token in turn), default=0)
+  # A control token before what was said is part of a header.
+  return end if end and said.strip() in turn[:end] else len(turn.rstrip())
 
 
 def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
@@ -69,11 +79,11 @@ def encode(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.nda
     ids int32 [n], and 1 for the tokens that begin inside a span, else 0, int32 [n].
   """
   ids, starts, base = [], [], 0
-  for piece in rendered.text.split(_CUT):
+  for piece in rendered.text.split(CUT):
     piece_ids, offsets = tokenizer.encode_template(piece)
     ids += piece_ids
     starts += [base + start for start, _ in offsets]
-    base += len(piece) + len(_CUT)
+    base += len(piece) + len(CUT)
   loss = [int(any(a <= start < b for a, b in rendered.spans)) for start in starts]
   return np.array(ids, np.int32), np.array(loss, np.int32)
 
@@ -102,13 +112,9 @@ def _checked(tokenizer: Tokenizer, messages: Any, *, answered: bool = True) -> l
       raise ValueError("a message lacks its role or content as text")
   if answered and not any(message["role"] == "assistant" for message in messages):
     raise ValueError("messages has no assistant turn")
-  controls = tokenizer.control_tokens
 
   def cut(text: str) -> str:
-    text = text.translate(_NONCHARACTERS)
-    for control in controls:
-      text = text.replace(control, control[:1] + _CUT + control[1:])
-    return text
+    return cut_controls(text.translate(_NONCHARACTERS), tokenizer.control_tokens)
 
   return [message | {key: cut(message[key]) for key in ("role", "content")} for message in messages]
 
@@ -117,7 +123,7 @@ def _apply(
   tokenizer: Tokenizer, messages: list[dict], *, add_generation_prompt: bool = False
 ) -> str:
   try:
-    return _compile(tokenizer.chat_template).render(
+    text = _compile(tokenizer.chat_template).render(
       messages=messages,
       tools=None,
       documents=None,
@@ -126,6 +132,7 @@ def _apply(
     )
   except (jinja2.TemplateError, TypeError) as error:
     raise ValueError(f"the chat template refuses the messages: {error}") from error
+  return require_unicode(text)
 
 
 def _strip_marks(text: str) -> str:

@@ -6,7 +6,6 @@ No TensorFlow here: commands validate a run with these before anything slow is i
 import dataclasses
 import os
 import re
-from typing import Any
 
 from ll3m.core import flags
 from ll3m.core.config import did_you_mean
@@ -58,17 +57,16 @@ class SeqioDatasetConfig:
   def __post_init__(self):
     for name in ("batch_size", "num_shards"):
       if getattr(self, name) < 1:
-        raise ValueError(f"seqio_dataset.{name} must be at least 1, got {getattr(self, name)}")
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(
-        "seqio_dataset.task_feature_lengths must give one length for each of "
+        "task_feature_lengths must give one length for each of "
         f"task_feature_field: {fields}, got {lengths}"
       )
     if min(lengths) < 1 or sum(lengths) < 2:
       raise ValueError(
-        "seqio_dataset.task_feature_lengths must be positive and make up at least 2 tokens, "
-        f"got {lengths}"
+        f"task_feature_lengths must be positive and make up at least 2 tokens, got {lengths}"
       )
 
   @property
@@ -131,26 +129,31 @@ class DatasetConfig:
   huggingface_dataset: HuggingFaceDatasetConfig = flags.group(HuggingFaceDatasetConfig)
   text_processor: TextProcessorConfig = flags.group(TextProcessorConfig)
 
-  def check(self, *, data_dir: str | None, split_default: str = "train") -> None:
+  def check(self, *, data_dir: str | None, split_default: str = "train", prefix: str = "") -> None:
     """Checks that what is to be read exists, without reading it.
 
     Args:
       data_dir: folder of the text shards; None for `default_data_dir()`.
       split_default: the split where none was chosen.
+      prefix: what messages put before the options' names, e.g. "--train_dataset.".
 
     Raises:
       ValueError: for an unknown mixture or split, or an option that is missing.
       FileNotFoundError: for files that are missing.
     """
     if self.type == "json":
-      _require(self.json_dataset.path, "json_dataset.path", self.type)
-      list_files(self.json_dataset.path, "json_dataset.path")
+      self._require(f"{prefix}json_dataset.path", self.json_dataset.path)
+      list_files(self.json_dataset.path, f"{prefix}json_dataset.path")
     elif self.type == "huggingface":
-      _require(self.huggingface_dataset.path, "huggingface_dataset.path", self.type)
+      self._require(f"{prefix}huggingface_dataset.path", self.huggingface_dataset.path)
     else:
-      _require(self.seqio_dataset.mixture_or_task_name, "seqio_dataset.mixture_or_task_name",
-               self.type)  # fmt: skip
+      name = self.seqio_dataset.mixture_or_task_name
+      self._require(f"{prefix}seqio_dataset.mixture_or_task_name", name)
       self._check_mixture(data_dir, self.seqio_dataset.split or split_default)
+
+  def _require(self, name: str, value: str | None) -> None:
+    if not value:
+      raise ValueError(f"{name} must be given for a dataset of type {self.type}")
 
   def _check_mixture(self, data_dir: str | None, split: str) -> None:
     name, known = self.seqio_dataset.mixture_or_task_name, mixtures.known_names()
@@ -165,6 +168,33 @@ class DatasetConfig:
     for source in mixtures.sources_of(name):
       if source in mixtures.TEXT_SOURCES:
         text_shards(data_dir, source, split)
+
+
+# Flags of a dataset that only some types read, and these types.
+_READ_BY = {
+  "json_dataset": ("json",),
+  "huggingface_dataset": ("huggingface",),
+  "text_processor": ("json", "huggingface"),
+  "seqio_dataset.mixture_or_task_name": ("seqio",),
+  "seqio_dataset.module": ("seqio",),
+  "seqio_dataset.split": ("seqio",),
+  "seqio_dataset.task_feature_field": ("seqio",),
+}
+
+
+def refuse_unread(config: DatasetConfig, prefix: str) -> None:
+  """Refuses flags that were given and that a dataset of this type does not read.
+
+  Args:
+    config: the dataset.
+    prefix: of its flags, e.g. "train_dataset".
+
+  Raises:
+    ValueError: names the flag.
+  """
+  for name, types in _READ_BY.items():
+    if config.type not in types:
+      flags.refuse(f"{prefix}.{name}", f"with --{prefix}.type={config.type}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +338,3 @@ def list_files(path: str, flag: str) -> list[str]:
   if not files:
     raise FileNotFoundError(f"{flag}: no file matches {path!r}")
   return files
-
-
-def _require(value: Any, name: str, kind: str) -> None:
-  if not value:
-    raise ValueError(f"a dataset of type {kind} needs {name}")

@@ -15,8 +15,9 @@ from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.sources import IndexedSource, JsonLines
-from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
+from ll3m.data.text_processor import TextProcessor, parse_json
 from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.unusable import Unusable, skip
 from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
 
 # Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
@@ -183,11 +184,13 @@ def _example_task(
 ) -> seqio.Task:
   """Makes a seqio task of numbered JSON objects; it is not registered."""
 
+  path = config.json_dataset.path if config.type == "json" else config.huggingface_dataset.path
+
   def process(line: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
       return tuple(processor(parse_json(line)))
     except Unusable as error:  # counted here, left out where documents become rows
-      skipped[str(error)] += 1
+      skip(skipped, path, error)
       return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
   def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -199,7 +202,6 @@ def _example_task(
     return map_graph(dataset, to_features, parallel=True)
 
   feature = seqio.Feature(vocabulary=RUN_VOCABULARY, add_eos=False)
-  path = config.json_dataset.path if config.type == "json" else config.huggingface_dataset.path
   return seqio.Task(
     "".join(c if c.isalnum() else "_" for c in f"{config.type}_{path}"),  # seqio allows only \w
     source=IndexedSource(lambda _: examples, splits=("train",), feature="example"),

@@ -54,6 +54,8 @@ def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
   except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
     # gin appends where in its own parser it failed; the first line says what.
     first = next((line for line in str(error).splitlines() if line.strip()), str(error))
+    if first.startswith("malformed node"):
+      first = 'a value must be a Python literal, text in quotes: name="value"'
     raise ValueError(f"gin settings {bindings or settings.gin_config}: {first.strip()}") from error
 
 

@@ -5,6 +5,7 @@ Python generators cannot be part of a tf.data pipeline whose position is saved, 
 """
 
 import collections
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, override
@@ -16,8 +17,9 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import load_huggingface
 from ll3m.data.packing import Document
-from ll3m.data.text_processor import TextProcessor, Unusable
+from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.unusable import Unusable, skip
 
 # Documents that wait in a shard while a random one of them is taken; they are saved.
 _SHUFFLE_BUFFER = 128
@@ -47,7 +49,7 @@ class StreamingCorpus(Corpus):
     return StreamedDocuments(
       lambda: split_dataset_by_node(self._rows, rank=shard, world_size=self.num_shards),
       self._processor,
-      self.skipped,
+      functools.partial(skip, self.skipped, self.label),
       seed=None if self._shuffle_seed is None else [self._shuffle_seed, shard],
       repeat=self._repeat,
     )
@@ -63,14 +65,14 @@ class StreamedDocuments(DocumentIterator):
     self,
     open_rows: Callable[[], Any],
     processor: TextProcessor,
-    skipped: collections.Counter[str],
+    skip: Callable[[Unusable], None],
     *,
     seed: list[int] | None,
     repeat: bool,
   ):
     # Opened anew for every pass: one that was moved to a position returns there at its end.
     self._open_rows, self._rows = open_rows, open_rows()
-    self._processor, self._skipped = processor, skipped
+    self._processor, self._skip = processor, skip
     self._random = None if seed is None else np.random.default_rng(seed)
     self._capacity = 1 if seed is None else _SHUFFLE_BUFFER
     self._buffer: list[Document] = []
@@ -126,7 +128,7 @@ class StreamedDocuments(DocumentIterator):
     try:
       return self._processor(example)
     except Unusable as error:
-      self._skipped[str(error)] += 1
+      self._skip(error)
       return Document(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 

@@ -18,7 +18,8 @@ from etils import epath
 
 from ll3m.data import run_context
 from ll3m.data.config import SPLITS, list_files, text_shards
-from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
+from ll3m.data.text_processor import TextProcessor, parse_json
+from ll3m.data.unusable import Unusable, describe
 from ll3m.data.vocabularies import map_graph, python_op
 
 # One in this many of the built-in documents is held out for validation.
@@ -191,13 +192,11 @@ class JsonLines(Sequence[bytes]):
           self.skipped[reason] += 1
         start = end + 1
     self._lines = np.array(found, np.int64).reshape(-1, 3)
-    reasons = ", ".join(f"{reason} ({n})" for reason, n in self.skipped.most_common())
+    skipped = describe(self.skipped)
     if not found:
-      raise ValueError(f"{path} has no usable line: {reasons or 'it is empty'}")
-    if reasons:
-      logging.warning(
-        "%s: %d usable lines, skipped %d: %s", path, len(found), self.skipped.total(), reasons
-      )
+      raise ValueError(f"{path} has no usable line: {skipped or 'it is empty'}")
+    if skipped:
+      logging.warning("%s: %d usable lines, %s", path, len(found), skipped)
 
   def __len__(self) -> int:
     return len(self._lines)

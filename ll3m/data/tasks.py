@@ -75,8 +75,10 @@ def find(name: str, module: str | None = None) -> seqio.Task | seqio.Mixture:
   if module:
     try:
       importlib.import_module(module)
-    except ImportError as error:
-      raise ValueError(f"seqio_dataset.module {module!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever a module of the user's raises
+      raise ValueError(
+        f"seqio_dataset.module {module!r} cannot be imported: {type(error).__name__}: {error}"
+      ) from error
   known = {*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()}
   if name not in known:
     raise ValueError(f"unknown mixture or task {name!r}{did_you_mean(name, known)}")

@@ -9,12 +9,9 @@ from ll3m.data import chat
 from ll3m.data.config import TextField, TextProcessorConfig, parse_fields
 from ll3m.data.packing import Document
 from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.unusable import Unusable, require_unicode
 
 _MESSAGES = "messages"
-
-
-class Unusable(ValueError):
-  """An example that cannot be learnt from; the message is the reason, the same for its like."""
 
 
 class TextProcessor:
@@ -88,7 +85,7 @@ def _text(example: dict[str, Any], name: str) -> str:
     raise Unusable(f"no field {name!r}")
   if not isinstance(example[name], str):
     raise Unusable(f"field {name!r} is not text")
-  return example[name]
+  return require_unicode(example[name])
 
 
 def parse_json(line: bytes) -> dict[str, Any]:

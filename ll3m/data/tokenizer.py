@@ -15,6 +15,17 @@ from etils import epath
 
 from ll3m.data.config import TOKENIZER_NAMES, TokenizerConfig
 
+# Stands where a control string in users' text is cut. A Unicode noncharacter: no text that is meant
+# for interchange holds it.
+CUT = "\ufdd0"
+
+
+def cut_controls(text: str, controls: Iterable[str]) -> str:
+  """Puts CUT behind the first character of every control string in a text."""
+  for control in controls:
+    text = text.replace(control, control[:1] + CUT + control[1:])
+  return text
+
 
 class Tokenizer(abc.ABC):
   """Text to token ids and back.
@@ -58,12 +69,20 @@ class Tokenizer(abc.ABC):
     """Returns the id of a token given by its text, or None."""
 
   @abc.abstractmethod
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes the files of a tokenizer folder that `load_tokenizer` and transformers read."""
+  def files(self) -> dict[str, bytes]:
+    """Returns the files of a tokenizer folder that `load_tokenizer` and transformers read."""
 
-  def encode_document(self, text: str) -> list[int]:
-    """Returns the ids of a whole document: BOS (where the family has one) ... EOS."""
-    return [*self.prefix, *self.encode(text), self.eos_id]
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Makes a folder that holds this tokenizer and nothing else.
+
+    Files of another one beside it would win, or change how it is read.
+    """
+    files, folder = self.files(), epath.Path(folder)
+    if folder.exists():
+      folder.rmtree()
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+      (folder / name).write_bytes(content)
 
   @property
   def prefix(self) -> list[int]:

@@ -9,15 +9,13 @@ from typing import Any, SupportsInt, override
 
 from etils import epath
 
-from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.tokenizer import CUT, Tokenizer, cut_controls
 
 # What a tokenizer folder may hold; all of it travels.
 _FOLDER_FILES = (
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
   "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
-# Stands where a control string in users' text is cut; a Unicode noncharacter.
-_CUT = "\ufdd0"
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -27,6 +25,8 @@ class HuggingFaceTokenizer(Tokenizer):
     self._folder = folder = epath.Path(folder)
     self._source = (folder / "tokenizer.json").read_text()
     self._extra_tokens = tuple(extra_tokens)
+    if extra_tokens:  # from here on it is the tokenizer with them, as it will be saved
+      self._source = self._build().to_str(pretty=True)
     settings = read_settings(folder)
     self.special_tokens = _special_tokens(settings)
     self.chat_template = _chat_template(folder, settings)
@@ -38,7 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
     added = self._trusting.get_added_tokens_decoder()
     self._control_ids = {i for i, token in added.items() if token.special}
     self.control_tokens = _longest_first(added[i].content for i in self._control_ids)
-    self.fingerprint = _fingerprint(self._source, self._extra_tokens, self.bos_id, self.eos_id)
+    self.fingerprint = _fingerprint(self._source, self.bos_id, self.eos_id)
 
   @functools.cached_property
   def _plain(self) -> Any:
@@ -78,9 +78,8 @@ class HuggingFaceTokenizer(Tokenizer):
       return ids
     # A model that holds its control strings as pieces (Unigram) can still arrive at them; text
     # that is cut inside of each cannot.
-    for control in self.control_tokens:
-      text = text.replace(control, f"{control[:1]}{_CUT}{control[1:]}")
-    return [i for piece in text.split(_CUT) for i in self._encode_plain(piece)]
+    pieces = cut_controls(text, self.control_tokens).split(CUT)
+    return [i for piece in pieces for i in self._encode_plain(piece)]
 
   def _encode_plain(self, text: str) -> list[int]:
     # The batched call, unlike encode(), lets other Python threads run meanwhile.
@@ -100,14 +99,10 @@ class HuggingFaceTokenizer(Tokenizer):
     return self._trusting.token_to_id(token)
 
   @override
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in _FOLDER_FILES:
-      if (self._folder / name).exists():
-        (target / name).write_bytes((self._folder / name).read_bytes())
-    if self._extra_tokens:
-      (target / "tokenizer.json").write_text(self._trusting.to_str(pretty=True))
+  def files(self) -> dict[str, bytes]:
+    found = (self._folder / name for name in _FOLDER_FILES if (self._folder / name).exists())
+    files = {file.name: file.read_bytes() for file in found}
+    return files | ({"tokenizer.json": self._source.encode()} if self._extra_tokens else {})
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -125,7 +120,8 @@ class SentencePieceTokenizer(Tokenizer):
     serialized = epath.Path(path).read_bytes()
     try:
       model = sentencepiece_model_pb2.ModelProto.FromString(serialized)
-      for token in extra_tokens:
+      present = {piece.piece for piece in model.pieces}
+      for token in (t for t in extra_tokens if t not in present):
         model.pieces.add(piece=token, score=0.0, type=model.SentencePiece.Type.USER_DEFINED)
       self._serialized = model.SerializeToString()
       self._model = sentencepiece.SentencePieceProcessor(model_proto=self._serialized)
@@ -144,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
     self.control_tokens = _longest_first(
       self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)
     )
-    self.fingerprint = _fingerprint(self._serialized, (), self.bos_id, self.eos_id)
+    self.fingerprint = _fingerprint(self._serialized, self.bos_id, self.eos_id)
 
   @override
   def encode(self, text: str) -> list[int]:
@@ -172,13 +168,13 @@ class SentencePieceTokenizer(Tokenizer):
     return None if self._model.is_unknown(token_id) else token_id
 
   @override
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "tokenizer.model").write_bytes(self._serialized)
+  def files(self) -> dict[str, bytes]:
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self.bos_id is not None}
     settings |= self.special_tokens | self._settings
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return {
+      "tokenizer.model": self._serialized,
+      "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+    }
 
 
 def read_settings(folder: epath.Path) -> dict[str, Any]:

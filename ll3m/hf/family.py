@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.config import ModelConfig, check_type
 from ll3m.hf.mapping import Rule
 
 REQUIRED = object()
@@ -76,6 +76,8 @@ class Family:
         if key.default is REQUIRED:
           raise ValueError(f"config.json of a {self.name} model lacks {key.hf!r}")
         value = key.default
+      else:
+        check_type(key.ours, value, f"{key.hf} of config.json")
       fields[key.ours] = value
     if "sliding_window" in hf and "sliding_window" in fields:
       fields["sliding_window"] = hf["sliding_window"]  # null says: no window
@@ -86,6 +88,7 @@ class Family:
         )
     rope = _rope_parameters(hf)
     fields["rope_theta"] = rope.get("rope_theta", 10_000.0)
+    check_type("rope_theta", fields["rope_theta"], "rope_theta of config.json")
     fraction = rope.get("partial_rotary_factor")
     if "rotary_fraction" in fields:
       fields["rotary_fraction"] = fields["rotary_fraction"] if fraction is None else fraction
@@ -97,7 +100,7 @@ class Family:
     if fields.get("num_kv_heads") is None:
       fields["num_kv_heads"] = fields["num_heads"]
     if fields.get("head_dim") is None:
-      if fields["d_model"] % fields["num_heads"]:
+      if fields["num_heads"] < 1 or fields["d_model"] % fields["num_heads"]:
         raise ValueError(
           f"config.json gives no head_dim and hidden_size {fields['d_model']} is not a multiple "
           f"of num_attention_heads {fields['num_heads']}"
@@ -123,6 +126,11 @@ class Family:
     if "rotary_fraction" in self.switches:
       rope["partial_rotary_factor"] = config.rotary_fraction
     hf |= rope | {"rope_parameters": {"rope_type": "default"} | rope}
+    if "head_dim" not in hf and config.head_dim * config.num_heads != config.d_model:
+      raise ValueError(
+        f"a {self.name} model has head_dim = d_model / num_heads ({config.d_model} / "
+        f"{config.num_heads}), and its config.json cannot say {config.head_dim}"
+      )
     understood = self.from_hf_config(hf).to_dict()
     for name, value in config.to_dict().items():
       if understood[name] != value:
@@ -147,7 +155,10 @@ def _rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
   """Joins the two styles of rotary parameters; refuses scaled ones."""
   nested = {}
   for name in ("rope_scaling", "rope_parameters"):
-    nested |= hf.get(name) or {}
+    value = hf.get(name) or {}
+    if not isinstance(value, Mapping):
+      raise ValueError(f"{name} of config.json must be an object or null, got {value!r}")
+    nested |= value
   kind = nested.get("rope_type", nested.get("type", "default"))
   if kind not in ("default", None):
     raise NotImplementedError(

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ll3m.core.config import ModelConfig
+from ll3m.core.dtypes import DTYPES
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec, expected_tensors, parameter_shapes
-from ll3m.hf.tensors import DTYPES, LazyTensor
+from ll3m.hf.tensors import LazyTensor
 
 _LISTED = 20  # names in one message
 _COMPARED_BYTES = 64 * 2**20

@@ -10,14 +10,6 @@ import numpy as np
 
 Index = tuple[slice, ...]
 
-# The floating-point types that parameters may have, by the names that the commands use.
-DTYPES = {
-  "f64": np.dtype(np.float64),
-  "f32": np.dtype(np.float32),
-  "f16": np.dtype(np.float16),
-  "bf16": np.dtype(ml_dtypes.bfloat16),
-}
-
 # Transposing 16 rows at a time keeps the lines being written in the cache: 2.8 GB/s for bf16
 # where numpy's own strided copy reaches 0.3 (one core of the machine that the demo runs on).
 _TRANSPOSE_ROWS = 16
@@ -125,11 +117,6 @@ def _copy_transposed(values: np.ndarray, result: np.ndarray) -> None:
   for start in range(0, values.shape[0], _TRANSPOSE_ROWS):
     rows = slice(start, start + _TRANSPOSE_ROWS)
     result[:, rows] = values[rows].T
-
-
-def whole(shape: tuple[int, ...]) -> Index:
-  """Returns the index of everything."""
-  return tuple(slice(0, size) for size in shape)
 
 
 def describe_wrong_file(path: Path) -> str | None:

@@ -26,7 +26,7 @@ class Kernels:
   @property
   def options(self) -> dict[str, Any]:
     """The keyword arguments of every kernel."""
-    return {"implementation": self.implementation}
+    return {"implementation": self.implementation, "sharding": self.sharding}
 
   def constrain(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Keeps the residual stream split by rows, and by nothing else."""

@@ -174,7 +174,8 @@ def make_model(
   transformed = hk.without_apply_rng(hk.transform(decoder))
 
   def init(rng):
-    tokens = jnp.zeros((1, 1), jnp.int32)
+    rows = 1 if kernels.sharding is None else kernels.sharding.batch_shards
+    tokens = jnp.zeros((rows, 1), jnp.int32)
     return transformed.init(rng, tokens, tokens, None)
 
   def hidden(params, tokens, positions=None, segment_ids=None):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ll3m.core import flags
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 FLAGS = "flags.json"
+EXPERIMENT_ID = "wandb_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LoggerConfig:
   online: bool = flags.option(False, "Also log to Weights & Biases (WANDB_MODE is respected).")
   project: str = flags.option("ll3m", "Project in Weights & Biases.")
   experiment_id: str | None = flags.option(
-    None, "Run id in Weights & Biases; the name of output_dir by default, so that it resumes."
+    None, "Run id in Weights & Biases; by default one that is made up and kept in output_dir."
   )
   tensorboard: bool = flags.option(True, "Write TensorBoard events to output_dir/tensorboard.")
 
@@ -83,7 +85,7 @@ class Logger:
 
       self._wandb = wandb.init(
         project=config.project,
-        id=config.experiment_id or self._dir.name,
+        id=config.experiment_id or self._experiment_id(resume=first_step > 0),
         resume="allow",
         dir=os.fspath(self._dir),
         config=dict(flag_values),
@@ -127,6 +129,13 @@ class Logger:
       self._bar.write(text, file=sys.stderr)
     else:
       say(text)
+
+  def _experiment_id(self, *, resume: bool) -> str:
+    """Returns the run's id in Weights & Biases: a new one, or that of the run that is resumed."""
+    path = self._dir / EXPERIMENT_ID
+    if not (resume and path.exists()):
+      path.write_text(f"{uuid.uuid4().hex[:16]}\n")
+    return path.read_text().strip()
 
   def _show(self, step: int, record: Mapping[str, float]) -> None:
     if "eval_loss" in record:

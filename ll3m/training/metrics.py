@@ -100,12 +100,13 @@ def summarise(
 
 
 def eval_record(sums: Sums, seconds: float) -> dict[str, float]:
-  """Returns loss, perplexity, accuracy and tokens/s of an evaluation."""
+  """Returns loss, perplexity, accuracy, counts of tokens and tokens/s of an evaluation."""
   values = ratios(sums)
   return {
     "loss": values["loss"],
     "perplexity": math.exp(min(values["loss"], 700.0)),
     "accuracy": values["accuracy"],
+    "targets": float(sums.weight),
     "tokens": float(sums.tokens),
     "tokens_per_second": float(sums.tokens) / seconds if seconds > 0 else 0.0,
   }

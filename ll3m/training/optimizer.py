@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from ll3m.core import flags
+from ll3m.core.dtypes import COMPUTED
 
+# Modules whose parameters have a leading axis of layers.
+_STACKED = "layers/"
 # Norm weights, biases and the embedding are not pulled towards zero.
 _NOT_DECAYED = re.compile(r"(.*norm/.*)|(.*/(b|bias|scale))|(embed/.*)")
 
@@ -103,7 +106,7 @@ class OptimizerConfig:
     1, "Micro-steps of batch_size sequences whose gradients make one optimizer step."
   )
   accumulator_dtype: str = flags.option(
-    "f32", "In which the micro-steps' gradients are summed.", choices=("f32", "bf16")
+    "f32", "In which the micro-steps' gradients are summed.", choices=COMPUTED
   )
   adamw_optimizer: AdamWConfig = flags.group(AdamWConfig)
   adafactor_optimizer: AdafactorConfig = flags.group(AdafactorConfig)
@@ -158,7 +161,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         parts.append(optax.scale_by_param_block_rms())
       if momentum_dtype is not None:
         parts.append(optax.ema(0.9, debias=False, accumulator_dtype=momentum_dtype))
-      rule = optax.chain(*parts)
+      rule = _per_layer(optax.chain(*parts))
     case SgdConfig():
       rule = optax.trace(chosen.momentum, nesterov=True) if chosen.momentum else optax.identity()
   transformations = [rule]
@@ -168,6 +171,33 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     transformations.append(optax.add_decayed_weights(chosen.weight_decay, mask=decay_mask))
   transformations.append(optax.scale_by_learning_rate(make_schedule(chosen, total_steps)))
   return optax.chain(*transformations)
+
+
+def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Lets a rule for single matrices act on each layer's, where these are stacked.
+
+  Adafactor factors the two largest axes of a parameter and divides by root mean squares over all
+  of it; taken over the layers together, one layer's gradient would change another's update. The
+  state is stacked as the parameters are, the count of steps included.
+  """
+
+  def split(tree):
+    stacked = {module: arrays for module, arrays in tree.items() if module.startswith(_STACKED)}
+    return stacked, {module: tree[module] for module in tree.keys() - stacked.keys()}
+
+  def init(params):
+    stacked, rest = split(params)
+    return (jax.vmap(rule.init)(stacked) if stacked else ()), rule.init(rest)
+
+  def update(updates, state, params):
+    (stacked, rest), (stacked_params, rest_params) = split(updates), split(params)
+    rest, rest_state = rule.update(rest, state[1], rest_params)
+    if not stacked:
+      return rest, (state[0], rest_state)
+    stacked, stacked_state = jax.vmap(rule.update)(stacked, state[0], stacked_params)
+    return stacked | rest, (stacked_state, rest_state)
+
+  return optax.GradientTransformation(init, update)
 
 
 def apply(
@@ -218,12 +248,12 @@ def state_shardings(
     shardings: the parameters' shardings.
     replicated: the sharding of everything else.
   """
-  state = jax.eval_shape(optimizer.init, params)
-  return optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated,
-    state,
-    params,
-    shardings,
-    transform_non_params=lambda _: replicated,
-  )
+
+  def place(path, leaf):
+    # A moment's path ends like its parameter's: module, name.
+    module, name = [getattr(key, "key", None) for key in (None, None, *path)][-2:]
+    param = params.get(module, {}).get(name)
+    alike = param is not None and param.shape == leaf.shape
+    return shardings[module][name] if alike else replicated
+
+  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -15,11 +16,12 @@ from jax.sharding import Mesh
 from ll3m.core import checkpoint as folders
 from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig
+from ll3m.core.dtypes import DTYPES
 from ll3m.core.run import (
   CheckpointerConfig,
   Position,
   RunCheckpoints,
-  restore_dataset_state,
+  require_resumable,
   restore_step,
 )
 from ll3m.data.batch import Batch
@@ -31,7 +33,7 @@ from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.setup import StatePlan, TrainModelOptions, check_same_model
+from ll3m.training.setup import StatePlan, TrainModelOptions
 from ll3m.training.step import TrainState
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
@@ -94,7 +96,14 @@ class TrainOptions(TrainModelOptions, GinConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that a run is, read from the flags and validated; no weights yet."""
+  """Everything that a run is, read from the flags and validated; no weights yet.
+
+  Attributes:
+    load_kind: one of LOAD_KINDS, if `--load_checkpoint` is used.
+    source: what it names; None for random parameters, and where the run is resumed.
+    resumed: the step of output_dir that the run goes on from, if there is one.
+    dataset_state: the position in the data to begin at; {} for its beginning.
+  """
 
   options: TrainOptions
   optimizer: OptimizerConfig
@@ -104,6 +113,8 @@ class Run:
   eval_dataset: DatasetConfig
   load_kind: str | None
   source: ModelSource | None
+  resumed: folders.Checkpoint | None
+  dataset_state: Mapping[str, bytes]
   family: Family
   config: ModelConfig
   tokenizer: Tokenizer
@@ -157,42 +168,51 @@ class Run:
     )
 
 
-def initial_state(
-  run: Run, plan: StatePlan, checkpoints: RunCheckpoints
-) -> tuple[TrainState, dict[str, bytes]]:
-  """Makes the state of the first step: resumed, loaded or random.
+def fixed_settings(
+  options: TrainOptions, optimizer: OptimizerConfig, train_dataset: DatasetConfig
+) -> dict[str, Any]:
+  """Returns the flags that a run keeps and that are saved with it, to be compared at once."""
+  return {
+    "optimizer.type": optimizer.type,
+    "param_dtype": jnp.dtype(DTYPES[options.param_dtype]).name,
+    "train_dataset.seqio_dataset.num_shards": train_dataset.seqio_dataset.num_shards,
+  }
 
-  Returns:
-    The state on the devices, and the position in the data ({} for its beginning).
+
+def check_settings(saved: folders.Checkpoint, settings: Mapping[str, Any]) -> None:
+  """Demands that a step which is to be gone on from was saved with the same settings.
 
   Raises:
-    ValueError: a checkpoint does not fit the run.
+    ValueError: it was not, or it was saved without what going on needs.
   """
-  latest = checkpoints.latest_step()
-  options = run.options
-  if latest is not None:
-    say(f"resuming from step {latest} in {run.logger.output_dir}")
-    position = checkpoints.restore(latest, params=plan.params, opt_state=plan.state.opt_state)
-    shards = run.train_dataset.seqio_dataset.num_shards
-    if position.meta["num_shards"] != shards:
+  require_resumable(saved.path)
+  for name, before in saved.meta.get("settings", {}).items():
+    if name in settings and settings[name] != before:
       raise ValueError(
-        f"this run's data is split into num_shards={position.meta['num_shards']}, got {shards}"
+        f"cannot go on from {saved.path}: it was saved with --{name}={before}, asked for "
+        f"{settings[name]}"
       )
-    check_same_model(run.config, ModelConfig.from_dict(position.meta["config"]))
-    return _state(plan, position), position.dataset
-  dataset = {}
-  if options.load_dataset_state:
-    dataset = restore_dataset_state(options.load_dataset_state)
-  rng = jax.random.key_data(jax.random.key(options.seed))
+
+
+def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> TrainState:
+  """Makes the state of the first step on the devices: resumed, loaded or random.
+
+  Raises:
+    ValueError: a checkpoint does not fit the run, or is damaged.
+  """
+  like = {"params": plan.params, "opt_state": plan.state.opt_state}
+  if run.resumed is not None:
+    say(f"resuming from step {run.resumed.step} in {run.logger.output_dir}")
+    return _state(plan, checkpoints.restore(run.resumed.step, **like))
   if run.load_kind == "trainstate":
-    position = restore_step(run.source.path, params=plan.params, opt_state=plan.state.opt_state)
-    return _state(plan, position), dataset
+    return _state(plan, restore_step(run.source.path, **like))
+  seed = run.options.seed
   if run.source is None:
-    params = plan.init(jax.random.key(options.seed))
+    params = plan.init(jax.random.key(seed))
   else:
     dtype = jax.tree.leaves(plan.params)[0].dtype
     params = run.source.load_params(dtype=dtype, shardings=plan.param_shardings)
-  return plan.start(params, rng), dataset
+  return plan.start(params, jax.random.key_data(jax.random.key(seed)))
 
 
 def _state(plan: StatePlan, position: Position) -> TrainState:
@@ -206,10 +226,14 @@ def _state(plan: StatePlan, position: Position) -> TrainState:
 
 
 def open_batches(run: Run) -> Any:
-  """Opens the training data at its beginning; loads TensorFlow, reads nothing of a mixture yet."""
+  """Opens the training data where the run begins; loads TensorFlow.
+
+  Raises:
+    ValueError: the data is not what the flags say, or the saved position is of other data.
+  """
   from ll3m.data.batches import open_dataset
 
-  return open_dataset(
+  batches = open_dataset(
     run.train_dataset,
     run.tokenizer,
     rows=run.rows(run.train_dataset),
@@ -218,40 +242,70 @@ def open_batches(run: Run) -> Any:
     split_default="train",
     repeat=True,
   )
+  if run.dataset_state:
+    batches.set_state(run.dataset_state)
+  return batches
+
+
+def open_held_out(run: Run) -> Any:
+  """Opens the evaluation data; None if there is no evaluation.
+
+  Raises:
+    ValueError: the data is not what the flags say.
+  """
+  from ll3m.data.batches import open_dataset
+
+  if not run.options.eval_steps:
+    return None
+  return open_dataset(
+    run.eval_dataset,
+    run.tokenizer,
+    rows=run.rows(run.eval_dataset),
+    data_dir=run.options.data_dir,
+    seed=run.options.seed,
+    split_default="validation",
+    repeat=False,
+  )
 
 
 def held_out_evaluation(
-  run: Run, eval_step: Callable[..., Any]
+  run: Run, stream: Any, eval_step: Callable[..., Any]
 ) -> Callable[[Any], dict[str, float]]:
   """Returns parameters -> record of an evaluation; the batches are read once and kept."""
 
   @functools.cache
   def batches() -> list[Batch]:
-    from ll3m.data.batches import open_dataset
-
-    stream = open_dataset(
-      run.eval_dataset,
-      run.tokenizer,
-      rows=run.rows(run.eval_dataset),
-      data_dir=run.options.data_dir,
-      seed=run.options.seed,
-      split_default="validation",
-      repeat=False,
-    )
     return list(itertools.islice(in_step(stream), run.options.eval_steps))
 
   def record(params: Any) -> dict[str, float]:
-    values = evaluate(eval_step, params, batches(), steps=run.options.eval_steps, mesh=run.mesh)
+    values = evaluate(
+      eval_step,
+      params,
+      batches(),
+      steps=run.options.eval_steps,
+      mesh=run.mesh,
+      skipped=stream.skipped,
+    )
     return {f"eval_{name}": value for name, value in values.items()}
 
   return record
 
 
 def write_companions(run: Run) -> None:
-  """Puts the tokenizer and the source's config files beside the checkpoints."""
+  """Puts the run's tokenizer and the source's config files beside the checkpoints.
+
+  The folder of the tokenizer holds the run's and no other: of two, the wrong one would be read.
+  A run that goes on has them already.
+  """
+  if jax.process_index() or run.resumed is not None:
+    return
   output = epath.Path(run.logger.output_dir)
-  if jax.process_index() == 0:
-    if run.source is not None:
-      run.source.save_companions(output)
-    if not run.tokenizer_config.is_checkpoints_own:
-      run.tokenizer.save(output / folders.TOKENIZER)
+  own = run.tokenizer_config.is_checkpoints_own
+  # What an earlier attempt left; `save` makes its folder anew by itself.
+  for name in (folders.SOURCE, *([folders.TOKENIZER] if own else [])):
+    if (output / name).exists():
+      (output / name).rmtree()
+  if run.source is not None:
+    run.source.save_companions(output)
+  if not own:
+    run.tokenizer.save(output / folders.TOKENIZER)

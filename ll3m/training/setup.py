@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ll3m import families
 from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig, apply_updates
+from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
 from ll3m.training.optimizer import state_shardings
@@ -19,11 +20,6 @@ from ll3m.training.step import TrainState, init_state
 from ll3m_kernels import Sharding
 
 Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
-
-DTYPES = {
-  "f32": jnp.float32, "fp32": jnp.float32, "float32": jnp.float32,
-  "bf16": jnp.bfloat16, "bfloat16": jnp.bfloat16,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,7 @@ class ModelOptions:
     "checkpoint's own by default.",
   )
   update_model_config: str = flags.option("", "Fields to change in it: key=value,key=value.")
-  dtype: str = flags.option("f32", "Dtype of the activations.", choices=tuple(DTYPES))
+  dtype: str = flags.option("f32", "Dtype of the activations.", choices=COMPUTED)
   mesh_dim: str = flags.option(
     "-1,1,1", "Sizes of the mesh axes dp,fsdp,mp; -1 for what is left. Or dp:1,fsdp:-1,mp:4."
   )
@@ -47,7 +43,7 @@ class TrainModelOptions(ModelOptions):
   """Flags about the model that only training has."""
 
   param_dtype: str = flags.option(
-    "f32", "Dtype in which parameters and moments are kept.", choices=tuple(DTYPES)
+    "f32", "Dtype in which parameters and moments are kept.", choices=COMPUTED
   )
   remat: str = flags.option(
     "nothing",

@@ -29,7 +29,6 @@ def test_defaults_are_llamas():
 def test_derived_dimensions():
   assert TINY.rotary_dim == 10
   assert TINY.replace(head_dim=80, rotary_fraction=0.4).rotary_dim == 32  # phi-2
-  assert TINY.group_size == 2
 
 
 def test_is_frozen_and_hashable():
@@ -55,6 +54,10 @@ def test_dict_round_trip_through_json():
     ({"d_model": 0}, "d_model must be positive, got 0"),
     ({"num_layers": -1}, "num_layers must be positive, got -1"),
     ({"norm_epsilon": 0.0}, "norm_epsilon must be positive, got 0.0"),
+    ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite, got nan"),
+    ({"rope_theta": float("inf")}, "rope_theta must be finite, got inf"),
+    ({"norm_scale_offset": float("nan")}, "norm_scale_offset must be finite, got nan"),
+    ({"rotary_fraction": float("nan")}, "rotary_fraction must be finite"),
     ({"d_ff": 2.5}, "d_ff must be int, got 2.5"),
     ({"d_ff": "28"}, "d_ff must be int, got '28'"),
     ({"d_ff": True}, "d_ff must be int, got True"),

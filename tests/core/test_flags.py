@@ -18,6 +18,10 @@ class Inner:
   fields: tuple[str, ...] = flags.option(("targets",), "Which.")
   name: str | None = flags.option(None, "What it is called.")
 
+  def __post_init__(self):
+    if self.size == 6:
+      raise ValueError("size must be odd or 8, got 6")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
@@ -88,8 +92,10 @@ def test_wrong_values_are_refused(argument):
 
 
 def test_the_dataclass_validates():
-  with pytest.raises(ValueError, match="rate must be at most 1, got 2.0"):
+  with pytest.raises(ValueError, match="^--sample.rate must be at most 1, got 2.0"):
     parse("--sample.rate=2")
+  with pytest.raises(ValueError, match="^--sample.inner.size must be odd"):
+    parse("--sample.inner.size=6")
 
 
 def test_misspelt_flag_gets_a_suggestion():
@@ -128,6 +134,16 @@ def test_a_flag_that_was_not_given_falls_back_to_another_prefix():
     )  # 0.5 is the default, but it was given
     assert flags.read("other", Outer, fallback="sample") == Outer(rate=0.5, inner=Inner(size=9))
     assert flags.read("other", Outer) == Outer()
+
+
+@pytest.mark.parametrize("name", ["other.inner", "other.inner.size"])
+def test_a_flag_without_effect_is_refused_if_it_was_given(name):
+  with flagsaver.flagsaver():
+    absl_flags.FLAGS(["command", "--sample.inner.size=9"])
+    flags.refuse(name, "without --other.kind=two")
+    absl_flags.FLAGS(["command", "--other.inner.size=8"])  # its default, but given
+    with pytest.raises(ValueError, match="^--other.inner.size has no effect without --other.kind"):
+      flags.refuse(name, "without --other.kind=two")
 
 
 def test_to_dict_is_flat_and_dotted():
@@ -172,6 +188,8 @@ COMMAND = textwrap.dedent("""
     config = flags.read("run", Config)
     if config.fail == "value":
       raise ValueError("expected 3 layers,\\n  got 4")
+    if config.fail == "interrupt":
+      raise KeyboardInterrupt
     if config.fail == "bug":
       {}["missing"]
     if config.fail == "file":
@@ -207,6 +225,7 @@ def test_run_calls_main(command):
   [
     (["--run.fail=value"], 1, "error: expected 3 layers, got 4"),
     (["--run.fail=file"], 1, "error: no such folder: x"),
+    (["--run.fail=interrupt"], 130, "error: interrupted"),
     (["--run.fail=bug"], 1, "error: KeyError: 'missing' (--debug shows the traceback)"),
     (
       ["--run.online", "=", "False"],  # absl alone reads this as True and two stray words
@@ -247,5 +266,6 @@ def test_debug_shows_the_traceback_first(command):
 @pytest.mark.parametrize("flag", ["--help", "--helpfull"])
 def test_help_lists_every_flag(command, flag):
   done = command(flag)
+  assert done.returncode == 0
   assert "--run.steps: How many steps." in done.stdout
   assert "Traceback" not in done.stderr

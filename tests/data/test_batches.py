@@ -62,6 +62,10 @@ def documents_of(batches: list[Batch], end: int) -> list[tuple[int, ...]]:
   return documents
 
 
+def document_of(tokenizer, text: str) -> list[int]:
+  return [*tokenizer.prefix, *tokenizer.encode(text), tokenizer.eos_id]
+
+
 @pytest.mark.parametrize(("batch_size", "num_shards"), [(4, 4), (3, 4), (8, 3), (2, 1)])
 def test_lines_are_dealt_to_shards_and_rows_to_batches(
   write_jsonl, tokenizer, batch_size, num_shards
@@ -71,7 +75,7 @@ def test_lines_are_dealt_to_shards_and_rows_to_batches(
   stream = open_dataset(config, tokenizer, rows=range(batch_size), repeat=False)
   rows = []
   for shard in range(num_shards):
-    own = [t for e in examples[shard::num_shards] for t in tokenizer.encode_document(e["text"])]
+    own = [t for e in examples[shard::num_shards] for t in document_of(tokenizer, e["text"])]
     rows.append([own[i : i + LENGTH] for i in range(0, len(own), LENGTH)])
   found = [row[segments > 0].tolist() for b in stream for row, segments in zip(b[0], b[3],
            strict=True)]  # fmt: skip
@@ -163,16 +167,18 @@ def test_the_runs_tokenizer_is_used_and_not_the_first_ones(tokenizer, mistral_mo
 
 
 def test_bad_lines_are_skipped_and_counted(write_jsonl, tokenizer, caplog):
-  path = write_jsonl(*lines(9), "{nonsense", {"txt": "a"}, "", "[3]", {"text": 3}, "{nonsense")
+  path = write_jsonl(*lines(9), "{nonsense", {"txt": "a"}, "", "[3]", {"text": 3}, "{nonsense",
+                     r'{"text": "a\ud800b"}')  # fmt: skip
   config = json_config(path, batch_size=1, num_shards=1)
   stream = open_dataset(config, tokenizer, rows=[0], repeat=False)
   found = documents_of(list(stream), tokenizer.eos_id)
   assert [tokenizer.decode(d) for d in found] == [e["text"] for e in lines(9)]
   assert stream.skipped == {
-    "not JSON": 2, "no field 'text'": 1, "not a JSON object": 1, "field 'text' is not text": 1
+    "not JSON": 2, "no field 'text'": 1, "not a JSON object": 1, "field 'text' is not text": 1,
+    "not Unicode text": 1,
   }  # fmt: skip
-  assert "9 usable lines, skipped 5: not JSON (2)" in caplog.text
-  with pytest.raises(ValueError, match=r"no usable line: no field 'prompt' \(9\)"):
+  assert "9 usable lines, skipped 6: not JSON (2)" in caplog.text
+  with pytest.raises(ValueError, match=r"no usable line: skipped 9: no field 'prompt' \(9\)"):
     open_dataset(json_config(write_jsonl(*lines(9)), "prompt"), tokenizer, rows=[0])
 
 
@@ -224,6 +230,8 @@ def test_positions_of_another_stream_are_refused(write_jsonl, tokenizer):
     stream.set_state(state | {"shard_00001": stream.state()["shard_00001"]})
   with pytest.raises(ValueError, match="is empty"):
     stream.set_state({})
+  with pytest.raises(ValueError, match="position is damaged: shard_00001"):
+    stream.set_state(state | {"shard_00001": state["shard_00001"][:-9]})
 
 
 def test_rows_outside_of_the_batch_are_refused(write_jsonl, tokenizer):
@@ -241,7 +249,7 @@ def test_a_longer_row_goes_on_from_the_same_position(write_jsonl, tokenizer):
   longer = open_dataset(config, tokenizer, rows=[0], repeat=False)
   longer.set_state(short.state())
   found = documents_of([*read, *longer], tokenizer.eos_id)
-  assert found == [tuple(tokenizer.encode_document(e["text"])) for e in lines(30)]
+  assert found == [tuple(document_of(tokenizer, e["text"])) for e in lines(30)]
 
 
 def test_json_lines_may_be_compressed(tmp_path, tokenizer):

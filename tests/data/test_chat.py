@@ -46,6 +46,43 @@ def test_ids_and_loss_are_those_of_transformers(train_tokenizer, tokenizer, tmp_
   assert 0 < loss.sum() < len(loss)
 
 
+# Templates that end turns with another token than EOS, with nothing, or after a header of their
+# own; and what is learnt of an answer "a 1".
+ENDS = {
+  "chatml": (None, "a 1<|im_end|>"),
+  "gemma": (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "a 1<|im_end|>",
+  ),
+  "eos": (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "a 1<|endoftext|>",
+  ),
+  "text": (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "a 1",
+  ),
+  "header": (
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}\n{% endfor %}",
+    "<|im_start|>a 1",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_turn_is_learnt_up_to_and_with_the_token_that_ends_it(train_tokenizer, tmp_path, name):
+  template, learnt = ENDS[name]
+  settings = {} if template is None else {"chat_template": template}
+  train_tokenizer(tmp_path, eos_token="<|endoftext|>", **settings)
+  tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
+  turns = messages([("user", "q"), ("assistant", "a 1"), ("user", "r"), ("assistant", "a 1")])
+  ids, loss = chat.encode(tokenizer, chat.render(tokenizer, turns))
+  assert tokenizer.decode(ids[loss == 1], keep_control=True) == 2 * learnt
+
+
 def test_a_prompt_is_that_of_transformers(folder, tokenizer):
   turns = messages(CHATS[1][:-1])
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -76,6 +113,7 @@ def test_control_strings_that_users_write_stay_text(train_tokenizer, tokenizer, 
     ([{"role": "user"}], "lacks its role or content"),
     ([{"role": "assistant", "content": None}], "lacks its role or content"),
     ([{"role": "user", "content": "hi"}], "no assistant turn"),
+    ([{"role": "assistant", "content": "a\ud800b"}], "not Unicode text"),
   ],
 )
 def test_what_is_no_conversation(tokenizer, given, message):

@@ -1,5 +1,6 @@
 """Datasets of the `datasets` library, downloaded and streamed; local files, no network."""
 
+import dataclasses
 import itertools
 import json
 
@@ -85,6 +86,17 @@ def test_a_stream_resumes_exactly_on_other_processes(source, tokenizer, streamin
     one, two = next(first), next(second)
     for field, a, b in zip(batch, one, two, strict=True):
       np.testing.assert_array_equal(field, np.stack([b[1], a[0], b[0]]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_the_field_are_what_the_error_is_about(source, tokenizer, streaming, caplog):
+  wrong = dataclasses.replace(
+    config(source, streaming=streaming), text_processor=TextProcessorConfig("txt")
+  )
+  with pytest.raises(ValueError, match=r"no usable document; skipped .*: no field 'txt' \("):
+    next(open_dataset(wrong, tokenizer, rows=range(3)))
+  (warning,) = (record.getMessage() for record in caplog.records)  # once, not once an example
+  assert "leaving out examples that cannot be used; the first: no field 'txt'" in warning
 
 
 @pytest.mark.parametrize("streaming", [False, True])

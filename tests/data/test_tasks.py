@@ -130,6 +130,7 @@ seqio.TaskRegistry.add(
 def own_tasks(tmp_path_factory):
   folder = tmp_path_factory.mktemp("module")
   (folder / "own_tasks_for_test.py").write_text(OWN_TASKS)
+  (folder / "broken_for_test.py").write_text("{}['oops']")
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(folder)
     yield "own_tasks_for_test"
@@ -164,6 +165,10 @@ def test_features_before_the_last_carry_no_loss(own_tasks, tokenizer):
     ({"name": "own_text", "split": "test"}, "own_text has the splits train, validation, got 'tes"),
     ({"name": "own_text", "task_feature_field": ("inputs",)}, "the features targets, not inputs"),
     ({"name": "own_text", "module": "no_such_module"}, "'no_such_module' cannot be imported"),
+    (
+      {"name": "own_text", "module": "broken_for_test"},
+      "'broken_for_test' cannot be imported: KeyError: 'oops'",
+    ),
   ],
 )
 def test_what_a_module_does_not_have(own_tasks, tokenizer, kwargs, message):

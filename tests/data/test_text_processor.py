@@ -41,6 +41,8 @@ def test_by_default_messages_and_else_text(tokenizer):
     ({"prompt": "a", "answer": 3}, "[prompt],answer", "field 'answer' is not text"),
     ({"prompt": "a", "answer": ""}, "[prompt],answer", "no text to learn from"),
     ({}, "", "no field 'text'"),
+    ({"text": "a\ud800b"}, "", "not Unicode text"),
+    ({"messages": [{"role": "assistant", "content": "\udfff"}]}, "", "not Unicode text"),
     ({"messages": []}, "", "messages is not a list of messages"),
   ],
 )

@@ -22,6 +22,10 @@ def load(path, **kwargs):
   return load_tokenizer(TokenizerConfig(path=str(path), **kwargs))
 
 
+def document_of(tokenizer, text: str) -> list[int]:
+  return [*tokenizer.prefix, *tokenizer.encode(text), tokenizer.eos_id]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_transformers(folder, tokenizer, text):
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -35,7 +39,7 @@ def test_a_document_begins_as_transformers_begins_it(train_tokenizer, tmp_path, 
   ours = load(train_tokenizer(tmp_path, bos=bos, **settings))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("if x")["input_ids"]
   assert (theirs[0] == ours.token_id("<s>")) == (bos is not None)  # both cases are met
-  assert ours.encode_document("if x") == [*theirs, ours.token_id("<|im_end|>")]
+  assert document_of(ours, "if x") == [*theirs, ours.token_id("<|im_end|>")]
 
 
 def test_control_strings_in_text_stay_text(tokenizer, mistral_model):
@@ -66,8 +70,8 @@ def test_sentencepiece_documents(mistral_model, text):
   model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
   ours = load(mistral_model)
   assert ours.vocab_size == 32000
-  assert ours.encode_document(text) == [1, *model.encode(text), 2]
-  assert ours.decode(ours.encode_document(text)) == model.decode(model.encode(text))
+  assert document_of(ours, text) == [1, *model.encode(text), 2]
+  assert ours.decode(document_of(ours, text)) == model.decode(model.encode(text))
 
 
 def test_extra_tokens_are_appended_and_found_in_text(folder, mistral_model, tmp_path):
@@ -78,7 +82,22 @@ def test_extra_tokens_are_appended_and_found_in_text(folder, mistral_model, tmp_
     assert ids.count(plain.vocab_size + 1) == 1 and plain.vocab_size not in ids
     assert more.fingerprint != plain.fingerprint
     more.save(tmp_path / name)
-    assert load(tmp_path / name).encode("see <audio> here") == ids
+    again = load(tmp_path / name)
+    assert again.encode("see <audio> here") == ids and again.fingerprint == more.fingerprint
+    # A resumed run reads its own tokenizer, and its flags still name the extra tokens.
+    twice = load(tmp_path / name, extra_tokens=("<image>", "<audio>"))
+    assert (twice.vocab_size, twice.fingerprint) == (more.vocab_size, more.fingerprint)
+
+
+def test_a_saved_folder_holds_nothing_else(folder, mistral_model, tmp_path):
+  load(folder).save(tmp_path)
+  (tmp_path / "chat_template.jinja").write_text("stale")
+  load(mistral_model).save(tmp_path)
+  assert load(tmp_path).fingerprint == load(mistral_model).fingerprint
+  load(tmp_path).save(tmp_path)  # onto itself
+  assert load(tmp_path).fingerprint == load(mistral_model).fingerprint
+  load(folder).save(tmp_path)
+  assert load(tmp_path).chat_template == load(folder).chat_template
 
 
 def test_a_saved_folder_is_one_for_transformers(folder, mistral_model, tmp_path):
@@ -87,7 +106,7 @@ def test_a_saved_folder_is_one_for_transformers(folder, mistral_model, tmp_path)
     again = load(tmp_path / name)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
     assert again.encode(TEXTS[3]) == theirs(TEXTS[3], add_special_tokens=False)["input_ids"]
-    assert again.encode_document("x") == load(source).encode_document("x")
+    assert document_of(again, "x") == document_of(load(source), "x")
     assert theirs.eos_token_id == again.eos_id
 
 

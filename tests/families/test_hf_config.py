@@ -114,7 +114,13 @@ def test_tied_llama():
     (without(LLAMA, "vocab_size"), "config.json of a llama model lacks 'vocab_size'"),
     (LLAMA | {"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
     (LLAMA | {"num_key_value_heads": 4}, "multiple of num_kv_heads (4)"),
-    (LLAMA | {"num_hidden_layers": "2"}, "num_layers must be int, got '2'"),
+    (LLAMA | {"num_hidden_layers": "2"}, "num_hidden_layers of config.json must be int, got '2'"),
+    (LLAMA | {"hidden_size": "48"}, "hidden_size of config.json must be int, got '48'"),
+    (LLAMA | {"num_attention_heads": 0}, "is not a multiple of num_attention_heads 0"),
+    (LLAMA | {"rms_norm_eps": float("nan")}, "norm_epsilon must be finite, got nan"),
+    (LLAMA | {"rope_theta": "big"}, "rope_theta of config.json must be float, got 'big'"),
+    (LLAMA | {"rope_scaling": "linear"}, "rope_scaling of config.json must be an object or null"),
+    (LLAMA | {"rope_parameters": [2.0]}, "rope_parameters of config.json must be an object"),
   ],
 )
 def test_refuses_what_makes_no_sense(hf, message):
@@ -148,7 +154,8 @@ def test_refuses_what_the_decoder_does_not_do(hf, message):
     ("llama2_7b", {"activation": "gelu"}, "a llama model cannot have activation='gelu'"),
     ("gemma_2b", {"norm_scale_offset": 0.0}, "has norm_scale_offset=1.0"),
     ("phi_2", {"norm": "rms"}, "has norm='layer'"),
-    ("phi_2", {"head_dim": 60}, "has head_dim=80"),
+    ("phi_2", {"head_dim": 60}, "head_dim = d_model / num_heads (2560 / 32), and its config.json"),
+    ("phi_2", {"num_heads": 48, "num_kv_heads": 48}, "(2560 / 48), and its config.json cannot say"),
   ],
 )
 def test_export_refuses_what_config_json_cannot_say(preset, changes, message):

@@ -14,6 +14,7 @@ from ll3m import families
 from ll3m.core.config import ModelConfig
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import expected_tensors
+from ll3m.hf.tensors import LazyTensor, read_part
 
 SIZES = {
   "vocab_size": 37,
@@ -64,6 +65,12 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
   assert actual.dtype == expected.dtype
   assert actual.shape == expected.shape
   assert np.ascontiguousarray(actual).tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@pytest.fixture
+def read_all() -> Callable[[LazyTensor], np.ndarray]:
+  """Reads the whole of a tensor."""
+  return lambda tensor: read_part(tensor, tuple(slice(0, size) for size in tensor.shape))
 
 
 @pytest.fixture

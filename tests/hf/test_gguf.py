@@ -9,7 +9,7 @@ from gguf.quants import dequantize, quantize
 
 from ll3m import families
 from ll3m.hf import gguf
-from ll3m.hf.tensors import read_part, whole
+from ll3m.hf.tensors import read_part
 
 # A quarter of a block of K-quants is no multiple of anything; rows of both q and k are permuted.
 D, F, N, K, V = 512, 256, 4, 2, 45
@@ -109,7 +109,7 @@ def test_a_head_of_its_own_unties_the_embedding(path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
-def test_undoes_the_interleaving_of_q_and_k(path, dtype, same_bits):
+def test_undoes_the_interleaving_of_q_and_k(path, dtype, same_bits, read_all):
   random = np.random.default_rng(0)
   kind = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16, "float64": Kind.F64}[
     np.dtype(dtype).name
@@ -124,13 +124,13 @@ def test_undoes_the_interleaving_of_q_and_k(path, dtype, same_bits):
   file = gguf.open_gguf(write(path, tensors))
   for name, values in expected.items():
     tensor = file.tensors[f"model.layers.0.self_attn.{name[-1]}_proj.weight"]
-    same_bits(read_part(tensor, whole(values.shape)), values)
+    same_bits(read_all(tensor), values)
     part = read_part(tensor, (slice(3, 401), slice(7, 90)), transpose=True)
     same_bits(part, np.ascontiguousarray(values.T[3:401, 7:90]))
 
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
-def test_reads_any_part_of_every_quantisation(path, kind, same_bits):
+def test_reads_any_part_of_every_quantisation(path, kind, same_bits, read_all):
   """Random bytes are valid blocks; a part must be what the whole, dequantised at once, has."""
   block, nbytes = gguf_format.GGML_QUANT_SIZES[kind]
   random = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def test_reads_any_part_of_every_quantisation(path, kind, same_bits):
     tensor = file.tensors[f"model.layers.0.{hf}.weight"]
     values = expected[name]
     assert np.isfinite(values).all() and values.std() > 0
-    same_bits(read_part(tensor, whole(values.shape)), values)
+    same_bits(read_all(tensor), values)
     part = (slice(5, 200), slice(33, 301))
     same_bits(read_part(tensor, part), np.ascontiguousarray(values[part]))
 
@@ -160,11 +160,11 @@ def test_lists_the_common_quantisations():
   assert {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"} <= names
 
 
-def test_quantised_values_are_near_the_original(path):
+def test_quantised_values_are_near_the_original(path, read_all):
   values = np.random.default_rng(0).standard_normal((F, D)).astype(np.float32)
   tensors = {"blk.0.ffn_up.weight": (quantize(values, Kind.Q8_0), Kind.Q8_0)}
   tensor = gguf.open_gguf(write(path, tensors)).tensors["model.layers.0.mlp.up_proj.weight"]
-  np.testing.assert_allclose(read_part(tensor, whole((F, D))), values, atol=0.02)
+  np.testing.assert_allclose(read_all(tensor), values, atol=0.02)
 
 
 @pytest.mark.parametrize(

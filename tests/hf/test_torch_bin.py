@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ll3m.hf import torch_bin
-from ll3m.hf.tensors import read_part, whole
+from ll3m.hf.tensors import read_part
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 
@@ -82,7 +82,9 @@ def path(tmp_path):
   return tmp_path / "pytorch_model.bin"
 
 
-def test_reads_strides_offsets_parameters_and_shared_storages(path, torch_names, same_bits):
+def test_reads_strides_offsets_parameters_and_shared_storages(
+  path, torch_names, same_bits, read_all
+):
   values = np.arange(24, dtype=np.float32)
   half = np.arange(6).astype(ml_dtypes.bfloat16)
   storage = Storage(values, torch_names.torch.FloatStorage)
@@ -99,15 +101,15 @@ def test_reads_strides_offsets_parameters_and_shared_storages(path, torch_names,
   save(path, state)
   found = torch_bin.read_torch_bin(path)
   expected = np.array([[values[2 + i + 5 * j] for j in range(3)] for i in range(4)])
-  same_bits(read_part(found["view"], whole((4, 3))), expected)
+  same_bits(read_all(found["view"]), expected)
   same_bits(read_part(found["parameter"], (slice(0, 3), slice(1, 4)), transpose=True),
             expected.T[0:3, 1:4])  # fmt: skip
-  same_bits(read_part(found["half"], whole((2, 3))), half.reshape(2, 3))
+  same_bits(read_all(found["half"]), half.reshape(2, 3))
   same_bits(read_part(found["scalar"], ()), np.array(0, np.float32))
-  assert read_part(found["empty"], whole((0, 3))).shape == (0, 3)
+  assert read_all(found["empty"]).shape == (0, 3)
 
 
-def test_reads_what_torch_wrote():
+def test_reads_what_torch_wrote(read_all):
   """The rotary frequencies are values that one knows; test_parity shows that the rest is right."""
   folder = FIXTURES / "open_llama_sharded"
   config = json.loads((folder / "config.json").read_text())
@@ -117,7 +119,7 @@ def test_reads_what_torch_wrote():
   for layer in range(config["num_hidden_layers"]):
     name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
     found = torch_bin.read_torch_bin(folder / index[name])[name]
-    np.testing.assert_allclose(read_part(found, whole(found.shape)), expected, rtol=1e-3)
+    np.testing.assert_allclose(read_all(found), expected, rtol=1e-3)
 
 
 class Evil:

@@ -41,7 +41,7 @@ def test_logits_are_those_of_transformers(tmp_path):
     (np.zeros((2, 0), int), "must have the shape [B, T], got [2, 0]"),
     (np.zeros((1, 3)), "must hold integers, got float64"),
     (b"text", "is not a .npy file of numbers"),
-    (None, "No such file"),
+    (None, "error: --tokens: no such file: "),
   ],
 )
 def test_unsuitable_tokens_are_one_sentence(tmp_path, tokens, sentence):

@@ -67,7 +67,7 @@ def test_shards_hold_every_document_once_in_order(corpus, tmp_path):
                    f"--workers={workers}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train: 109 documents, validation: 12 documents" in done.stdout
-    skipped = done.stdout.split("skipped: ")[1]
+    skipped = done.stdout.split("skipped ")[1]
     assert skipped.startswith("7: ")
     for reason in (
       "not JSON", "not a JSON object", "no field 'text'", "field 'text' is not text", "not UTF-8",

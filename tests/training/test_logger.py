@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import pytest
 
@@ -41,6 +42,26 @@ def test_a_resumed_run_drops_what_it_will_make_again(tmp_path):
   with open_logger(tmp_path):
     pass
   assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_runs_of_the_same_name_are_not_one_in_weights_and_biases(tmp_path, monkeypatch):
+  ids = []
+
+  class Wandb:
+    def init(self, **options):
+      ids.append(options["id"])
+      return self
+
+    def finish(self):
+      pass
+
+  monkeypatch.setitem(sys.modules, "wandb", Wandb())
+  for folder, first_step in (("a", 0), ("b", 0), ("a", 2), ("a", 0)):
+    config = LoggerConfig(str(tmp_path / folder / "out"), tensorboard=False, online=True)
+    with Logger(config, total_steps=4, first_step=first_step, flag_values={}):
+      pass
+  a, b, resumed, anew = ids
+  assert resumed == a and len({a, b, anew}) == 3
 
 
 def test_the_plot_is_written_even_when_the_run_fails(tmp_path):

@@ -56,3 +56,4 @@ def test_an_evaluation_without_targets_has_no_nan():
   record = metrics.eval_record(Sums(*map(np.float32, (8.0, 0, 1, 4, 5))), 2.0)
   assert record["perplexity"] == pytest.approx(math.e**2)
   assert record["tokens_per_second"] == 2.5
+  assert (record["targets"], record["tokens"]) == (4.0, 5.0)

@@ -97,6 +97,60 @@ def test_adamw_is_the_papers(clip):
     np.testing.assert_allclose(ours["layer"][name], expected[name], rtol=2e-5)
 
 
+def test_lion_is_the_papers():
+  """Chen et al., 2023, algorithm 2, in float64."""
+  rng = np.random.default_rng(0)
+  p, m = rng.normal(size=(3, 5)), np.zeros((3, 5))
+  chosen = LionConfig(lr=0.01, end_lr=0.01, weight_decay=0.3, clip_gradient=0.0)
+  config = OptimizerConfig(type="lion", lion_optimizer=chosen)
+  rule = optimizer.make_optimizer(config, total_steps=10)
+  ours = {"layer": {"w": jnp.float32(p)}}
+  state = rule.init(ours)
+  for _ in range(5):
+    g = rng.normal(size=(3, 5)).astype(np.float32).astype(np.float64)
+    ours, state = optimizer.apply(rule, {"layer": {"w": jnp.float32(g)}}, state, ours)
+    update = np.sign(chosen.b1 * m + (1 - chosen.b1) * g)
+    p = p - chosen.lr * (update + chosen.weight_decay * p)
+    m = chosen.b2 * m + (1 - chosen.b2) * g
+  np.testing.assert_allclose(ours["layer"]["w"], p, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(160, 130), (3, 130)])  # factored, and more layers than rows
+def test_adafactor_treats_each_layer_as_a_matrix_of_its_own(scaled, shape):
+  """Four layers whose gradients and parameters have very different sizes, against optax alone."""
+  rng = np.random.default_rng(0)
+  sizes = np.array([0.01, 0.1, 1.0, 10.0]).reshape(4, 1, 1)
+  stacked = jnp.float32(rng.normal(size=(4, *shape)) * sizes)
+  config = AdafactorConfig(
+    lr=0.1, end_lr=0.1, clip_gradient=0.0, multiply_by_parameter_scale=scaled, bf16_momentum=True
+  )
+  config = OptimizerConfig(type="adafactor", adafactor_optimizer=config)
+  rule = optimizer.make_optimizer(config, total_steps=10)
+  ours = {"layers/mlp": {"w": stacked}, "head": {"w": stacked[2]}}
+  state = rule.init(ours)
+  parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+  parts += [optax.scale_by_param_block_rms()] if scaled else []
+  parts += [optax.ema(0.9, debias=False), optax.scale(-0.1)]
+  alone = optax.chain(*parts)
+  layers = list(stacked)
+  states = [alone.init(layer) for layer in layers]
+  for _ in range(3):
+    gradients = jnp.float32(rng.normal(size=(4, *shape)) * sizes[::-1] ** 2)
+    ours, state = optimizer.apply(
+      rule, {"layers/mlp": {"w": gradients}, "head": {"w": gradients[2]}}, state, ours
+    )
+    # The momentum is kept in bfloat16 here too.
+    for i, layer in enumerate(layers):
+      updates, states[i] = alone.update(gradients[i], states[i], layer)
+      layers[i] = optax.apply_updates(layer, updates)
+      ema = states[i][-2]
+      rounded = ema.ema.astype(jnp.bfloat16).astype(jnp.float32)
+      states[i] = (*states[i][:-2], ema._replace(ema=rounded), states[i][-1])
+  np.testing.assert_allclose(ours["layers/mlp"]["w"], jnp.stack(layers), rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(ours["head"]["w"], layers[2], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "lion", "sgd"])
 def test_every_optimizer_descends_and_keeps_its_dtypes(kind):
   groups = {

@@ -15,7 +15,7 @@ from ll3m_kernels.attention.blocks import (
 )
 from ll3m_kernels.attention.operation import Static, attention
 from ll3m_kernels.attention.spec import Spec, make_span
-from ll3m_kernels.sharding import Sharding
+from ll3m_kernels.sharding import Sharding, vary_alike
 
 MAX_HEAD_DIM = 256
 
@@ -81,7 +81,8 @@ def flash_attention(
   if sharding is not None:
     sharding.check_batch("query", query.shape)
   static = Static(spec, block_sizes, chosen, sharding)
-  output, log_sum_exp = attention(static, query, key, value, query_ids, key_ids)
+  arrays = vary_alike(query, key, value, query_ids, key_ids)
+  output, log_sum_exp = attention(static, *arrays)
   return (output, log_sum_exp) if return_residual else output
 
 

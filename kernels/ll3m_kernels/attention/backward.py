@@ -15,7 +15,6 @@ goes from call to call in float32.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -25,6 +24,7 @@ from ll3m_kernels.attention import blocks as sizes
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles
 from ll3m_kernels.attention.tiles import LOG2_E, dot
+from ll3m_kernels.sharding import result
 
 
 def backward(
@@ -144,12 +144,12 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
       pl.BlockSpec((1, 1, layout.resident, value_dim), lambda b, k, g, i: (b, k, 0, 0)),
     ],
     out_shape=[
-      # Whole blocks: the interpreter does not cut an array that is passed on to the length it had.
-      jax.ShapeDtypeStruct(
-        (*query.shape[:3], pl.cdiv(length, layout.queries) * layout.queries), query_bar_dtype
+      # Whole blocks: the interpreter does not cut an array that is passed on to its length.
+      result(
+        (*query.shape[:3], pl.cdiv(length, layout.queries) * layout.queries), query_bar_dtype, query
       ),
-      jax.ShapeDtypeStruct((batch, num_kv_heads, count, head_dim), key.dtype),
-      jax.ShapeDtypeStruct((batch, num_kv_heads, count, value_dim), value.dtype),
+      result((batch, num_kv_heads, count, head_dim), key.dtype, query),
+      result((batch, num_kv_heads, count, value_dim), value.dtype, query),
     ],
     scratch_shapes=[
       pltpu.VMEM((head_dim, layout.queries), jnp.float32),

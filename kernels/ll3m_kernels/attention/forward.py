@@ -13,7 +13,6 @@ and which no query sees; tiles of other segments are skipped by the ranges of th
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -23,6 +22,7 @@ from ll3m_kernels.attention import blocks as sizes
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles
 from ll3m_kernels.attention.tiles import dot
+from ll3m_kernels.sharding import result
 
 _LOG_2 = math.log(2.0)
 
@@ -91,8 +91,8 @@ def forward(
     in_specs=in_specs,
     out_specs=[of_queries(value_dim), of_queries(1)],
     out_shape=[
-      jax.ShapeDtypeStruct((batch, num_heads, value_dim, length), query.dtype),
-      jax.ShapeDtypeStruct((batch, num_heads, 1, length), jnp.float32),
+      result((batch, num_heads, value_dim, length), query.dtype, query),
+      result((batch, num_heads, 1, length), jnp.float32, query),
     ],
     scratch_shapes=[
       pltpu.VMEM((value_dim, layout.queries), jnp.float32),

@@ -7,15 +7,18 @@ cheaper to compute again than to read.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.norms import backward, forward, xla
 from ll3m_kernels.norms.spec import Spec
+from ll3m_kernels.sharding import Sharding, map_shards, vary_alike
 
 _OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 
@@ -27,6 +30,7 @@ def rms_norm(
   epsilon: float = 1e-6,
   scale_offset: float = 0.0,
   implementation: str | None = None,
+  sharding: Sharding | None = None,
 ) -> Float[Array, "*B D"]:
   """Normalises by the root mean square: x / sqrt(mean(x^2) + epsilon) * (scale_offset + scale).
 
@@ -36,6 +40,7 @@ def rms_norm(
     epsilon: added to the mean square.
     scale_offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored less 1.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
+    sharding: how x lies on a mesh: its first dimension may be split, weights may not.
 
   Returns:
     The normalised activations, in x's dtype.
@@ -46,7 +51,9 @@ def rms_norm(
       differentiated twice.
   """
   _check(x, scale, None)
-  return _run(Spec(False, float(epsilon), float(scale_offset)), implementation, x, scale, None)
+  return _run(
+    Spec(False, float(epsilon), float(scale_offset)), implementation, sharding, x, scale, None
+  )
 
 
 def layer_norm(
@@ -56,6 +63,7 @@ def layer_norm(
   *,
   epsilon: float = 1e-5,
   implementation: str | None = None,
+  sharding: Sharding | None = None,
 ) -> Float[Array, "*B D"]:
   """Normalises to mean 0 and variance 1: (x - mean) / sqrt(var + epsilon) * scale + bias.
 
@@ -65,6 +73,7 @@ def layer_norm(
     bias: added last, if given.
     epsilon: added to the (biased) variance.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
+    sharding: how x lies on a mesh: its first dimension may be split, weights may not.
 
   Returns:
     The normalised activations, in x's dtype.
@@ -75,7 +84,7 @@ def layer_norm(
       differentiated twice.
   """
   _check(x, scale, bias)
-  return _run(Spec(True, float(epsilon), 0.0), implementation, x, scale, bias)
+  return _run(Spec(True, float(epsilon), 0.0), implementation, sharding, x, scale, bias)
 
 
 def add_rms_norm(
@@ -86,6 +95,7 @@ def add_rms_norm(
   epsilon: float = 1e-6,
   scale_offset: float = 0.0,
   implementation: str | None = None,
+  sharding: Sharding | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
   """Adds a block's output to the residual stream and normalises the sum (see `rms_norm`).
 
@@ -96,6 +106,7 @@ def add_rms_norm(
     epsilon: as there.
     scale_offset: as there.
     implementation: as there.
+    sharding: as there.
 
   Returns:
     (normed, sum): the normalised sum, and the sum rounded to x's dtype, which is also what is
@@ -108,7 +119,7 @@ def add_rms_norm(
   _check(x, scale, None)
   _check_residual(x, residual)
   spec = Spec(False, float(epsilon), float(scale_offset))
-  return _run_add(spec, implementation, x, residual, scale, None)
+  return _run_add(spec, implementation, sharding, x, residual, scale, None)
 
 
 def add_layer_norm(
@@ -119,6 +130,7 @@ def add_layer_norm(
   *,
   epsilon: float = 1e-5,
   implementation: str | None = None,
+  sharding: Sharding | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
   """Adds a block's output to the residual stream and normalises the sum (see `layer_norm`).
 
@@ -129,6 +141,7 @@ def add_layer_norm(
     bias: as there.
     epsilon: as there.
     implementation: as there.
+    sharding: as there.
 
   Returns:
     (normed, sum): the normalised sum, and the sum rounded to x's dtype, which is also what is
@@ -140,7 +153,8 @@ def add_layer_norm(
   """
   _check(x, scale, bias)
   _check_residual(x, residual)
-  return _run_add(Spec(True, float(epsilon), 0.0), implementation, x, residual, scale, bias)
+  spec = Spec(True, float(epsilon), 0.0)
+  return _run_add(spec, implementation, sharding, x, residual, scale, bias)
 
 
 def explain(
@@ -178,14 +192,61 @@ def explain(
   return dispatch.describe(operation, implementation, refusal, kernels)
 
 
-def _run(spec, implementation, x, scale, bias):
-  chosen = dispatch.choose(implementation, _refusal(x, scale, bias, adds=False))
-  return _norm((chosen, spec), *_vary_alike(x, scale, bias))
+class _Static(NamedTuple):
+  """What does not change with the data.
+
+  Attributes:
+    implementation: as `dispatch.choose` returns it.
+    spec: the options of the call.
+    sharding: of the arrays; None on one device.
+  """
+
+  implementation: str | None
+  spec: Spec
+  sharding: Sharding | None
+
+  def run(self, kernel: Callable, plain: Callable, *arrays: Array | None) -> Any:
+    """Runs a pass whose first array is [.., D]; its results are like that one, or like weights."""
+    function = functools.partial(
+      dispatch.run,
+      self.implementation,
+      functools.partial(kernel, self.spec),
+      functools.partial(plain, self.spec),
+    )
+    if self.sharding is None:
+      return function(*arrays)
+    rows = self.sharding.rows(arrays[0].ndim)
+    specs = [None if a is None else rows if a.ndim > 1 else PartitionSpec() for a in arrays]
+    outputs = jax.eval_shape(function, *arrays)
+    out_specs = jax.tree.map(lambda x: rows if x.ndim > 1 else PartitionSpec(), outputs)
+
+    def shard(*arrays):
+      results = function(*arrays)
+      # What is like a weight is a sum over rows.
+      return jax.tree.map(
+        lambda x: x if x.ndim > 1 else jax.lax.psum(x, self.sharding.batch_axes), results
+      )
+
+    return map_shards(shard, self.sharding, tuple(specs), out_specs)(*arrays)
 
 
-def _run_add(spec, implementation, x, residual, scale, bias):
-  chosen = dispatch.choose(implementation, _refusal(x, scale, bias, adds=True))
-  return _add_norm((chosen, spec), *_vary_alike(x, residual, scale, bias))
+def _static(spec, implementation, sharding, x, scale, bias, adds):
+  chosen = dispatch.choose(implementation, _refusal(x, scale, bias, adds))
+  if sharding is not None:
+    sharding.check_batch("x", x.shape)
+    if sharding.mesh.size == 1 or x.ndim < 2:
+      sharding = None
+  return _Static(chosen, spec, sharding)
+
+
+def _run(spec, implementation, sharding, x, scale, bias):
+  static = _static(spec, implementation, sharding, x, scale, bias, adds=False)
+  return _norm(static, *vary_alike(x, scale, bias))
+
+
+def _run_add(spec, implementation, sharding, x, residual, scale, bias):
+  static = _static(spec, implementation, sharding, x, scale, bias, adds=True)
+  return _add_norm(static, *vary_alike(x, residual, scale, bias))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,16 +255,8 @@ def _norm(static, x, scale, bias):
 
 
 def _norm_forward(static, x, scale, bias):
-  implementation, spec = static
-  normed = dispatch.run(
-    implementation,
-    functools.partial(forward.forward, spec),
-    functools.partial(xla.forward, spec),
-    x,
-    scale,
-    bias,
-  )
-  return normed, (x, scale, bias)
+  run = functools.partial(static.run, forward.forward, xla.forward)
+  return dispatch.first_order(_name(static), run, x, scale, bias), (x, scale, bias)
 
 
 def _norm_backward(static, residuals, normed_bar):
@@ -219,16 +272,8 @@ def _add_norm(static, x, residual, scale, bias):
 
 
 def _add_norm_forward(static, x, residual, scale, bias):
-  implementation, spec = static
-  normed, total = dispatch.run(
-    implementation,
-    functools.partial(forward.add_forward, spec),
-    functools.partial(xla.add_forward, spec),
-    x,
-    residual,
-    scale,
-    bias,
-  )
+  run = functools.partial(static.run, forward.add_forward, xla.add_forward)
+  normed, total = dispatch.first_order(_name(static), run, x, residual, scale, bias)
   return (normed, total), (total, scale, bias)
 
 
@@ -240,34 +285,13 @@ def _add_norm_backward(static, residuals, cotangents):
 _add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 
-def _backward(static, *args):
-  implementation, spec = static
-  return dispatch.first_order(
-    "layer_norm" if spec.is_centred else "rms_norm",
-    functools.partial(
-      dispatch.run,
-      implementation,
-      functools.partial(backward.backward, spec),
-      functools.partial(xla.backward, spec),
-    ),
-    *args,
-  )
+def _backward(static, *arrays):
+  run = functools.partial(static.run, backward.backward, xla.backward)
+  return dispatch.first_order(_name(static), run, *arrays)
 
 
-def _vary_alike(*arrays: Array | None) -> list[Array | None]:
-  """Makes all arrays vary over the mesh axes that any does, under `shard_map(check_vma=True)`.
-
-  A weight that all devices share then gets the sum of their gradients.
-  """
-  varying = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays if a is not None))
-
-  def cast(array):
-    if array is None:
-      return None
-    missing = tuple(varying - jax.typeof(array).mat.varying)
-    return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-  return [cast(array) for array in arrays]
+def _name(static: _Static) -> str:
+  return "layer_norm" if static.spec.is_centred else "rms_norm"
 
 
 def _refusal(x: Any, scale: Any, bias: Any, adds: bool) -> str | None:

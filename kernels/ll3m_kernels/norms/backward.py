@@ -10,7 +10,6 @@ it.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,6 +19,7 @@ from ll3m_kernels import dispatch
 from ll3m_kernels.norms import blocks as sizes
 from ll3m_kernels.norms import tiles
 from ll3m_kernels.norms.spec import Spec, gradients, measure, measure_bars
+from ll3m_kernels.sharding import result
 
 
 def backward(
@@ -31,7 +31,7 @@ def backward(
   sum_bar: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
   """Computes the cotangents of x, scale and bias; arguments as in `xla.backward`."""
-  shape, manual = x.shape, jax.typeof(x).mat
+  shape = x.shape
   arrays = [array.reshape(-1, shape[-1]) for array in (x, y_bar, sum_bar) if array is not None]
   num_rows, size = arrays[0].shape
   blocks, needed = blocks_of(arrays[0], bias, sum_bar is not None)
@@ -48,7 +48,6 @@ def backward(
   block = pl.BlockSpec((blocks.rows, size), place)
   sums = pl.BlockSpec((sizes.SUBLANES, size), lambda core, step: (core, 0))
   num_sums = 1 if bias is None else 2
-  struct = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual)
   x_bar, *sums = pl.pallas_call(
     functools.partial(
       _kernel, spec, blocks, num_rows, steps, cores, sum_bar is not None, bias is not None
@@ -56,8 +55,8 @@ def backward(
     grid=(cores, steps),
     in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda core, step: (0, 0))],
     out_specs=[block] + [sums] * num_sums,
-    out_shape=[struct((num_rows, size), x.dtype)]
-    + [struct((cores * sizes.SUBLANES, size), jnp.float32)] * num_sums,
+    out_shape=[result((num_rows, size), x.dtype, x)]
+    + [result((cores * sizes.SUBLANES, size), jnp.float32, x)] * num_sums,
     scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),

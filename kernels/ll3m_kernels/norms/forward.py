@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -13,6 +12,7 @@ from ll3m_kernels import dispatch
 from ll3m_kernels.norms import blocks as sizes
 from ll3m_kernels.norms import tiles
 from ll3m_kernels.norms.spec import Spec, measure, normalise
+from ll3m_kernels.sharding import result
 
 
 def forward(
@@ -53,10 +53,7 @@ def _call(spec, arrays, scale, bias):
     grid=(pl.cdiv(num_rows, blocks.rows),),
     in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda i: (0, 0))] * len(weights),
     out_specs=[block] * len(arrays),
-    out_shape=[
-      jax.ShapeDtypeStruct((num_rows, size), dtype, manual_axis_type=jax.typeof(arrays[0]).mat)
-    ]
-    * len(arrays),
+    out_shape=[result((num_rows, size), dtype, arrays[0])] * len(arrays),
     scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)] * len(weights),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel",),

@@ -1,0 +1,179 @@
+"""Rotary embeddings on a TPU: queries and keys are read once and written once.
+
+Arrays come with tokens last, [B, heads, H, T]. A pair (x[i], x[i + R/2]) then lies in two rows,
+which nothing has to shift or select; a head dim that is no multiple of 128 wastes no lanes; and
+positions are a row and frequencies a column, whose product is the table of angles. XLA transposes
+nothing for it: projections write this layout, the attention kernel reads its queries in it, and
+XLA chooses the same when left alone. (It does transpose rows [T, N * H] for attention, which takes
+three times as long as this kernel by the compiler's estimate.)
+
+A grid step has a block of tokens of some heads. The table is computed at the first of them, and
+stays in vector memory for the others.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from ll3m_kernels.dispatch import MIB
+from ll3m_kernels.rotary.angles import Rotation, cos_sin, frequencies
+
+LANES = 128
+# One block of queries and keys. Larger ones do not pay: nothing hides the first fetch and the last
+# store. Twice in and twice out it fits all generations alike, and the 16 MiB that XLA keeps free of
+# its own arrays (with more it was seen to overbook the memory of a v5e and to fail).
+_BLOCK_BYTES = 5 * MIB // 2
+_VMEM_BYTES = 16 * MIB
+# Long blocks make for long runs in HBM.
+_TOKENS = 512
+# Positions come many blocks at a time: a fetch costs 400 cycles, however small.
+_BLOCKS_OF_POSITIONS = 64
+
+
+class Blocks(NamedTuple):
+  """What a grid step works on.
+
+  Attributes:
+    tokens: a multiple of 128, or all there are.
+    query_heads: of the queries.
+    key_heads: of the keys.
+    steps: how many blocks of heads there are.
+  """
+
+  tokens: int
+  query_heads: int
+  key_heads: int
+  steps: int
+
+
+def choose_blocks(query: Any, key: Any) -> Blocks:
+  """Chooses blocks for arrays [B, T, N, H] and [B, T, K, H]."""
+  length, num_heads, num_kv_heads = query.shape[1], query.shape[2], key.shape[2]
+  whole = Blocks(_even(length, 2 * _TOKENS), num_heads, num_kv_heads, 1)
+  if _block_bytes(query, key, whole) <= _BLOCK_BYTES:
+    return whole
+  tokens = _even(length, _TOKENS)
+  for steps in range(1, max(num_heads, num_kv_heads) + 1):
+    blocks = Blocks(tokens, pl.cdiv(num_heads, steps), pl.cdiv(num_kv_heads, steps), steps)
+    if _block_bytes(query, key, blocks) <= _BLOCK_BYTES:
+      break
+  return blocks
+
+
+def vmem_bytes(rotation: Rotation, query: Any, key: Any, blocks: Blocks) -> int:
+  """Returns the vector memory taken: blocks twice in and twice out, the table, a head at work."""
+  rows = _up(rotation.rotary_dim // 2, 8) + 2 * _up(query.shape[3], 8)
+  return 4 * _block_bytes(query, key, blocks) + 2 * 4 * rows * _up(blocks.tokens, LANES)
+
+
+def rotate(
+  rotation: Rotation,
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B T K H"],
+  positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+  """Rotates; see `rotary_embedding`."""
+  shapes = query.shape, key.shape
+  if query.shape[1] < LANES:
+    # Tokens are lanes, and fewer than 128 leave the others empty.
+    query, key = (x.reshape(1, -1, *x.shape[2:]) for x in (query, key))
+    positions = positions.reshape(1, -1)
+  batch, length, _, head_dim = query.shape
+  blocks = choose_blocks(query, key)
+  token_blocks = pl.cdiv(length, blocks.tokens)
+  fetched = min(token_blocks, _BLOCKS_OF_POSITIONS)
+
+  def of_heads(count, total):
+    last = pl.cdiv(total, count) - 1
+    return pl.BlockSpec(
+      (1, count, head_dim, blocks.tokens),
+      # Few heads may be done before all steps are.
+      lambda b, i, j: (b, j if last == blocks.steps - 1 else jnp.minimum(j, last), 0, i),
+    )
+
+  column = pl.BlockSpec((rotation.rotary_dim // 2, 1), lambda b, i, j: (0, 0))
+  arrays = [query.transpose(0, 2, 3, 1), key.transpose(0, 2, 3, 1)]
+  block_specs = [
+    of_heads(blocks.query_heads, query.shape[2]),
+    of_heads(blocks.key_heads, key.shape[2]),
+  ]
+  table = pltpu.VMEM((rotation.rotary_dim // 2, blocks.tokens), jnp.float32)
+  rotated = pl.pallas_call(
+    functools.partial(_kernel, rotation, blocks, fetched, key.shape[2]),
+    grid=(batch, token_blocks, blocks.steps),
+    in_specs=[
+      pl.BlockSpec(
+        (1, 1, fetched * blocks.tokens), lambda b, i, j: (b, 0, jax.lax.div(i, jnp.int32(fetched)))
+      ),
+      column,
+      column,
+      *block_specs,
+    ],
+    out_specs=block_specs,
+    out_shape=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).mat) for x in arrays
+    ],
+    scratch_shapes=[table, table],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+    ),
+    name="rotary_embedding_inverse" if rotation.is_inverse else "rotary_embedding",
+  )(positions[:, None], *(jnp.asarray(x)[:, None] for x in frequencies(rotation)), *arrays)
+  query, key = (
+    x.transpose(0, 3, 1, 2).reshape(shape) for x, shape in zip(rotated, shapes, strict=True)
+  )
+  return query, key
+
+
+def _kernel(rotation, blocks, fetched, num_kv_heads, positions_ref, whole_ref, rest_ref, *refs):
+  query_ref, key_ref, rotated_query_ref, rotated_key_ref, cos_ref, sin_ref = refs
+  i, j = pl.program_id(1), pl.program_id(2)
+  half = rotation.rotary_dim // 2
+
+  @pl.when(j == 0)
+  def _():
+    start = jax.lax.rem(i, jnp.int32(fetched)) * blocks.tokens
+    if fetched == 1:
+      positions = positions_ref[0]
+    else:
+      positions = positions_ref[0, :, pl.ds(pl.multiple_of(start, LANES), blocks.tokens)]
+    cos_ref[...], sin_ref[...] = cos_sin(rotation, positions, whole_ref[...], rest_ref[...])
+
+  def turn(source_ref, target_ref):
+    def head(n, carry):
+      x = source_ref[0, n].astype(jnp.float32)  # [H, tokens]
+      first, second = x[:half], x[half : 2 * half]
+      cos, sin = cos_ref[...], sin_ref[...]
+      parts = [first * cos - second * sin, second * cos + first * sin]
+      if x.shape[0] > 2 * half:
+        parts.append(x[2 * half :])
+      target_ref[0, n] = jnp.concatenate(parts).astype(target_ref.dtype)
+      return carry
+
+    jax.lax.fori_loop(jnp.int32(0), jnp.int32(source_ref.shape[1]), head, None)
+
+  turn(query_ref, rotated_query_ref)
+  turn(key_ref, rotated_key_ref)
+
+
+def _block_bytes(query: Any, key: Any, blocks: Blocks) -> int:
+  tokens = _up(blocks.tokens, LANES)
+  return sum(
+    heads * _up(x.shape[3], 32 // x.dtype.itemsize) * tokens * x.dtype.itemsize
+    for x, heads in ((query, blocks.query_heads), (key, blocks.key_heads))
+  )
+
+
+def _even(length: int, most: int) -> int:
+  """Cuts a length into as few blocks as `most` allows, all of about the same size."""
+  count = pl.cdiv(length, most)
+  return length if count == 1 else _up(pl.cdiv(length, count), LANES)
+
+
+def _up(size: int, multiple: int) -> int:
+  return pl.cdiv(size, multiple) * multiple

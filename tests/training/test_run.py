@@ -1,0 +1,95 @@
+"""What a run leaves beside its checkpoints, whatever tokenizer it used."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ll3m import families
+from ll3m.core import sharding
+from ll3m.core.run import CheckpointerConfig
+from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
+from ll3m.hf.conversion import convert_model
+from ll3m.hf.model_files import open_model
+from ll3m.hf.sources import open_source
+from ll3m.training.logger import LoggerConfig
+from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.run import Run, TrainOptions, write_companions
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "llama2"
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Path:
+  """A SentencePiece model."""
+  (package,) = importlib.util.find_spec("mistral_common").submodule_search_locations
+  return Path(package) / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture(params=["published", "converted"])
+def make_source(request, tmp_path):
+  """Returns a function that opens a model with some tokenizer files beside it."""
+
+  def make(files):
+    folder = shutil.copytree(FIXTURE, tmp_path / "published")
+    for name, content in files.items():
+      (folder / name).write_bytes(content)
+    if request.param == "published":
+      return open_source(f"hf::{folder}")
+    convert_model(open_model(folder), tmp_path / "converted")
+    return open_source(str(tmp_path / "converted"))
+
+  return make
+
+
+def leave(source, config, output):
+  tokenizer = load_tokenizer(config, checkpoint_dir=source and source.tokenizer_dir)
+  family, model = families.get_preset("llama2_7b")
+  write_companions(
+    Run(
+      options=TrainOptions(),
+      optimizer=OptimizerConfig(),
+      checkpointer=CheckpointerConfig(),
+      logger=LoggerConfig(str(output)),
+      train_dataset=DatasetConfig(),
+      eval_dataset=DatasetConfig(),
+      load_kind=None,
+      source=source,
+      resumed=None,
+      dataset_state={},
+      family=family,
+      config=model,
+      tokenizer=tokenizer,
+      tokenizer_config=config,
+      mesh=sharding.make_mesh("-1,1,1"),
+    )
+  )
+  return tokenizer
+
+
+@pytest.mark.parametrize("own", ["json", "pieces"])
+@pytest.mark.parametrize("asked", ["own", "json", "pieces", "own and more"])
+def test_a_run_leaves_the_tokenizer_that_it_used(
+  make_source, byte_tokenizer, pieces, tmp_path, own, asked
+):
+  json_files = {file.name: file.read_bytes() for file in byte_tokenizer.iterdir()}
+  files = {
+    "json": json_files | {"chat_template.jinja": b"the source's"},
+    "pieces": {"tokenizer.model": pieces.read_bytes()},
+  }
+  source = make_source(files[own])
+  config = {
+    "own": TokenizerConfig(),
+    "json": TokenizerConfig(path=str(byte_tokenizer)),
+    "pieces": TokenizerConfig(path=str(pieces)),
+    "own and more": TokenizerConfig(extra_tokens=("<image>",)),
+  }[asked]
+  # An earlier attempt in the same folder, with the other kind.
+  other = pieces if own == "json" else byte_tokenizer
+  leave(None, TokenizerConfig(path=str(other)), tmp_path / "run")
+  used = leave(source, config, tmp_path / "run")
+  again = load_tokenizer(TokenizerConfig(), checkpoint_dir=tmp_path / "run" / "tokenizer")
+  assert (again.fingerprint, again.chat_template) == (used.fingerprint, used.chat_template)
+  assert (tmp_path / "run" / "hf" / "config.json").exists()
