@@ -9,6 +9,7 @@ from ll3m_kernels.attention.blocks import BlockSizes
 from ll3m_kernels.attention.operation import ATTENTION_RESIDUALS
 from ll3m_kernels.cross_entropy import linear_cross_entropy
 from ll3m_kernels.dispatch import target
+from ll3m_kernels.explanation import explain
 from ll3m_kernels.norms.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from ll3m_kernels.rotary.api import rotary_embedding
 from ll3m_kernels.sharding import Sharding
@@ -19,6 +20,7 @@ __all__ = [
   "Sharding",
   "add_layer_norm",
   "add_rms_norm",
+  "explain",
   "flash_attention",
   "layer_norm",
   "linear_cross_entropy",

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ll3m_kernels import dispatch
 
 _CHUNK = 8192
+_NO_KERNEL = "linear_cross_entropy: it is chunked XLA on every platform"
 
 
 class _Options(NamedTuple):
@@ -66,7 +67,7 @@ def linear_cross_entropy(
     ValueError: shapes, dtypes or a layout that do not fit.
   """
   _check(hidden, head, labels, head_layout, bias, mask)
-  dispatch.resolve(implementation)
+  dispatch.choose(implementation, _NO_KERNEL)
   vocabulary = head.shape[head_layout.index("v")]
   options = _Options(head_layout, logits_soft_cap, z_loss, -(-vocabulary // _CHUNK))
   keep = jnp.ones(labels.shape, bool) if mask is None else mask != 0
@@ -163,8 +164,14 @@ def _logits(options, hidden, head, bias, start, size) -> tuple[Array, Array | No
 
 
 def _dot(left: Array, right: Array, left_axes: tuple, right_axes: tuple) -> Array:
+  # TPUs round float32 operands to bfloat16 unless told otherwise.
+  precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
   return jax.lax.dot_general(
-    left, right, ((left_axes, right_axes), ((), ())), preferred_element_type=jnp.float32
+    left,
+    right,
+    ((left_axes, right_axes), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
 
 

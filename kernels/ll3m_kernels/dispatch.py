@@ -121,7 +121,7 @@ def describe(
     for name, (text, nbytes) in kernels.items()
   )
   found = _device_kind()
-  why = f"the TPU at hand, {found}" if found else "no TPU is at hand: the default"
+  why = f"of the mesh, the target or this host: {found}" if found else "the default: no TPU here"
   return f"{operation}: {where}; laid out for {generation().name} ({why}): {layout}"
 
 

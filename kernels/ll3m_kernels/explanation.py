@@ -5,9 +5,11 @@ from typing import Any
 
 from ll3m_kernels.attention import api as attention
 from ll3m_kernels.norms import api as norms
+from ll3m_kernels.rotary import api as rotary
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
   "flash_attention": attention.explain,
+  "rotary_embedding": rotary.explain,
   **{
     name: lambda *args, _name=name, **options: norms.explain(_name, *args, **options)
     for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")

@@ -119,21 +119,21 @@ def explain(
   )
 
 
-def _refusal(query: Array, key: Array, value: Array) -> str | None:
+def _refusal(query: Any, key: Any, value: Any) -> str | None:
   """Says why the kernel cannot serve these arrays, if so."""
   for name, array in (("query", query), ("key", key), ("value", value)):
     if array.dtype not in (jnp.bfloat16, jnp.float32) or array.dtype != query.dtype:
       return f"{name}: expected bfloat16 or float32, one for all, got {array.dtype}"
     if array.shape[3] > MAX_HEAD_DIM:
       return f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {array.shape[3]}"
-    if not array.size:
+    if 0 in array.shape:
       return f"{name}: it is empty, {array.shape}"
   return None
 
 
-def _check(query: Array, key: Array, value: Array) -> None:
+def _check(query: Any, key: Any, value: Any) -> None:
   for name, array in (("query", query), ("key", key), ("value", value)):
-    if array.ndim != 4:
+    if len(array.shape) != 4:
       raise ValueError(f"{name} must be [batch, length, heads, head dim], got {array.shape}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
       raise ValueError(f"{name} must be floating, got {array.dtype}")

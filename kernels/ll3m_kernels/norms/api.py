@@ -2,25 +2,20 @@
 
 RMSNorm (Zhang & Sennrich, 2019) and LayerNorm (Ba et al., 2016), with or without the residual
 addition before them. Statistics and the affine part are computed in float32; outputs have the
-input's dtype. For the backward pass only the inputs are kept, or the sum: the statistics are
-cheaper to compute again than to read.
+input's dtype.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.norms import backward, forward, xla
+from ll3m_kernels.norms import backward, forward
+from ll3m_kernels.norms.operation import Static, add_norm, norm
 from ll3m_kernels.norms.spec import Spec
-from ll3m_kernels.sharding import Sharding, map_shards, vary_alike
-
-_OPERATIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+from ll3m_kernels.sharding import Sharding, vary_alike
 
 
 def rms_norm(
@@ -51,9 +46,9 @@ def rms_norm(
       differentiated twice.
   """
   _check(x, scale, None)
-  return _run(
-    Spec(False, float(epsilon), float(scale_offset)), implementation, sharding, x, scale, None
-  )
+  spec = Spec(False, float(epsilon), float(scale_offset))
+  static = _static(spec, implementation, sharding, x, scale, None, adds=False)
+  return norm(static, *vary_alike(x, scale, None))
 
 
 def layer_norm(
@@ -84,7 +79,9 @@ def layer_norm(
       differentiated twice.
   """
   _check(x, scale, bias)
-  return _run(Spec(True, float(epsilon), 0.0), implementation, sharding, x, scale, bias)
+  spec = Spec(True, float(epsilon), 0.0)
+  static = _static(spec, implementation, sharding, x, scale, bias, adds=False)
+  return norm(static, *vary_alike(x, scale, bias))
 
 
 def add_rms_norm(
@@ -119,7 +116,8 @@ def add_rms_norm(
   _check(x, scale, None)
   _check_residual(x, residual)
   spec = Spec(False, float(epsilon), float(scale_offset))
-  return _run_add(spec, implementation, sharding, x, residual, scale, None)
+  static = _static(spec, implementation, sharding, x, scale, None, adds=True)
+  return add_norm(static, *vary_alike(x, residual, scale, None))
 
 
 def add_layer_norm(
@@ -154,26 +152,21 @@ def add_layer_norm(
   _check(x, scale, bias)
   _check_residual(x, residual)
   spec = Spec(True, float(epsilon), 0.0)
-  return _run_add(spec, implementation, sharding, x, residual, scale, bias)
+  static = _static(spec, implementation, sharding, x, scale, bias, adds=True)
+  return add_norm(static, *vary_alike(x, residual, scale, bias))
 
 
 def explain(
-  operation: str,
-  x: Any,
-  scale: Any,
-  bias: Any = None,
-  *,
-  implementation: str | None = None,
-  **_: Any,
+  operation: str, x: Any, *arrays: Any, implementation: str | None = None, **options: Any
 ) -> str:
   """Says what a norm would run for these arguments.
 
   Args:
     operation: the function's name, such as "add_rms_norm".
-    x: an array, or anything with a shape and a dtype; so are the others.
-    scale: as in the function.
-    bias: as in the function.
+    x: its first argument: an array, or anything with a shape and a dtype; so are the others.
+    *arrays: the others that it takes, in its order.
     implementation: as in the function.
+    **options: its other keyword arguments.
 
   Raises:
     ValueError: unknown name, or shapes or dtypes that do not fit.
@@ -181,8 +174,11 @@ def explain(
   """
   if operation not in _OPERATIONS:
     raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}")
+  given = inspect.signature(_OPERATIONS[operation]).bind(x, *arrays, **options).arguments
+  scale, bias, adds = given["scale"], given.get("bias"), "residual" in given
   _check(x, scale, bias)
-  adds = operation.startswith("add_")
+  if adds:
+    _check_residual(x, given["residual"])
   refusal = _refusal(x, scale, bias, adds)
   kernels = {}
   if refusal is None:
@@ -192,106 +188,18 @@ def explain(
   return dispatch.describe(operation, implementation, refusal, kernels)
 
 
-class _Static(NamedTuple):
-  """What does not change with the data.
-
-  Attributes:
-    implementation: as `dispatch.choose` returns it.
-    spec: the options of the call.
-    sharding: of the arrays; None on one device.
-  """
-
-  implementation: str | None
-  spec: Spec
-  sharding: Sharding | None
-
-  def run(self, kernel: Callable, plain: Callable, *arrays: Array | None) -> Any:
-    """Runs a pass whose first array is [.., D]; its results are like that one, or like weights."""
-    function = functools.partial(
-      dispatch.run,
-      self.implementation,
-      functools.partial(kernel, self.spec),
-      functools.partial(plain, self.spec),
-    )
-    if self.sharding is None:
-      return function(*arrays)
-    rows = self.sharding.rows(arrays[0].ndim)
-    specs = [None if a is None else rows if a.ndim > 1 else PartitionSpec() for a in arrays]
-    outputs = jax.eval_shape(function, *arrays)
-    out_specs = jax.tree.map(lambda x: rows if x.ndim > 1 else PartitionSpec(), outputs)
-
-    def shard(*arrays):
-      results = function(*arrays)
-      # What is like a weight is a sum over rows.
-      return jax.tree.map(
-        lambda x: x if x.ndim > 1 else jax.lax.psum(x, self.sharding.batch_axes), results
-      )
-
-    return map_shards(shard, self.sharding, tuple(specs), out_specs)(*arrays)
+_OPERATIONS = {
+  function.__name__: function for function in (rms_norm, layer_norm, add_rms_norm, add_layer_norm)
+}
 
 
 def _static(spec, implementation, sharding, x, scale, bias, adds):
   chosen = dispatch.choose(implementation, _refusal(x, scale, bias, adds))
-  if sharding is not None:
+  if sharding is not None and sharding.mesh.size == 1:
+    sharding = None
+  if sharding is not None and x.ndim > 1:
     sharding.check_batch("x", x.shape)
-    if sharding.mesh.size == 1 or x.ndim < 2:
-      sharding = None
-  return _Static(chosen, spec, sharding)
-
-
-def _run(spec, implementation, sharding, x, scale, bias):
-  static = _static(spec, implementation, sharding, x, scale, bias, adds=False)
-  return _norm(static, *vary_alike(x, scale, bias))
-
-
-def _run_add(spec, implementation, sharding, x, residual, scale, bias):
-  static = _static(spec, implementation, sharding, x, scale, bias, adds=True)
-  return _add_norm(static, *vary_alike(x, residual, scale, bias))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(static, x, scale, bias):
-  return _norm_forward(static, x, scale, bias)[0]
-
-
-def _norm_forward(static, x, scale, bias):
-  run = functools.partial(static.run, forward.forward, xla.forward)
-  return dispatch.first_order(_name(static), run, x, scale, bias), (x, scale, bias)
-
-
-def _norm_backward(static, residuals, normed_bar):
-  return _backward(static, *residuals, normed_bar)
-
-
-_norm.defvjp(_norm_forward, _norm_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_norm(static, x, residual, scale, bias):
-  return _add_norm_forward(static, x, residual, scale, bias)[0]
-
-
-def _add_norm_forward(static, x, residual, scale, bias):
-  run = functools.partial(static.run, forward.add_forward, xla.add_forward)
-  normed, total = dispatch.first_order(_name(static), run, x, residual, scale, bias)
-  return (normed, total), (total, scale, bias)
-
-
-def _add_norm_backward(static, residuals, cotangents):
-  sum_bar, scale_bar, bias_bar = _backward(static, *residuals, *cotangents)
-  return sum_bar, sum_bar, scale_bar, bias_bar
-
-
-_add_norm.defvjp(_add_norm_forward, _add_norm_backward)
-
-
-def _backward(static, *arrays):
-  run = functools.partial(static.run, backward.backward, xla.backward)
-  return dispatch.first_order(_name(static), run, *arrays)
-
-
-def _name(static: _Static) -> str:
-  return "layer_norm" if static.spec.is_centred else "rms_norm"
+  return Static(spec, chosen, sharding)
 
 
 def _refusal(x: Any, scale: Any, bias: Any, adds: bool) -> str | None:
@@ -323,7 +231,7 @@ def _check(x: Any, scale: Any, bias: Any) -> None:
       )
 
 
-def _check_residual(x: Array, residual: Array) -> None:
+def _check_residual(x: Any, residual: Any) -> None:
   if x.shape != residual.shape or x.dtype != residual.dtype:
     raise ValueError(
       f"x and residual must have one shape and dtype, got {x.shape} {x.dtype} and "

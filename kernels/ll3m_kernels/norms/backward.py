@@ -30,7 +30,7 @@ def backward(
   y_bar: Float[Array, "*B D"],
   sum_bar: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
-  """Computes the cotangents of x, scale and bias; arguments as in `xla.backward`."""
+  """Computes the cotangents of x, and in float32 those of scale and bias; see `xla.backward`."""
   shape = x.shape
   arrays = [array.reshape(-1, shape[-1]) for array in (x, y_bar, sum_bar) if array is not None]
   num_rows, size = arrays[0].shape
@@ -46,7 +46,7 @@ def backward(
     return (jnp.minimum(index, num_blocks - 1) if num_blocks % cores else index), 0
 
   block = pl.BlockSpec((blocks.rows, size), place)
-  sums = pl.BlockSpec((sizes.SUBLANES, size), lambda core, step: (core, 0))
+  own_sums = pl.BlockSpec((sizes.SUBLANES, size), lambda core, step: (core, 0))
   num_sums = 1 if bias is None else 2
   x_bar, *sums = pl.pallas_call(
     functools.partial(
@@ -54,7 +54,7 @@ def backward(
     ),
     grid=(cores, steps),
     in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda core, step: (0, 0))],
-    out_specs=[block] + [sums] * num_sums,
+    out_specs=[block] + [own_sums] * num_sums,
     out_shape=[result((num_rows, size), x.dtype, x)]
     + [result((cores * sizes.SUBLANES, size), jnp.float32, x)] * num_sums,
     scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)],
@@ -64,10 +64,7 @@ def backward(
     ),
     name="norm_backward",
   )(*arrays, scale[None])
-  scale_bar, *bias_bar = [
-    jnp.sum(total, axis=0).astype(weight.dtype)
-    for total, weight in zip(sums, (scale, bias), strict=False)
-  ]
+  scale_bar, *bias_bar = [jnp.sum(part, axis=0) for part in sums]
   return x_bar.reshape(shape), scale_bar, (bias_bar[0] if bias_bar else None)
 
 

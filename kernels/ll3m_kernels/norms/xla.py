@@ -1,5 +1,6 @@
 """Norms in plain jnp: the implementation "xla", for any platform."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +25,7 @@ def add_forward(
   bias: Float[Array, " D"] | None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
   """Returns the normalised sum, and the sum; see `add_rms_norm`."""
-  total = x + residual
+  total = _add(x, residual)
   return forward(spec, total, scale, bias), total
 
 
@@ -36,7 +37,7 @@ def backward(
   y_bar: Float[Array, "*B D"],
   sum_bar: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
-  """Computes the cotangents of x, scale and bias.
+  """Computes the cotangents of x, and in float32 those of scale and bias.
 
   Args:
     spec: of the call.
@@ -53,9 +54,17 @@ def backward(
   if sum_bar is not None:
     x_bar = x_bar + _wide(sum_bar)
   leading = tuple(range(x.ndim - 1))
-  scale_bar = jnp.sum(scale_terms, axis=leading).astype(scale.dtype)
-  bias_bar = None if bias is None else jnp.sum(y_bar, axis=leading).astype(bias.dtype)
-  return x_bar.astype(x.dtype), scale_bar, bias_bar
+  bias_bar = None if bias is None else jnp.sum(y_bar, axis=leading)
+  return x_bar.astype(x.dtype), jnp.sum(scale_terms, axis=leading), bias_bar
+
+
+def _add(x: Float[Array, "*B D"], residual: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+  """Adds, and rounds whatever XLA fuses this with: it likes to skip a rounding to bfloat16."""
+  if x.dtype.itemsize >= 4:
+    return x + residual
+  limits = jnp.finfo(x.dtype)
+  total = jax.lax.reduce_precision(_wide(x) + _wide(residual), limits.nexp, limits.nmant)
+  return total.astype(x.dtype)
 
 
 def _row(weight: Float[Array, " D"], ndim: int) -> Float[Array, "*b D"]:

@@ -1,0 +1,125 @@
+"""Norms as differentiable operations: either implementation, on one device or on a mesh.
+
+For the backward pass only the inputs are kept, or the sum: the statistics are cheaper to compute
+again than to read.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from ll3m_kernels import dispatch
+from ll3m_kernels.norms import backward, forward, xla
+from ll3m_kernels.norms.spec import Spec
+from ll3m_kernels.sharding import Sharding, map_shards
+
+
+class Static(NamedTuple):
+  """What does not change with the data.
+
+  Attributes:
+    spec: the options of the call.
+    implementation: as `dispatch.choose` returns it.
+    sharding: of the activations; None on one device.
+  """
+
+  spec: Spec
+  implementation: str | None
+  sharding: Sharding | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def norm(static: Static, x: Array, scale: Array, bias: Array | None) -> Array:
+  """Returns what is normalised, [.., D]; see `rms_norm`."""
+  return _norm_forward(static, x, scale, bias)[0]
+
+
+def _norm_forward(static, x, scale, bias):
+  rows, whole = _specs(static, x)
+  run = _mapped(static, forward.forward, xla.forward, (rows, whole, whole), rows)
+  return run(x, scale, bias), (x, scale, bias)
+
+
+def _norm_backward(static, residuals, y_bar):
+  return _backward(static, *residuals, y_bar, None)
+
+
+norm.defvjp(_norm_forward, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def add_norm(
+  static: Static, x: Array, residual: Array, scale: Array, bias: Array | None
+) -> tuple[Array, Array]:
+  """Returns the normalised sum and the sum, [.., D]; see `add_rms_norm`."""
+  return _add_norm_forward(static, x, residual, scale, bias)[0]
+
+
+def _add_norm_forward(static, x, residual, scale, bias):
+  rows, whole = _specs(static, x)
+  specs = (rows, rows, whole, whole)
+  run = _mapped(static, forward.add_forward, xla.add_forward, specs, (rows, rows))
+  normed, total = run(x, residual, scale, bias)
+  return (normed, total), (total, scale, bias)
+
+
+def _add_norm_backward(static, residuals, cotangents):
+  sum_bar, scale_bar, bias_bar = _backward(static, *residuals, *cotangents)
+  return sum_bar, sum_bar, scale_bar, bias_bar
+
+
+add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+
+
+def _backward(static, x, scale, bias, y_bar, sum_bar):
+  rows, whole = _specs(static, x)
+
+  def add_up(x_bar, *sums):
+    # Weights have the gradients of all rows, those of other devices too.
+    return x_bar, *jax.lax.psum(sums, static.sharding.batch_axes)
+
+  run = _mapped(
+    static,
+    backward.backward,
+    xla.backward,
+    (rows, whole, whole, rows, rows),
+    (rows, whole, whole),
+    finish=add_up if rows else None,
+  )
+  x_bar, scale_sum, bias_sum = run(x, scale, bias, y_bar, sum_bar)
+  bias_bar = None if bias is None else bias_sum.astype(bias.dtype)
+  return x_bar, scale_sum.astype(scale.dtype), bias_bar
+
+
+def _specs(static: Static, x: Array) -> tuple[PartitionSpec, PartitionSpec]:
+  """Returns how x lies on the mesh, and how weights do: everywhere."""
+  is_split = static.sharding is not None and x.ndim > 1
+  return static.sharding.rows(x.ndim) if is_split else PartitionSpec(), PartitionSpec()
+
+
+def _mapped(
+  static: Static,
+  pallas: Callable[..., Any],
+  xla: Callable[..., Any],
+  in_specs: Any,
+  out_specs: Any,
+  finish: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+  """Returns one pass as a function of arrays, each device's part of them; see `map_shards`."""
+
+  def run(*arrays):
+    results = dispatch.run(
+      static.implementation,
+      functools.partial(pallas, static.spec),
+      functools.partial(xla, static.spec),
+      *arrays,
+    )
+    return results if finish is None else finish(*results)
+
+  mapped = map_shards(run, static.sharding, in_specs, out_specs)
+  name = "layer_norm" if static.spec.is_centred else "rms_norm"
+  return functools.partial(dispatch.first_order, name, mapped)
