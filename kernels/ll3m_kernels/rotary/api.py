@@ -153,9 +153,7 @@ def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
   return None
 
 
-def _check(
-  query: Any, key: Any, positions: Any, theta: float, rotary_dim: int | None
-) -> Rotation:
+def _check(query: Any, key: Any, positions: Any, theta: float, rotary_dim: int | None) -> Rotation:
   if len(query.shape) != 4 or len(key.shape) != 4 or key.shape[:2] != query.shape[:2]:
     raise ValueError(
       f"query and key must be [B, T, heads, H] with one B and T, got {query.shape} and {key.shape}"

@@ -60,8 +60,8 @@ def blocks_of(rotation: Rotation, query: Any, key: Any) -> tuple[Blocks, int]:
   tokens, half = _up(blocks.tokens, LANES), _up(rotation.rotary_dim // 2, 8)
   streamed = 2 * _block_bytes(query, key, blocks)
   small = 4 * (tokens * _fetched(length, blocks) + 2 * LANES * half)
-  # The table, and a head in float32 before and after.
-  working = 4 * 2 * tokens * (half + _up(query.shape[3], 8))
+  # The table, and in float32 what is turned side by side.
+  working = 4 * tokens * (2 * half + _UNROLL * _up(query.shape[3], 8))
   return blocks, 2 * (streamed + small) + working
 
 
@@ -157,7 +157,7 @@ def _kernel(rotation, tokens, fetched, positions_ref, whole_ref, rest_ref, *refs
 
 
 def _rows_of_tokens(query: Any) -> tuple[int, int]:
-  """Returns batch and length. Tokens are lanes: short rows are made one, not to leave most empty."""
+  """Returns batch and length; short rows are made one: tokens are lanes, most would be empty."""
   batch, length = query.shape[:2]
   return (batch, length) if length >= LANES else (1, batch * length)
 
