@@ -16,6 +16,8 @@ from benchmarks import shapes
 LENGTH = 4096
 # What the longest preset allows (Mistral), and beyond most.
 LONGEST = 32_768
+# The kernel also where plain jnp would be chosen.
+_KERNEL = {"implementation": "pallas"}
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -70,7 +72,7 @@ def slice_of_cases() -> Iterator[Case]:
 
 def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
   """Training on one causal sequence per row."""
-  options = {"is_causal": True, "local_window_size": _window(shape)}
+  options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
   return Case(
     "flash_attention",
     f"{model} T={length}",
@@ -82,7 +84,7 @@ def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str)
 
 def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
   """Training on rows of several documents."""
-  options = {"is_causal": True, "local_window_size": _window(shape)}
+  options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
 
   def function(query, key, value, ids):
     return kernels.flash_attention(query, key, value, segment_ids=ids, **options)
@@ -100,7 +102,7 @@ def decoding(model: str, shape: shapes.AttentionShape, length: int, dtype: str) 
   """One query per row against a cache, whose valid slots are marked by segment ids."""
 
   def function(query, key, value, query_ids, key_ids):
-    return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids))
+    return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids), **_KERNEL)
 
   slots = min(length, shape.window or length)
   ids = tuple(jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, slots))
@@ -120,12 +122,12 @@ def norm(model: str, shape: shapes.NormShape, rows: int, dtype: str) -> Case:
   if shape.kind == "layer":
 
     def function(x, residual, scale, bias):
-      normed, total = kernels.add_layer_norm(x, residual, scale, bias)
-      return kernels.layer_norm(normed, scale, bias) + total
+      normed, total = kernels.add_layer_norm(x, residual, scale, bias, **_KERNEL)
+      return kernels.layer_norm(normed, scale, bias, **_KERNEL) + total
 
     arrays = (x, x, scale, scale)
   else:
-    options = {"scale_offset": shape.scale_offset}
+    options = {"scale_offset": shape.scale_offset, **_KERNEL}
 
     def function(x, residual, scale):
       normed, total = kernels.add_rms_norm(x, residual, scale, **options)
@@ -145,7 +147,7 @@ def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Ca
   """Queries and keys rotated together."""
 
   def function(query, key, positions):
-    return kernels.rotary_embedding(query, key, positions, rotary_dim=shape.rotary_dim)
+    return kernels.rotary_embedding(query, key, positions, rotary_dim=shape.rotary_dim, **_KERNEL)
 
   query, key = (
     jax.ShapeDtypeStruct((2, length, n, shape.head_dim), _DTYPES[dtype])

@@ -2,9 +2,8 @@
 
 The statistics are computed again, from what was normalised: nothing else is kept. Every row is
 read once and its gradient written once. The gradients of scale and bias are summed over the rows
-in float32, in [8, D] of each core of its own: row i of these is the sum of the rows i, i + 8, ..
-that the core has seen. XLA adds up what is left, [8 * cores, D], together with whatever consumes
-it.
+in float32, by each core in an [8, D] of its own: its row i is the sum of the rows i, i + 8, .. that
+the core has seen. XLA adds up what is left, [8 * cores, D], with whatever consumes it.
 """
 
 import functools

@@ -25,9 +25,8 @@ from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.rotary.angles import Rotation, cos_sin, frequencies
 
 LANES = 128
-# One block of queries and keys. Larger ones do not pay: nothing hides the first fetch and the last
-# store. Twice in and twice out it fits all generations alike, and the 16 MiB that XLA keeps free of
-# its own arrays (with more it was seen to overbook the memory of a v5e and to fail).
+# A grid step's queries and keys, which with two blocks in and two out fit the 16 MiB of a v4.
+# Larger ones do not pay on others either: nothing hides the first fetch and the last store.
 _BLOCK_BYTES = 5 * MIB // 2
 _VMEM_BYTES = 16 * MIB
 _TOKENS = 512
