@@ -62,8 +62,9 @@ def rotary_embedding(
   positions = positions.astype(jnp.int32)
   if sharding is not None:
     sharding.check_batch("query", query.shape)
-  static = _Static(rotation, chosen, sharding)
-  return _rotate(static, *vary_alike(query, key, positions))
+  # Each like the positions, not like each other: keys that devices share stay shared.
+  (query, _), (key, _) = vary_alike(query, positions), vary_alike(key, positions)
+  return _rotate(_Static(rotation, chosen, sharding), query, key, positions)
 
 
 def explain(
