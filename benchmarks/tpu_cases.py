@@ -30,6 +30,7 @@ class Case(NamedTuple):
     dtype: "bf16" or "f32".
     function: to be traced with `arrays`; forward, and backward where there is one to run.
     arrays: its arguments' shapes and dtypes.
+    has_kernel: whether the compiled module must have one.
   """
 
   kernel: str
@@ -37,6 +38,7 @@ class Case(NamedTuple):
   dtype: str
   function: Callable[..., Any]
   arrays: tuple[jax.ShapeDtypeStruct, ...]
+  has_kernel: bool = True
 
 
 def all_cases() -> Iterator[Case]:
@@ -52,6 +54,8 @@ def all_cases() -> Iterator[Case]:
   for model, shape in shapes.ROTARY.items():
     for length in (1, LENGTH, LONGEST):
       yield rotary(model, shape, length, "bf16")
+  for model in ("llama2_7b", "gemma_2b", "phi_2"):  # [D, V], tied, and with a bias
+    yield head(model, shapes.HEADS[model], 2 * LENGTH, "bf16")
   yield attention("llama2_7b", shapes.ATTENTION["llama2_7b"], LENGTH, "f32")
   yield norm("llama2_7b", shapes.NORMS["llama2_7b"], LENGTH, "f32")
   yield rotary("llama2_7b", shapes.ROTARY["llama2_7b"], LENGTH, "f32")
@@ -159,6 +163,31 @@ def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Ca
     dtype,
     _with_gradients(function, 2),
     (query, key, jax.ShapeDtypeStruct((2, length), jnp.int32)),
+  )
+
+
+def head(model: str, shape: shapes.HeadShape, tokens: int, dtype: str) -> Case:
+  """The loss of a linear head, which is plain jnp everywhere."""
+  size = {"d": shape.features, "v": shape.vocab_size}
+  hidden = jax.ShapeDtypeStruct((tokens, shape.features), _DTYPES[dtype])
+  weight = jax.ShapeDtypeStruct(tuple(size[axis] for axis in shape.layout), _DTYPES[dtype])
+  bias = jax.ShapeDtypeStruct((shape.vocab_size,), _DTYPES[dtype])
+  labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+  def function(hidden, weight, *rest):
+    bias, labels = rest if shape.has_bias else (None, *rest)
+    return kernels.linear_cross_entropy(
+      hidden, weight, labels, head_layout=shape.layout, bias=bias, z_loss=1e-4
+    )
+
+  arrays = (hidden, weight, bias) if shape.has_bias else (hidden, weight)
+  return Case(
+    "linear_cross_entropy",
+    f"{model} {tokens} tokens",
+    dtype,
+    _with_gradients(function, len(arrays)),
+    (*arrays, labels),
+    has_kernel=False,
   )
 
 

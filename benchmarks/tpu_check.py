@@ -2,9 +2,9 @@
 
   python -m benchmarks.tpu_check [--generations=v5e,v6e] [--kernels=flash_attention] [--quick]
 
-Prints a row per kernel, shape and generation: how long it took, and the vector memory of each
-kernel in it, which is what the compiler's module says it gave to blocks and scratch. Exits with 1
-if anything does not compile.
+Prints a row per operation, shape and generation: how long compiling took, the program's temporary
+bytes by the compiler's memory analysis, and the vector memory of each kernel in it, which is what
+the compiler's module says it gave to blocks and scratch. Exits with 1 if anything does not compile.
 """
 
 import dataclasses
@@ -49,24 +49,28 @@ def main() -> None:
   chosen = set(filter(None, config.kernels.split(","))) or {case.kernel for case in cases}
   if unknown := chosen - {case.kernel for case in cases}:
     raise ValueError(f"--kernels: there are no cases of {', '.join(sorted(unknown))}")
-  print(f"{'kernel':17} {'shape':30} {'dtype':5} {'TPU':6} {'seconds':>7}  MiB of vector memory")
+  print(
+    f"{'operation':20} {'shape':30} {'dtype':5} {'TPU':6} {'seconds':>7} {'temp MiB':>8}  "
+    "MiB of vector memory"
+  )
   count, failures = 0, []
   for case in cases:
     for generation in config.generations.split(",") if case.kernel in chosen else ():
-      row = f"{case.kernel:17} {case.name:30} {case.dtype:5} {generation:6}"
+      row = f"{case.kernel:20} {case.name:30} {case.dtype:5} {generation:6}"
       start = time.perf_counter()
       try:
         compiled = compile_for(generation, case.function, *case.arrays)
-        memory = ", ".join(
-          f"{name.rpartition('.')[0]} {size / MIB:.1f}"
-          for name, size in vmem_bytes(compiled).items()
+        memory = vmem_bytes(compiled)
+        failed = case.has_kernel and not memory
+        outcome = f"{compiled.memory_analysis().temp_size_in_bytes / MIB:8.1f}  " + (
+          ", ".join(f"{name.rpartition('.')[0]} {size / MIB:.1f}" for name, size in memory.items())
+          or "no kernel in the module"
         )
-        outcome = memory or "no kernel in the module"
       except Exception as error:  # whatever the compiler says is a result
-        memory, outcome = "", f"FAILED: {' '.join(str(error).split())[:200]}"
-      print(f"{row} {time.perf_counter() - start:7.1f}  {outcome}", flush=True)
+        failed, outcome = True, f"FAILED: {' '.join(str(error).split())[:200]}"
+      print(f"{row} {time.perf_counter() - start:7.1f} {outcome}", flush=True)
       count += 1
-      if not memory:
+      if failed:
         failures.append(row)
   print(f"{count - len(failures)} of {count} compiled")
   if failures:

@@ -7,7 +7,7 @@ G = N / K, H head dim, V vocabulary.
 from ll3m_kernels.attention.api import flash_attention
 from ll3m_kernels.attention.blocks import BlockSizes
 from ll3m_kernels.attention.operation import ATTENTION_RESIDUALS
-from ll3m_kernels.cross_entropy import linear_cross_entropy
+from ll3m_kernels.cross_entropy.api import linear_cross_entropy
 from ll3m_kernels.dispatch import target
 from ll3m_kernels.explanation import explain
 from ll3m_kernels.norms.api import add_layer_norm, add_rms_norm, layer_norm, rms_norm

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ll3m_kernels.attention import api as attention
+from ll3m_kernels.cross_entropy import api as cross_entropy
 from ll3m_kernels.norms import api as norms
 from ll3m_kernels.rotary import api as rotary
 
 _EXPLAIN: dict[str, Callable[..., str]] = {
   "flash_attention": attention.explain,
   "rotary_embedding": rotary.explain,
+  "linear_cross_entropy": cross_entropy.explain,
   **{
     name: lambda *args, _name=name, **options: norms.explain(_name, *args, **options)
     for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")

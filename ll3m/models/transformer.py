@@ -39,12 +39,14 @@ class Model(NamedTuple):
     hidden: (params, tokens [B, T], positions=None, segment_ids=None) -> [B, T, D], what the head
       reads. Positions count from 0 unless given; tokens see only their own segment's.
     logits: (params, hidden [B, T, D]) -> float32 [B, T, V].
+    kernels: how these call the kernels, and how activations lie on a mesh.
   """
 
   config: ModelConfig
   init: Callable[[Array], Params]
   hidden: Callable[..., Float[Array, "B T D"]]
   logits: Callable[[Params, Array], Float[Array, "B T V"]]
+  kernels: Kernels
 
 
 class Head(NamedTuple):
@@ -183,7 +185,7 @@ def make_model(
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return transformed.apply(params, tokens, positions, segment_ids)
 
-  return Model(config, init, hidden, lambda params, x: logits(config, params, x))
+  return Model(config, init, hidden, lambda params, x: logits(config, params, x), kernels)
 
 
 class _HeadParameters(hk.Module):

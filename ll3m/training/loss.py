@@ -54,6 +54,7 @@ def token_sums(
     mask=batch.mask,
     z_loss=z_loss,
     return_correct=True,
+    sharding=model.kernels.sharding,
   )
   return Sums(
     loss=jnp.sum(loss),

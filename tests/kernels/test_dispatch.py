@@ -81,6 +81,11 @@ def test_explanations_say_what_and_why():
   positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
   text = kernels.explain("rotary_embedding", QUERY, QUERY, positions, implementation="xla")
   assert text == "rotary_embedding: xla, on every platform (asked for)"
+  head = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+  text = kernels.explain(
+    kernels.linear_cross_entropy, X, head, jax.ShapeDtypeStruct((4,), jnp.int32)
+  )
+  assert "xla, on every platform (linear_cross_entropy: there is no kernel" in text
   wide = jax.ShapeDtypeStruct((1, 8, 2, 512), jnp.bfloat16)
   text = kernels.explain("flash_attention", wide, wide, wide)
   assert "query: expected a head dim of at most 256, got 512" in text

@@ -36,6 +36,16 @@ for length in (16384, 32768):
 print(json.dumps(found))
 """
 
+HEAD = """
+import json
+from benchmarks import shapes, tpu_cases
+from ll3m_kernels.tpu_compiler import compile_for
+shape = shapes.HeadShape(features=2048, vocab_size=256_000, layout="vd", has_bias=False)
+case = tpu_cases.head("gemma_2b", shape, 8192, "bf16")
+compiled = compile_for("v5e", case.function, *case.arrays)
+print(json.dumps(compiled.memory_analysis().temp_size_in_bytes))
+"""
+
 
 def run(code: str, *arguments: str) -> list:
   done = subprocess.run(
@@ -63,3 +73,9 @@ def test_memory_of_attention_grows_with_the_length_and_not_its_square():
   # Twice the tokens take twice the memory; one array of T x S would make it four times. (Short
   # sequences do not show it: the compiler keeps their arrays in vector memory.)
   assert 0 < found["32768"] <= 2.1 * found["16384"]
+
+
+def test_the_loss_has_no_logits_in_memory():
+  (found,) = run(HEAD)
+  # Both passes take at most an eighth of what the logits would, as float32.
+  assert 0 < found <= 8192 * 256_000 * 4 / 8
