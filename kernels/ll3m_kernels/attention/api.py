@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.attention import decoding
 from ll3m_kernels.attention.blocks import (
   BlockSizes,
   backward_bytes,
@@ -91,6 +92,8 @@ def explain(
   key: Any,
   value: Any,
   *,
+  is_causal: bool = False,
+  local_window_size: int | tuple[int, int] | None = None,
   segment_ids: Any = None,
   block_sizes: BlockSizes | None = None,
   implementation: str | None = None,
@@ -100,16 +103,19 @@ def explain(
   _check(query, key, value)
   problem = problem_of(query, key, value, segment_ids is not None)
   blocks = choose_blocks(block_sizes, problem)
+  forward = (
+    f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys resident",
+    forward_bytes(problem, blocks),
+  )
+  span = make_span(is_causal, _window(local_window_size))
+  if block_sizes is None and decoding.serves(span, query, key):
+    forward = decoding.describe(query, key, value)
   return dispatch.describe(
     "flash_attention",
     implementation,
     _refusal(query, key, value),
     {
-      "forward": (
-        f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
-        "resident",
-        forward_bytes(problem, blocks),
-      ),
+      "forward": forward,
       "backward": (
         f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
         f"{blocks.keys_resident_backward} keys resident",

@@ -195,7 +195,7 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
         left = layout.num_keys - first_key - chunk.offset
         keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
         key_columns = tiles.existing(key_columns, 1, left)
-      chunk_scores, slope = tiles.scores(spec, keys, query)
+      chunk_scores, slope = tiles.scale(spec, dot(keys, query))
       if is_masked:
         seen = tiles.mask(spec, layout, i, first_key, chunk, ids)
         if seen is not None:

@@ -19,8 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels.attention import blocks as sizes
+from ll3m_kernels.attention import decoding, tiles
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention import tiles
 from ll3m_kernels.attention.tiles import dot
 from ll3m_kernels.sharding import result
 
@@ -37,6 +37,8 @@ def forward(
   key_ids: Int[Array, "B S"] | None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Computes attention and its log-sum-exp; see `flash_attention`."""
+  if block_sizes is None and decoding.serves(spec.span, query, key):
+    return decoding.forward(spec, query, key, value, query_ids, key_ids)
   batch, length, num_heads, head_dim = query.shape
   num_keys, num_kv_heads, value_dim = value.shape[1:]
   group = num_heads // num_kv_heads
@@ -124,7 +126,7 @@ def _kernel(spec, layout, key_blocks, query_ref, key_ref, value_ref, *refs):
   def add_tile(tile, is_masked):
     query = query_ref[0, 0]
     chunks = tiles.chunks_of(layout, tile)
-    products = [tiles.scores(spec, key_ref[0, 0, chunk.index, :], query)[0] for chunk in chunks]
+    products = [tiles.scale(spec, dot(key_ref[0, 0, chunk.index, :], query))[0] for chunk in chunks]
     largest, total, weighted = largest_ref[...], total_ref[...], sum_ref[...]
     for chunk, chunk_scores in zip(chunks, products, strict=True):
       values = value_ref[0, 0, :, chunk.index]

@@ -74,13 +74,6 @@ def id_inputs(
   query_ranges = specs.block_ranges(query_ids, layout.queries)
   key_ranges = specs.block_ranges(key_ids, layout.keys)
 
-  def whole(ranges):
-    return pl.BlockSpec(
-      (1, 2, ranges.shape[2]),
-      lambda *grid: (query_index(*grid)[0], 0, 0),
-      memory_space=pltpu.SMEM,
-    )
-
   def row(size, index):
     def place(*grid):
       batch, block = index(*grid)
@@ -92,8 +85,13 @@ def id_inputs(
   return (
     [*arrays, query_ranges, key_ranges],
     [row(layout.queries, query_index), row(layout.resident, key_index)]
-    + [whole(query_ranges), whole(key_ranges)],
+    + [ranges_spec(query_ranges), ranges_spec(key_ranges)],
   )
+
+
+def ranges_spec(ranges: Int[Array, "B 2 n"]) -> pl.BlockSpec:
+  """Has all ranges of a batch row in scalar memory, where the first grid index is the row."""
+  return pl.BlockSpec((1, 2, ranges.shape[2]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM)
 
 
 class Chunk(NamedTuple):
@@ -176,11 +174,10 @@ def for_each_tile(
   _loop(full_stop, stop, lambda tile: body(tile, True))
 
 
-def scores(
-  spec: specs.Spec, keys: Float[Array, "s H"], queries: Float[Array, "H t"]
-) -> tuple[Float[Array, "s t"], Float[Array, "s t"] | None]:
-  """Returns a tile's scores in units of log 2, and the slope of the soft cap there, if any."""
-  products = dot(keys, queries)
+def scale(
+  spec: specs.Spec, products: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+  """Turns products into scores in units of log 2, with the slope of the soft cap there, if any."""
   if spec.logits_soft_cap is None:
     return products * (spec.scale * LOG2_E), None
   capped = jnp.tanh(products * (spec.scale / spec.logits_soft_cap))

@@ -64,6 +64,19 @@ CASES = {
     (2, 1, 300, 4, 2, 64, 64),
     {"segment_ids": (jnp.ones((2, 1), jnp.int32), segments(2, 300, 2)), "block_sizes": SMALL},
   ),
+  "decoding": (
+    (2, 1, 300, 4, 2, 64, 64),
+    {"segment_ids": (jnp.ones((2, 1), jnp.int32), segments(2, 300, 2))},
+  ),
+  # Several blocks of keys and a tail; one row sees no key at all.
+  "few_queries": (
+    (2, 3, 5000, 4, 2, 64, 32),
+    {
+      "segment_ids": (jnp.asarray([[0, 1, 1], [7, 1, 0]]), segments(2, 5000, 3)),
+      "logits_soft_cap": 2.0,
+    },
+  ),
+  "one_query_of_each_head": ((1, 1, 9000, 2, 2, 8, 8), {"scale": 2.0}),
   "one_token": ((3, 1, 1, 2, 1, 8, 8), {"is_causal": True}),
 }
 INTERPRETERS = {
@@ -129,7 +142,7 @@ def test_kernel(case):
     compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
 
 
-@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both"])
+@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both", "few_queries"])
 def test_kernel_has_no_races_in_any_order(case):
   shape, options = CASES[case]
   arrays = draw(shape)
@@ -137,7 +150,9 @@ def test_kernel_has_no_races_in_any_order(case):
     compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
 
 
-@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both", "nothing_seen"])
+@pytest.mark.parametrize(
+  "case", ["tails", "causal_window", "segments_of_both", "nothing_seen", "few_queries"]
+)
 def test_kernel_in_plain_interpret_mode(case, monkeypatch):
   shape, options = CASES[case]
   arrays = draw(shape)
@@ -145,7 +160,9 @@ def test_kernel_in_plain_interpret_mode(case, monkeypatch):
   compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
 
 
-@pytest.mark.parametrize("case", ["tails", "causal", "causal_window", "segments", "one_query"])
+@pytest.mark.parametrize(
+  "case", ["tails", "causal", "causal_window", "segments", "decoding", "few_queries"]
+)
 def test_bfloat16(case):
   shape, options = CASES[case]
   arrays = draw(shape, jnp.bfloat16)
