@@ -62,10 +62,7 @@ def main() -> None:
         compiled = compile_for(generation, case.function, *case.arrays)
         memory = vmem_bytes(compiled)
         failed = case.has_kernel and not memory
-        outcome = f"{compiled.memory_analysis().temp_size_in_bytes / MIB:8.1f}  " + (
-          ", ".join(f"{name.rpartition('.')[0]} {size / MIB:.1f}" for name, size in memory.items())
-          or "no kernel in the module"
-        )
+        outcome = f"{compiled.memory_analysis().temp_size_in_bytes / MIB:8.1f}  {_text(memory)}"
       except Exception as error:  # whatever the compiler says is a result
         failed, outcome = True, f"FAILED: {' '.join(str(error).split())[:200]}"
       print(f"{row} {time.perf_counter() - start:7.1f} {outcome}", flush=True)
@@ -75,6 +72,19 @@ def main() -> None:
   print(f"{count - len(failures)} of {count} compiled")
   if failures:
     raise ValueError(f"{len(failures)} of {count} did not compile: {'; '.join(failures[:5])}")
+
+
+def _text(memory: dict[str, int]) -> str:
+  """Names each kernel once, with the most that it takes and how often it stands in the module."""
+  names = [name.rpartition(".")[0] for name in memory]
+  largest = {}
+  for name, size in zip(names, memory.values(), strict=True):
+    largest[name] = max(size, largest.get(name, 0))
+  parts = (
+    f"{name} {size / MIB:.1f}" + (f" (x {names.count(name)})" if names.count(name) > 1 else "")
+    for name, size in largest.items()
+  )
+  return ", ".join(parts) or "no kernel in the module"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ T queries, S keys, H and Hv head dims of keys and values. A tile is [keys, queri
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -90,26 +89,20 @@ def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
     _even(problem.queries, tile // 2),
     _even(problem.keys, tile // 2),
   )
-
-  def resident(keys: int, count: Callable[[Problem, BlockSizes], int]) -> int:
+  blocks = BlockSizes(queries, keys, keys, queries_backward, keys_backward, keys_backward)
+  for field, count in (
+    ("keys_resident", forward_bytes),
+    ("keys_resident_backward", backward_bytes),
+  ):
+    keys = getattr(blocks, field)  # of one tile
     tiles = -(-problem.keys // keys)
     while tiles > 1:
-      all_of_it = BlockSizes(
-        queries, keys, keys * tiles, queries_backward, keys_backward, keys * tiles
-      )
-      if count(problem, all_of_it) <= 0.75 * generation.vmem_bytes:
+      trial = dataclasses.replace(blocks, **{field: keys * tiles})
+      if count(problem, trial) <= 0.75 * generation.vmem_bytes:
+        blocks = trial
         break
       tiles = -(-tiles // 2)
-    return keys * tiles
-
-  return BlockSizes(
-    queries,
-    keys,
-    resident(keys, forward_bytes),
-    queries_backward,
-    keys_backward,
-    resident(keys_backward, backward_bytes),
-  )
+  return blocks
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:

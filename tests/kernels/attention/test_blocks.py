@@ -1,0 +1,29 @@
+"""The default blocks of every length can be laid out, on every TPU."""
+
+import itertools
+
+import pytest
+
+from ll3m_kernels.attention import blocks
+from ll3m_kernels.dispatch import GENERATIONS
+
+LENGTHS = [*range(1, 700, 37), *range(704, 9000, 64), 12_345, 16_384, 20_000, 32_768, 131_072]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
+def test_every_length(generation):
+  for length, head_dim, itemsize in itertools.product(LENGTHS, (8, 64, 128, 256), (2, 4)):
+    problem = blocks.Problem(length, length, head_dim, head_dim, itemsize, has_segments=True)
+    chosen = blocks.default_blocks(problem, generation)
+    blocks.check(chosen, problem, generation)
+    assert blocks.fit(chosen, problem) == chosen
+
+
+def test_queries_and_keys_of_different_lengths():
+  for queries, keys in itertools.product((1, 100, 1280, 5000), (1, 100, 1280, 5000)):
+    problem = blocks.Problem(queries, keys, 128, 64, 2, has_segments=False)
+    for generation in GENERATIONS.values():
+      chosen = blocks.default_blocks(problem, generation)
+      blocks.check(chosen, problem, generation)
+      assert chosen.queries <= queries
+      assert chosen.keys <= keys
