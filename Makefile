@@ -2,6 +2,7 @@
 PIP := .venv/bin/pip --disable-pip-version-check
 PY := .venv/bin/python
 RUN_DIR ?= runs/demo
+BENCH_DIR ?= runs/bench
 
 .PHONY: demo test bench tpu-check lint format clean
 
@@ -11,8 +12,14 @@ demo: .venv/installed-train
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
+# Validates, times and reports. More of pytest-benchmark: make bench BENCH=--benchmark-compare
+# The tests' options are left out: checking annotations at run time takes time.
 bench: .venv/installed-test
-	$(PY) -m pytest benchmarks --benchmark-only -p no:xdist
+	mkdir -p $(BENCH_DIR)
+	$(PY) -m pytest benchmarks -o addopts=--import-mode=importlib -p no:xdist --benchmark-only \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname --benchmark-autosave \
+	  --benchmark-json=$(BENCH_DIR)/bench.json $(BENCH)
+	$(PY) benchmarks/report.py $(BENCH_DIR)/bench.json --output=$(BENCH_DIR)/report.md
 
 # Every kernel against the TPU compilers of every generation; needs no TPU.
 tpu-check: .venv/installed-test

@@ -1,0 +1,14 @@
+"""What every benchmark needs."""
+
+import warnings
+
+import pytest
+from pytest_benchmark.logger import PytestBenchmarkWarning
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Keeps pytest-benchmark's own warnings, as of another machine's report, from being errors."""
+  config.addinivalue_line(
+    "filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning"
+  )
+  warnings.simplefilter("default", PytestBenchmarkWarning)
