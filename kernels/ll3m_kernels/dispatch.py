@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 IMPLEMENTATIONS = ("pallas", "xla")
 MIB = 2**20
@@ -21,22 +21,24 @@ class Generation:
     device_kinds: how jax calls it; the first one stands for it.
     vmem_bytes: vector memory of one core.
     num_cores: cores of one jax device; a parallel leading grid axis is split over them.
+    matrix_unit: rows and columns of its matrix unit.
   """
 
   name: str
   device_kinds: tuple[str, ...]
   vmem_bytes: int
   num_cores: int
+  matrix_unit: int
 
 
 GENERATIONS = {
   generation.name: generation
   for generation in (
-    Generation("v4", ("TPU v4",), 16 * MIB, 2),
-    Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 1),
-    Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 2),
-    Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1),
-    Generation("tpu7x", ("TPU7x",), 64 * MIB, 1),
+    Generation("v4", ("TPU v4",), 16 * MIB, 2, 128),
+    Generation("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 1, 128),
+    Generation("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 2, 128),
+    Generation("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 1, 256),
+    Generation("tpu7x", ("TPU7x",), 64 * MIB, 1, 256),
   )
 }
 _DEFAULT = "v5e"
@@ -48,9 +50,10 @@ def resolve(implementation: str | None) -> str | None:
 
   Args:
     implementation: "pallas": the TPU kernel, which also runs under
-      `pltpu.force_tpu_interpret_mode`; "xla": plain jnp, for any platform; None: the kernel where
-      the program is lowered for a TPU that has one for these arguments, else "xla". The host's own
-      devices have no say in it.
+      `pltpu.force_tpu_interpret_mode` (elsewhere on a CPU it is jax that refuses it, with "Only
+      interpret mode is supported on CPU backend"); "xla": plain jnp, for any platform; None: the
+      kernel where the program is lowered for a TPU that has one for these arguments, else "xla".
+      The host's own devices have no say in it.
 
   Raises:
     NotImplementedError: there is no implementation of that name.
@@ -128,8 +131,8 @@ def describe(
 def generation() -> Generation:
   """Returns the TPU that kernels are laid out for.
 
-  That is the device of the abstract mesh, which `target` sets and `shard_map` has; else the
-  process's own TPU; else v5e.
+  That is the device of the mesh in use (of the call's `Sharding`, else of jax's own context); else
+  what `target` says; else the process's own TPU; else v5e.
   """
   return _BY_KIND.get(_device_kind() or "", GENERATIONS[_DEFAULT])
 
@@ -140,21 +143,47 @@ def unknown_tpu() -> str | None:
   return None if kind is None or kind in _BY_KIND else kind
 
 
+# Both are part of what jax caches traces by. What is pinned is the answer of `_device_kind`, "" for
+# none: inside of a `shard_map` it would be another one than at the call.
+_TARGET = jax.make_user_context(None)
+_PINNED = jax.make_user_context(None)
+
+
+def pin(device_kind: str | None) -> contextlib.AbstractContextManager[None]:
+  """Settles what `generation` returns while it is open; see `sharding.laid_out_for`.
+
+  Args:
+    device_kind: of the TPU of the mesh that a call is given; None if there is none.
+  """
+  return _PINNED(device_kind or _device_kind() or "")
+
+
+def kind_of(mesh: Mesh | AbstractMesh) -> str | None:
+  """Returns how jax calls the TPUs that a mesh is made of; None if it is not of TPUs."""
+  if isinstance(mesh, Mesh):
+    mesh = mesh.abstract_mesh
+  device = mesh.abstract_device
+  return device.device_kind if device is not None and device.platform == "tpu" else None
+
+
 def _device_kind() -> str | None:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.platform == "tpu":
-    return device.device_kind
+  if _PINNED.value is not None:
+    return _PINNED.value or None
+  if (kind := kind_of(jax.sharding.get_abstract_mesh())) is not None:
+    return kind
+  if _TARGET.value is not None:
+    return GENERATIONS[_TARGET.value].device_kinds[0]
   if jax.default_backend() == "tpu":
     return jax.devices()[0].device_kind
   return None
 
 
-@contextlib.contextmanager
-def target(name: str) -> Iterator[None]:
+def target(name: str) -> contextlib.AbstractContextManager[None]:
   """Lays kernels out for a generation while it is open: to compile for a TPU that is not here.
 
-  It is part of jax's abstract mesh, and so of what compiled functions are cached by: one function
-  may be traced for several generations.
+  It is part of what compiled functions are cached by: one function may be traced for several
+  generations. It may be opened before or after `jax.set_mesh`; a mesh of TPUs is laid out for
+  itself, whatever the target, and on a mesh of other devices the target holds.
 
   Args:
     name: "v4", "v5e", "v5p", "v6e" or "tpu7x".
@@ -162,15 +191,26 @@ def target(name: str) -> Iterator[None]:
   Raises:
     ValueError: unknown name.
   """
-  if name not in GENERATIONS:
+  if not isinstance(name, str) or name not in GENERATIONS:
     raise ValueError(f"unknown TPU generation {name!r}; expected one of {', '.join(GENERATIONS)}")
-  chosen = GENERATIONS[name]
-  device = AbstractDevice(chosen.device_kinds[0], chosen.num_cores, "tpu")
-  mesh = jax.sharding.get_abstract_mesh()
-  mesh = AbstractMesh(
-    mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
-  )
-  with jax.sharding.use_abstract_mesh(mesh):
+  return _open_target(name)
+
+
+@contextlib.contextmanager
+def _open_target(name: str) -> Iterator[None]:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_TARGET(name))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+      # Where no mesh is in use, jax itself may be told: then operations that ask it for the chip
+      # while they are traced find one. The mesh of a `shard_map` has to be the one in use, so that
+      # one stays as it is.
+      chosen = GENERATIONS[name]
+      device = AbstractDevice(chosen.device_kinds[0], chosen.num_cores, "tpu")
+      mesh = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
+      )
+      stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
     yield
 
 

@@ -1,5 +1,7 @@
 """Which implementation runs, and which TPU it is laid out for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -85,16 +87,24 @@ def test_explanations_say_what_and_why():
   text = kernels.explain(
     kernels.linear_cross_entropy, X, head, jax.ShapeDtypeStruct((4,), jnp.int32)
   )
-  assert "xla, on every platform (linear_cross_entropy: there is no kernel" in text
+  assert "xla, on every platform (this operation: it has no kernel" in text
   wide = jax.ShapeDtypeStruct((1, 8, 2, 512), jnp.bfloat16)
   text = kernels.explain("flash_attention", wide, wide, wide)
   assert "query: expected a head dim of at most 256, got 512" in text
 
 
+def rms_norm(*_):
+  """Has a name that one of the operations has."""
+
+
 def test_mistakes_are_explained():
   with pytest.raises(ValueError, match="unknown TPU generation 'v9'; expected one of v4, v5e"):
-    kernels.target("v9").__enter__()
+    kernels.target("v9")
   with pytest.raises(ValueError, match="unknown operation 'softmax'; expected one of flash_att"):
     kernels.explain("softmax", X)
+  # Another function of the same name is another function.
+  for other in (jax.nn.softmax, functools.partial(kernels.rms_norm), rms_norm):
+    with pytest.raises(ValueError, match="unknown operation .* or the function"):
+      kernels.explain(other, X, SCALE)
   with pytest.raises(NotImplementedError, match="implementation='cuda' does not exist"):
     kernels.rms_norm(jnp.ones((2, 4)), jnp.ones(4), implementation="cuda")

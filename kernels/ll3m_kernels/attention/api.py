@@ -1,11 +1,13 @@
 """The public attention function: checks its arguments and chooses an implementation."""
 
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.arguments import finite_number, flag, floating, int32_ids, whole_number
 from ll3m_kernels.attention import decoding
 from ll3m_kernels.attention.blocks import (
   BlockSizes,
@@ -14,9 +16,9 @@ from ll3m_kernels.attention.blocks import (
   forward_bytes,
   problem_of,
 )
-from ll3m_kernels.attention.operation import Static, attention
+from ll3m_kernels.attention.operation import Heads, Static, attention
 from ll3m_kernels.attention.spec import Spec, make_span
-from ll3m_kernels.sharding import Sharding, vary_alike
+from ll3m_kernels.sharding import Sharding, check_sharding, laid_out_for, vary_alike
 
 MAX_HEAD_DIM = 256
 
@@ -44,15 +46,18 @@ def flash_attention(
   Args:
     query: the queries.
     key: the keys.
-    value: the values; their head dim may differ from the keys'.
-    scale: multiplies the scores; H**-0.5 by default.
+    value: the values; their head dim may differ from the keys'. They must be finite also where no
+      query sees them: what is masked has weight 0, and 0 * NaN is NaN.
+    scale: multiplies the scores, a Python or NumPy number; H**-0.5 by default.
     is_causal: query t sees keys s <= t, also for T != S (aligned at the top left).
     local_window_size: (left, right), or one number for both: query t sees the keys
       t - left <= s <= t + right.
     segment_ids: a query sees only keys of its own segment. One array for self-attention, or
-      (query's, key's). Compared for equality only; no id is special.
+      (query's, key's). Compared for equality only; no id is special. They must fit in int32 (see
+      `arguments.int32_ids`).
     logits_soft_cap: scores become cap * tanh(scores / cap).
-    return_residual: also return the log-sum-exp of each query's scores, float32.
+    return_residual: also return the log-sum-exp of each query's scores, float32; -1e30 of one that
+      sees no key.
     block_sizes: how the kernel is cut; by default as suits the shapes and the TPU.
     implementation: see `dispatch.resolve`.
     sharding: how the arrays lie on a mesh: batch and heads may be split, lengths may not. KV heads
@@ -65,64 +70,119 @@ def flash_attention(
     ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument.
   """
-  _check(query, key, value)
-  query_ids, key_ids = _segments(segment_ids, query, key)
-  spec = Spec(
-    scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-    span=make_span(is_causal, _window(local_window_size)),
-    logits_soft_cap=logits_soft_cap,
+  plan = _plan(
+    query,
+    key,
+    value,
+    scale,
+    is_causal,
+    local_window_size,
+    segment_ids,
+    logits_soft_cap,
+    return_residual,
+    block_sizes,
+    implementation,
+    sharding,
   )
-  if logits_soft_cap is not None and not logits_soft_cap > 0:
-    raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}")
-  chosen = dispatch.choose(implementation, _refusal(query, key, value))
-  if block_sizes is not None:
-    if chosen == "xla":
-      raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
-    choose_blocks(block_sizes, problem_of(query, key, value, query_ids is not None))
-  if sharding is not None:
-    sharding.check_batch("query", query.shape)
-  static = Static(spec, block_sizes, chosen, sharding)
-  arrays = vary_alike(query, key, value, query_ids, key_ids)
-  output, log_sum_exp = attention(static, *arrays)
+  output, log_sum_exp = attention(plan.static, *vary_alike(*plan.arrays))
   return (output, log_sum_exp) if return_residual else output
 
 
-def explain(
+def explain(*args: Any, **options: Any) -> str:
+  """Says what `flash_attention` would run for these arguments.
+
+  Raises:
+    ValueError: as the function.
+    NotImplementedError: as the function.
+    TypeError: arguments that it does not take, or too few.
+  """
+  given = inspect.signature(flash_attention).bind(*args, **options)
+  given.apply_defaults()
+  return _plan(**given.arguments).text
+
+
+class _Plan(NamedTuple):
+  """What a call and its explanation have in common.
+
+  Attributes:
+    static: what the operation takes beside arrays.
+    arrays: query, key, value, and the segment ids of queries and keys, or None twice.
+    text: in words.
+  """
+
+  static: Static
+  arrays: tuple[Any, ...]
+  text: str
+
+
+def _plan(
   query: Any,
   key: Any,
   value: Any,
-  *,
-  is_causal: bool = False,
-  local_window_size: int | tuple[int, int] | None = None,
-  segment_ids: Any = None,
-  block_sizes: BlockSizes | None = None,
-  implementation: str | None = None,
-  **_: Any,
-) -> str:
-  """Says what `flash_attention` would run for these arguments."""
+  scale: Any,
+  is_causal: Any,
+  local_window_size: Any,
+  segment_ids: Any,
+  logits_soft_cap: Any,
+  return_residual: Any,
+  block_sizes: Any,
+  implementation: Any,
+  sharding: Any,
+) -> _Plan:
+  """Checks the arguments of a call and settles what runs."""
+  query, key, value = floating("query", query), floating("key", key), floating("value", value)
   _check(query, key, value)
-  problem = problem_of(query, key, value, segment_ids is not None)
+  flag("return_residual", return_residual)
+  window = _window(local_window_size, max(query.shape[1], key.shape[1]))
+  spec = Spec(
+    scale=query.shape[-1] ** -0.5 if scale is None else finite_number("scale", scale),
+    span=make_span(flag("is_causal", is_causal), window),
+    logits_soft_cap=None
+    if logits_soft_cap is None
+    else finite_number("logits_soft_cap", logits_soft_cap, above=0),
+  )
+  query_ids, key_ids = _segments(segment_ids, query, key)
+  if block_sizes is not None and not isinstance(block_sizes, BlockSizes):
+    raise ValueError(f"block_sizes must be a BlockSizes or None, got {block_sizes!r}")
+  check_sharding(sharding)
+  if sharding is not None:
+    sharding.check_batch("query", query.shape)
+  own = Heads(sharding, query.shape[2], key.shape[2]).own_parts(query, key, value)
+  with laid_out_for(sharding):
+    refusal = _refusal(query, key, value)
+    chosen = dispatch.choose(implementation, refusal)
+    if block_sizes is not None and chosen == "xla":
+      raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
+    kernels = {} if refusal else _kernels(spec, block_sizes, own, query_ids is not None)
+    text = dispatch.describe("flash_attention", implementation, refusal, kernels)
+  static = Static(spec, block_sizes, chosen, sharding)
+  return _Plan(static, (query, key, value, query_ids, key_ids), text)
+
+
+def _kernels(
+  spec: Spec, block_sizes: BlockSizes | None, own: tuple[Any, Any, Any], has_segments: bool
+) -> dict[str, tuple[str, int]]:
+  """Says how each pass is cut on one device, and the vector memory it takes, in bytes.
+
+  Raises:
+    ValueError: the caller's block sizes cannot be laid out.
+  """
+  problem = problem_of(*own, has_segments)
   blocks = choose_blocks(block_sizes, problem)
-  forward = (
-    f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys resident",
-    forward_bytes(problem, blocks),
+  if block_sizes is None and decoding.serves(spec.span, *own[:2]):
+    forward = decoding.describe(*own)
+  else:
+    forward = (
+      f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
+      "resident",
+      forward_bytes(problem, blocks),
+    )
+  backward = (
+    f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
+    f"{blocks.keys_resident_backward} keys resident",
+    backward_bytes(problem, blocks),
   )
-  span = make_span(is_causal, _window(local_window_size))
-  if block_sizes is None and decoding.serves(span, query, key):
-    forward = decoding.describe(query, key, value)
-  return dispatch.describe(
-    "flash_attention",
-    implementation,
-    _refusal(query, key, value),
-    {
-      "forward": forward,
-      "backward": (
-        f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
-        f"{blocks.keys_resident_backward} keys resident",
-        backward_bytes(problem, blocks),
-      ),
-    },
-  )
+  return {"forward": forward, "backward": backward}
 
 
 def _refusal(query: Any, key: Any, value: Any) -> str | None:
@@ -132,8 +192,6 @@ def _refusal(query: Any, key: Any, value: Any) -> str | None:
       return f"{name}: expected bfloat16 or float32, one for all, got {array.dtype}"
     if array.shape[3] > MAX_HEAD_DIM:
       return f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {array.shape[3]}"
-    if 0 in array.shape:
-      return f"{name}: it is empty, {array.shape}"
   return None
 
 
@@ -141,8 +199,8 @@ def _check(query: Any, key: Any, value: Any) -> None:
   for name, array in (("query", query), ("key", key), ("value", value)):
     if len(array.shape) != 4:
       raise ValueError(f"{name} must be [batch, length, heads, head dim], got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating, got {array.dtype}")
+    if 0 in array.shape:
+      raise ValueError(f"{name} must not be empty, got {array.shape}")
   if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
     raise ValueError(
       f"query, key and value must agree in batch, and key and value in length and heads, got "
@@ -158,24 +216,27 @@ def _check(query: Any, key: Any, value: Any) -> None:
     )
 
 
-def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _window(size: Any, longest: int) -> tuple[int, int] | None:
+  """Returns how many keys a query sees to its left and right; no more than there may be."""
   if size is None:
     return None
-  left, right = (size, size) if isinstance(size, int) else size
-  if left < 0 or right < 0:
-    raise ValueError(f"local_window_size must not be negative, got {size}")
-  return left, right
+  sizes = size if isinstance(size, tuple | list) else (size, size)
+  if len(sizes) != 2:
+    raise ValueError(f"local_window_size must be a number or (left, right), got {size!r}")
+  left, right = (whole_number("local_window_size", x, at_least=0) for x in sizes)
+  return min(left, longest), min(right, longest)
 
 
-def _segments(
-  segment_ids: Any, query: Array, key: Array
-) -> tuple[Array, Array] | tuple[None, None]:
+def _segments(segment_ids: Any, query: Any, key: Any) -> tuple[Any, Any]:
   if segment_ids is None:
     return None, None
-  query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-  for name, ids, like in (("query", query_ids, query), ("key", key_ids, key)):
+  pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
+  if len(pair) != 2:
+    raise ValueError(f"segment_ids must be an array or (query's, key's), got {len(pair)} of them")
+  found = []
+  for name, ids, like in zip(("query", "key"), pair, (query, key), strict=True):
+    ids = int32_ids(f"segment ids of the {name}", ids)
     if ids.shape != like.shape[:2]:
       raise ValueError(f"segment ids of the {name} must be {like.shape[:2]}, got {ids.shape}")
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-      raise ValueError(f"segment ids must be integers, got {ids.dtype}")
-  return query_ids, key_ids
+    found.append(ids)
+  return found[0], found[1]

@@ -6,25 +6,30 @@ With P the weights of a tile, computed again from the log-sum-exp, and dO the ou
     dV += P dO      dP = V dO^T      dS = P * (dP - delta)      dK += dS Q      dQ += dS^T K
     delta = sum(dO * O) - d(log-sum-exp)
 
-Tiles are [keys, queries], as in the forward pass, so every product is a plain one; K comes twice,
-in both orientations, so that none needs a transposition. Each tile is visited once: dQ of a block
-of queries is summed over its tiles, and dK and dV stay in memory, in float32, for all query heads
-of their KV head. Keys whose gradients do not fit are taken in parts, by one call each; dQ then
-goes from call to call in float32.
+Tiles are [keys, queries], transposed: four of the five products are plain ones then, as K comes
+twice, in both orientations, and the log-sum-exp and delta are rows, as they lie in memory. Each
+tile is visited once: dQ of a block of queries is summed over its tiles, and dK and dV stay in
+memory, in float32, for all query heads of their KV head. Keys whose gradients do not fit are taken
+in parts, by one call each; dQ then goes from call to call in float32.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import vmem_limit
+
+_CHUNK = 256
 
 
 def backward(
@@ -159,7 +164,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
     input_output_aliases=aliases,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=sizes.vmem_limit(sizes.backward_bytes(problem, blocks)),
+      vmem_limit_bytes=vmem_limit(sizes.backward_bytes(problem, blocks), dispatch.generation()),
     ),
     name="flash_attention_backward",
   )(*arrays)
@@ -186,20 +191,27 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
     queries = [tiles.existing(array, 1, left) for array in queries]
   query, output_bar, log_sum_exp, delta = queries
 
-  def add_tile(tile, is_masked):
+  def add_tile(tile, distance, may_end):
     query_sum = query_sum_ref[...]
-    for chunk in tiles.chunks_of(layout, tile):
+    for chunk in _chunks_of(layout, tile):
       keys, values = key_ref[0, 0, chunk.index, :], value_ref[0, 0, chunk.index, :]
       key_columns = key_columns_ref[0, 0, :, chunk.index]
-      if is_masked and layout.num_keys % layout.keys:
-        left = layout.num_keys - first_key - chunk.offset
+      left = None
+      if may_end:
+        left = layout.num_keys - first_key - tile * layout.keys - chunk.offset
         keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
         key_columns = tiles.existing(key_columns, 1, left)
       chunk_scores, slope = tiles.scale(spec, dot(keys, query))
-      if is_masked:
-        seen = tiles.mask(spec, layout, i, first_key, chunk, ids)
-        if seen is not None:
-          chunk_scores = jnp.where(seen, chunk_scores, specs.MASKED)
+      chunk_scores = tiles.mask(
+        spec,
+        chunk_scores,
+        0,
+        distance=None if distance is None else distance + chunk.offset,
+        count=left,
+        ids=None
+        if ids is None
+        else (ids.queries[0], tiles.column(ids.keys[0, :, chunk.index])[:, :1]),
+      )
       weights = jnp.exp2(chunk_scores - log_sum_exp)  # [keys, queries]
       scores_bar = weights * (dot(values, output_bar) - delta) * spec.scale
       if slope is not None:
@@ -217,3 +229,28 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
   def _():
     key_bar_ref[0, 0] = key_sum_ref[...].astype(key_bar_ref.dtype)
     value_bar_ref[0, 0] = value_sum_ref[...].astype(value_bar_ref.dtype)
+
+
+class _Chunk(NamedTuple):
+  """Some keys of a tile.
+
+  Attributes:
+    index: of these keys among the resident ones.
+    offset: of the first one in the tile.
+  """
+
+  index: Any
+  offset: int
+
+
+def _chunks_of(layout: tiles.Layout, tile: Any) -> list[_Chunk]:
+  """Cuts a tile into chunks whose products do not wait for each other.
+
+  The compiler then computes the scores of one while it takes the exponentials of another.
+  """
+  if layout.keys % _CHUNK:
+    return [_Chunk(tiles.keys_at(layout, tile, 0, layout.keys), 0)]
+  return [
+    _Chunk(tiles.keys_at(layout, tile, offset, _CHUNK), offset)
+    for offset in range(0, layout.keys, _CHUNK)
+  ]

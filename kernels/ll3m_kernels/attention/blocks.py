@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.dispatch import MIB, Generation
+from ll3m_kernels.tiling import LANES, even, up
 
-LANES = 128
+# Of a tile, where memory allows: K and V are loaded into the matrix unit once for all of them.
+_MOST_QUERIES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +83,19 @@ def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
 
 def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
   """Chooses the largest sensible tiles, and as many resident keys as there is room for."""
-  tile = 1024 if generation.vmem_bytes >= 64 * MIB else 512
+  is_large = generation.vmem_bytes >= 64 * MIB
+  tile = 1024 if is_large else 512
   if problem.itemsize > 2 or problem.head_dim > LANES or problem.value_dim > LANES:
     tile //= 2
-  queries, keys = _even(problem.queries, tile), _even(problem.keys, tile)
+  keys = even(problem.keys, tile)
+  queries = even(problem.queries, tile)
+  if is_large and queries == keys:
+    # As many tiles' worth of queries as leave the least of the last block beyond the end.
+    most = max(_MOST_QUERIES // keys, 1)
+    queries = keys * min(range(most, 0, -1), key=lambda n: -(-problem.queries // (n * keys)) * n)
   queries_backward, keys_backward = (
-    _even(problem.queries, tile // 2),
-    _even(problem.keys, tile // 2),
+    even(problem.queries, tile // 2),
+    even(problem.keys, tile // 2),
   )
   blocks = BlockSizes(queries, keys, keys, queries_backward, keys_backward, keys_backward)
   for field, count in (
@@ -95,23 +103,27 @@ def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
     ("keys_resident_backward", backward_bytes),
   ):
     keys = getattr(blocks, field)  # of one tile
-    tiles = -(-problem.keys // keys)
-    while tiles > 1:
-      trial = dataclasses.replace(blocks, **{field: keys * tiles})
-      if count(problem, trial) <= 0.75 * generation.vmem_bytes:
+    if field == "keys_resident" and queries % keys == 0:
+      keys = queries  # whole squares: see `tiles.cuts`
+    parts = -(-problem.keys // keys)
+    while parts >= 1:
+      trial = dataclasses.replace(blocks, **{field: keys * parts})
+      if parts == 1 or count(problem, trial) <= 0.75 * generation.vmem_bytes:
         blocks = trial
         break
-      tiles = -(-tiles // 2)
+      parts = -(-parts // 2)
   return blocks
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
   """Cuts blocks down to the lengths that there are."""
+  queries = min(blocks.queries, problem.queries)
   keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
   return BlockSizes(
-    queries=min(blocks.queries, problem.queries),
+    queries=queries,
     keys=keys,
-    keys_resident=keys * min(blocks.keys_resident // blocks.keys, -(-problem.keys // keys)),
+    keys_resident=keys
+    * min(blocks.keys_resident // blocks.keys, -(-max(problem.keys, queries) // keys)),
     queries_backward=min(blocks.queries_backward, problem.queries),
     keys_backward=keys_backward,
     keys_resident_backward=keys_backward
@@ -147,13 +159,12 @@ def forward_bytes(problem: Problem, blocks: BlockSizes) -> int:
   """Returns the vector memory that the forward pass takes: blocks twice, scratch and tiles once."""
   width = problem.itemsize
   queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
-  streamed = (
-    queries * (_rows(problem.head_dim, width) + _rows(problem.value_dim, width)) * width
-    + resident * (_up(problem.head_dim, LANES) + _rows(problem.value_dim, width)) * width
-    + 8 * 4 * (queries + (queries + resident) * problem.has_segments)
-  )
-  scratch = queries * (_rows(problem.value_dim, 4) + 16) * 4
-  return 2 * streamed + scratch + 3 * 4 * _up(queries, LANES) * _up(keys, 8)
+  columns = up(problem.head_dim, LANES) + up(problem.value_dim, LANES)
+  streamed = (queries + resident) * columns * width
+  streamed += 8 * 4 * (queries + (queries + resident) * problem.has_segments)
+  statistics = (2 + problem.has_segments) * LANES
+  scratch = queries * (4 * (up(problem.value_dim, LANES) + statistics) + 2 * columns * width)
+  return 2 * streamed + scratch + 3 * 4 * up(queries, 8) * up(keys, LANES)
 
 
 def backward_bytes(problem: Problem, blocks: BlockSizes) -> int:
@@ -161,20 +172,14 @@ def backward_bytes(problem: Problem, blocks: BlockSizes) -> int:
   width = problem.itemsize
   queries, keys = blocks.queries_backward, blocks.keys_backward
   resident = blocks.keys_resident_backward
-  columns = _up(problem.head_dim, LANES) + _up(problem.value_dim, LANES)
+  columns = up(problem.head_dim, LANES) + up(problem.value_dim, LANES)
   streamed = (
     queries * (2 * _rows(problem.head_dim, 4) * 4 + _rows(problem.value_dim, width) * width)
     + resident * (2 * columns + _rows(problem.head_dim, width)) * width
     + 8 * 4 * (2 * queries + (queries + resident) * problem.has_segments)
   )
   scratch = resident * columns * 4 + queries * _rows(problem.head_dim, 4) * 4
-  return 2 * streamed + scratch + 5 * 4 * _up(queries, LANES) * _up(keys, 8)
-
-
-def vmem_limit(needed: int) -> int:
-  """Returns what to ask the compiler for: what is needed and half as much again, at most all."""
-  generation = dispatch.generation()
-  return min(max(16 * MIB, needed * 3 // 2), generation.vmem_bytes)
+  return 2 * streamed + scratch + 5 * 4 * up(queries, LANES) * up(keys, 8)
 
 
 def problem_of(query, key, value, has_segments: bool) -> Problem:
@@ -189,16 +194,6 @@ def problem_of(query, key, value, has_segments: bool) -> Problem:
   )
 
 
-def _even(length: int, tile: int) -> int:
-  """Cuts a length into as few blocks as `tile` allows, all of about the same size."""
-  count = -(-length // tile)
-  return length if count == 1 else _up(-(-length // count), LANES)
-
-
 def _rows(size: int, itemsize: int) -> int:
   """Rounds a count of sublanes up to whole tiles."""
-  return _up(size, 32 // itemsize)
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
+  return up(size, 32 // itemsize)

@@ -1,9 +1,9 @@
 """The forward pass for a few queries against many keys, as in decoding, on a TPU.
 
 It takes as long as keys and values take to arrive, so each of them is fetched once: the query heads
-of a KV head become rows of one matrix, R = G * T of them, and both keys and values are read as a
-cache holds them, [B, K, S, H]. (`forward` wants values with tokens last, for which XLA would
-transpose the whole cache at every step.) Scores are [R, keys]; a grid step has a block of keys.
+of a KV head become rows of one matrix, R = G * T of them. (`forward` would fetch keys again for
+each of the heads, and fill a tile with one query.) Keys and values are read as a cache holds them,
+[B, K, S, H]. Scores are [R, keys]; a grid step has a block of keys.
 """
 
 import functools
@@ -21,12 +21,12 @@ from ll3m_kernels.attention import tiles
 from ll3m_kernels.attention.tiles import dot
 from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import LANES, even, up
 
 _LOG_2 = math.log(2.0)
 _MOST_ROWS = 128
 # Of keys and values in one grid step, of which two are in memory at a time.
 _BLOCK_BYTES = 2 * MIB
-_LANES = 128
 _VMEM_BYTES = 16 * MIB
 
 
@@ -44,10 +44,7 @@ def describe(query: Any, key: Any, value: Any) -> tuple[str, int]:
 
 def keys_of_a_block(key: Any, value: Any) -> int:
   """Returns how many keys [B, S, K, H] a grid step has: all, or a multiple of 128."""
-  most = _BLOCK_BYTES // _bytes_per_key(key, value) // _LANES * _LANES
-  count = pl.cdiv(key.shape[1], most)
-  even = pl.cdiv(key.shape[1], count)
-  return key.shape[1] if count == 1 else pl.cdiv(even, _LANES) * _LANES
+  return even(key.shape[1], _BLOCK_BYTES // _bytes_per_key(key, value) // LANES * LANES)
 
 
 def _rows(query, key) -> int:
@@ -55,7 +52,7 @@ def _rows(query, key) -> int:
 
 
 def _bytes_per_key(key, value) -> int:
-  return sum(-(-x.shape[3] // _LANES) * _LANES * jnp.dtype(x.dtype).itemsize for x in (key, value))
+  return sum(up(x.shape[3], LANES) * jnp.dtype(x.dtype).itemsize for x in (key, value))
 
 
 def forward(

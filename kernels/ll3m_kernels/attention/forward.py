@@ -1,28 +1,33 @@
 """The forward pass of attention on a TPU (Dao, 2023, FlashAttention-2).
 
-Scores are held transposed, [keys, queries]: softmax then reduces over sublanes, its statistics are
-rows [1, queries] that lie in memory as compactly as the log-sum-exp is returned, and both products
-are plain ones. Queries, values and outputs come with tokens last, [.., H, T], so that nothing is
-transposed in the kernel, and a head dim that is no multiple of 128 wastes no lanes.
-
 A grid step has a block of queries of one head and the resident keys of its KV head. It walks these
 in tiles, and knows from its place in the grid which of them the mask cuts, which it leaves whole
 and which no query sees; tiles of other segments are skipped by the ranges of their ids.
+
+Scores are [queries, keys]: each square of K^T and V is loaded into the matrix unit once for a whole
+block of queries. Sums over keys stay spread over the lanes until the end; only the largest score is
+sought across them. Where the mask cuts a tile, which place that is was known beforehand
+(`tiles.cuts`), and the queries, some at a time, meet only the keys that they see.
 """
 
+import enum
 import functools
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
 from ll3m_kernels.attention import decoding, tiles
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention.tiles import dot
+from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import LANES, vmem_limit
 
 _LOG_2 = math.log(2.0)
 
@@ -66,53 +71,94 @@ def forward(
     return specs.minimum(specs.maximum(j, least), specs.maximum(most, least))
 
   def of_queries(size):
-    return pl.BlockSpec((1, 1, size, layout.queries), lambda b, n, i, j: (b, n, 0, i))
+    return pl.BlockSpec((1, 1, layout.queries, size), lambda b, n, i, j: (b, n, i, 0))
 
-  in_specs = [
-    of_queries(head_dim),
-    pl.BlockSpec(
-      (1, 1, layout.resident, head_dim),
+  def of_keys(size):
+    return pl.BlockSpec(
+      (1, 1, layout.resident, size),
       lambda b, n, i, j: (b, specs.divide(n, group), key_block(i, j), 0),
-    ),
-    pl.BlockSpec(
-      (1, 1, value_dim, layout.resident),
-      lambda b, n, i, j: (b, specs.divide(n, group), 0, key_block(i, j)),
-    ),
-  ]
-  arrays = [
-    query.transpose(0, 2, 3, 1), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 3, 1)
-  ]  # fmt: skip
+    )
+
+  in_specs = [of_queries(head_dim), of_keys(head_dim), of_keys(value_dim)]
+  arrays = [x.swapaxes(1, 2) for x in (query, key, value)]
+  scratch = [(value_dim, jnp.float32), (LANES, jnp.float32), (LANES, jnp.float32)]
+  scaling = _scaling(spec, query.dtype, head_dim)
+  if scaling.needs_queries:
+    scratch.append((head_dim * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
   if layout.has_segments:
     id_arrays, id_specs = tiles.id_inputs(
       layout, query_ids, key_ids, lambda b, n, i, j: (b, i), lambda b, n, i, j: (b, key_block(i, j))
     )
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
+    scratch.append((LANES, jnp.int32))
   output, log_sum_exp = pl.pallas_call(
-    functools.partial(_kernel, spec, layout, key_blocks),
+    functools.partial(_kernel, spec, layout, key_blocks, scaling),
     grid=(batch, num_heads, query_blocks, key_blocks),
     in_specs=in_specs,
-    out_specs=[of_queries(value_dim), of_queries(1)],
+    out_specs=[
+      of_queries(value_dim),
+      pl.BlockSpec((1, 1, 1, layout.queries), lambda b, n, i, j: (b, n, 0, i)),
+    ],
     out_shape=[
-      result((batch, num_heads, value_dim, length), query.dtype, query),
+      result((batch, num_heads, length, value_dim), query.dtype, query),
       result((batch, num_heads, 1, length), jnp.float32, query),
     ],
-    scratch_shapes=[
-      pltpu.VMEM((value_dim, layout.queries), jnp.float32),
-      pltpu.VMEM((1, layout.queries), jnp.float32),
-      pltpu.VMEM((1, layout.queries), jnp.float32),
-    ],
+    scratch_shapes=[pltpu.VMEM((layout.queries, size), dtype) for size, dtype in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=sizes.vmem_limit(sizes.forward_bytes(problem, blocks)),
+      vmem_limit_bytes=vmem_limit(sizes.forward_bytes(problem, blocks), dispatch.generation()),
     ),
     name="flash_attention_forward",
   )(*arrays)
-  return output.transpose(0, 3, 1, 2), log_sum_exp[:, :, 0]
+  return output.swapaxes(1, 2), log_sum_exp[:, :, 0]
 
 
-def _kernel(spec, layout, key_blocks, query_ref, key_ref, value_ref, *refs):
+class _Scaling(enum.Enum):
+  """Where the scale, times log2(e) for a power of two, is multiplied in, without a rounding.
+
+  Attributes:
+    EXPONENTS: into the differences of scores that are raised to powers.
+    SCORES: into the scores: slower, but it takes a soft cap, and a scale that turns their order.
+    QUERIES: into float32 queries.
+    HALVES: into bfloat16 queries, each of which becomes the sum of two: [high, low] meets [k, k],
+      which costs nothing where the matrix unit is at least twice as deep as the head dim.
+  """
+
+  EXPONENTS = enum.auto()
+  SCORES = enum.auto()
+  QUERIES = enum.auto()
+  HALVES = enum.auto()
+
+  @property
+  def needs_queries(self) -> bool:
+    """Whether there are other queries than the caller's."""
+    return self in (_Scaling.QUERIES, _Scaling.HALVES)
+
+
+def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
+  # What is masked must vanish also when it is scaled late.
+  if spec.logits_soft_cap is not None or spec.scale < 1e-6:
+    return _Scaling.SCORES
+  if dtype == jnp.float32:
+    return _Scaling.QUERIES
+  if 2 * head_dim <= dispatch.generation().matrix_unit:
+    return _Scaling.HALVES
+  return _Scaling.EXPONENTS
+
+
+def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *refs):
   ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
-  output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref = refs
+  output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
+  queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
+  late = spec.scale * LOG2_E if scaling is _Scaling.EXPONENTS else 1.0
+
+  # Whether position hides what is beyond the last key from all queries that there are.
+  right = spec.span.right
+  hides_end = right is not None and layout.num_queries + right <= layout.num_keys
+
+  def power(x):
+    return jnp.exp2(x if late == 1.0 else x * late)
+
   i, j = pl.program_id(2), pl.program_id(3)
   first_key = j * layout.resident if key_blocks > 1 else 0
 
@@ -122,35 +168,112 @@ def _kernel(spec, layout, key_blocks, query_ref, key_ref, value_ref, *refs):
     # Never as low as what is masked, so that this vanishes even where nothing is visible.
     largest_ref[...] = jnp.full_like(largest_ref, 0.5 * specs.MASKED)
     total_ref[...] = jnp.zeros_like(total_ref)
+    if scaling.needs_queries:
+      query = query_ref[0, 0].astype(jnp.float32) * (spec.scale * LOG2_E)
+      high = query.astype(queries_ref.dtype)
+      if scaling is _Scaling.HALVES:
+        # In float32, as vectors that are not whole cannot be joined otherwise.
+        high = high.astype(jnp.float32)
+        high = jnp.concatenate([high, query - high], axis=1).astype(queries_ref.dtype)
+      queries_ref[...] = high
+    if ids is not None:
+      scratch[-1][...] = tiles.column(ids.queries[0])
 
-  def add_tile(tile, is_masked):
-    query = query_ref[0, 0]
-    chunks = tiles.chunks_of(layout, tile)
-    products = [tiles.scale(spec, dot(key_ref[0, 0, chunk.index, :], query))[0] for chunk in chunks]
-    largest, total, weighted = largest_ref[...], total_ref[...], sum_ref[...]
-    for chunk, chunk_scores in zip(chunks, products, strict=True):
-      values = value_ref[0, 0, :, chunk.index]
-      if is_masked:
-        seen = tiles.mask(spec, layout, i, first_key, chunk, ids)
-        if seen is not None:
-          chunk_scores = jnp.where(seen, chunk_scores, specs.MASKED)
-        if layout.num_keys % layout.keys:
-          values = tiles.existing(values, 1, layout.num_keys - first_key - chunk.offset)
-      before = largest
-      largest = jnp.maximum(before, jnp.max(chunk_scores, axis=0, keepdims=True))
-      weights = jnp.exp2(chunk_scores - largest)  # [keys, queries]
-      shrink = jnp.exp2(before - largest)
-      total = shrink * total + jnp.sum(weights, axis=0, keepdims=True)
-      weighted = shrink * weighted + dot(values, weights.astype(values.dtype))
-    largest_ref[...], total_ref[...], sum_ref[...] = largest, total, weighted
+  def add(step: tiles.Step, tile: Any, distance: Any, may_end: bool) -> None:
+    """Adds to some queries what some keys of a tile give."""
+    rows, columns = step.rows, step.columns
+    count = columns.stop - columns.start
+    index = tiles.keys_at(layout, tile, columns.start, count)
+    keys, values = key_ref[0, 0, index, :], value_ref[0, 0, index, :]
+    if scaling is _Scaling.HALVES:
+      # Vectors that are not whole are moved as float32: there is nothing narrower to do it.
+      twice = keys if keys.shape[1] % LANES == 0 else keys.astype(jnp.float32)
+      keys = jnp.concatenate([twice, twice], axis=1).astype(keys.dtype)
+    scores = dot(queries_ref[rows, :], keys, (1, 1))
+    if scaling is _Scaling.SCORES:
+      scores, _ = tiles.scale(spec, scores)
+    if distance is not None:
+      scores = _mask_edges(spec, scores, step, distance)
+    left = None
+    if may_end:
+      left = layout.num_keys - first_key - tile * layout.keys - columns.start
+      values = tiles.existing(values, 0, left)
+      if distance is not None and hides_end:
+        left = None
+    same = None
+    if ids is not None:
+      same = (_widen(scratch[-1][rows, :], count), ids.keys[0, :, index])
+    scores = tiles.mask(spec, scores, 1, count=left, ids=same)
+    before = largest_ref[rows, :]  # the same in every lane
+    largest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    weights = power(scores - _widen(largest, count))
+    shrink = power(before - largest)
+    largest_ref[rows, :] = largest
+    total_ref[rows, :] = shrink * total_ref[rows, :] + _narrow(weights)
+    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + dot(
+      weights.astype(values.dtype), values
+    )
 
-  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile)
+  def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
+    everything = tiles.Step(slice(0, layout.queries), slice(0, layout.keys), slice(0, 0))
+    add(everything, tile, distance, may_end)
+
+  def add_square(tile: Any, distance: int, may_end: bool) -> None:
+    for step in tiles.staircase(spec, layout, distance):
+      add(step, tile, distance, may_end)
+
+  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_square)
 
   @pl.when(j == key_blocks - 1)
   def _():
-    total = total_ref[...]
+    total = jnp.sum(total_ref[...], axis=1, keepdims=True)
     is_empty = total == 0.0
     total = jnp.where(is_empty, 1.0, total)
     output_ref[0, 0] = (sum_ref[...] * (1.0 / total)).astype(output_ref.dtype)
-    log_sum_exp = largest_ref[...] * _LOG_2 + jnp.log(total)
-    log_sum_exp_ref[0, 0] = jnp.where(is_empty, specs.MASKED, log_sum_exp)
+    log_sum_exp = largest_ref[...] * (late * _LOG_2) + jnp.log(total)
+    _write_row(log_sum_exp_ref, jnp.where(is_empty, specs.MASKED, log_sum_exp))
+
+
+def _mask_edges(
+  spec: specs.Spec, scores: Float[Array, "q k"], step: tiles.Step, distance: Any
+) -> Float[Array, "q k"]:
+  """Masks what position hides from some queries of a step, and leaves alone what all see."""
+  rows, columns, whole = step
+  if whole.start >= whole.stop:
+    return tiles.mask(spec, scores, 1, distance=distance + columns.start - rows.start)
+  pieces = []
+  for start, stop in (
+    (columns.start, whole.start), (whole.start, whole.stop), (whole.stop, columns.stop)
+  ):  # fmt: skip
+    piece = scores[:, start - columns.start : stop - columns.start]
+    if start < stop and start != whole.start:
+      piece = tiles.mask(spec, piece, 1, distance=distance + start - rows.start)
+    if start < stop:
+      pieces.append(piece)
+  return jnp.concatenate(pieces, axis=1)
+
+
+def _widen(x: Array, size: int) -> Array:
+  """Repeats [n, 128], the same in every lane, to [n, size]."""
+  return jnp.concatenate([x] * pl.cdiv(size, LANES), axis=1)[:, :size]
+
+
+def _write_row(row_ref: Any, x: Float[Array, "n 128"]) -> None:
+  """Writes a column that stands in every lane as a row: cheaper than to transpose it."""
+  for start in range(0, x.shape[0], LANES):
+    part = x[start : start + LANES]
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in range(2))
+    turned = jnp.sum(jnp.where(row == lane, part, 0.0), axis=0, keepdims=True)
+    row_ref[0, 0, :, start : start + part.shape[0]] = turned[:, : part.shape[0]]
+
+
+def _narrow(x: Float[Array, "n m"]) -> Float[Array, "n 128"]:
+  """Adds up m numbers to 128 whose sum is theirs."""
+  size = x.shape[1]
+  whole = size // LANES * LANES
+  parts = [x[:, start : start + LANES] for start in range(0, whole, LANES)]
+  if whole < size:
+    rest = jnp.sum(x[:, whole:], axis=1, keepdims=True)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+    parts.append(jnp.where(lane == 0, rest, 0.0))
+  return functools.reduce(jnp.add, parts)

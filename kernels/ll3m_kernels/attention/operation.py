@@ -1,7 +1,7 @@
 """Attention as one differentiable operation: either implementation, on one device or on a mesh."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ll3m_kernels import dispatch
 from ll3m_kernels.attention import backward, forward, xla
 from ll3m_kernels.attention.blocks import BlockSizes
 from ll3m_kernels.attention.spec import Spec
-from ll3m_kernels.sharding import Sharding, map_shards
+from ll3m_kernels.sharding import Sharding, map_shards, own_part
 
 OUTPUT_NAME = "flash_attention_output"
 RESIDUAL_NAME = "flash_attention_log_sum_exp"
@@ -52,7 +52,7 @@ def attention(
 
 
 def _forward(static, query, key, value, query_ids, key_ids):
-  heads = _Heads(static.sharding, query.shape[2], key.shape[2])
+  heads = Heads(static.sharding, query.shape[2], key.shape[2])
 
   def shard(query, key, value, query_ids, key_ids):
     return dispatch.run(
@@ -81,7 +81,7 @@ def _forward(static, query, key, value, query_ids, key_ids):
 
 def _backward(static, residuals, cotangents):
   query, key = residuals[:2]
-  heads = _Heads(static.sharding, query.shape[2], key.shape[2])
+  heads = Heads(static.sharding, query.shape[2], key.shape[2])
 
   def shard(query, key, value, *rest):
     query_bar, key_bar, value_bar = dispatch.run(
@@ -106,10 +106,11 @@ def _backward(static, residuals, cotangents):
   return (*bars, None, None)
 
 
-attention.defvjp(_forward, _backward)
+# An output that a vmap's rows share has one cotangent, not one for each row.
+attention.defvjp(_forward, _backward, generic_batching=True)
 
 
-class _Heads:
+class Heads:
   """How heads are spread over a mesh axis of m devices.
 
   Query heads are split if m divides them. KV heads are split if m divides them too. Where there
@@ -118,6 +119,7 @@ class _Heads:
   """
 
   def __init__(self, sharding: Sharding | None, num_heads: int, num_kv_heads: int):
+    self._sharding = sharding
     count = 1 if sharding is None else sharding.head_shards
     self._picks = num_heads % count == 0 and num_kv_heads < count and count % num_kv_heads == 0
     splits = num_heads % count == 0 and num_kv_heads % count == 0
@@ -129,6 +131,16 @@ class _Heads:
     self.keys = PartitionSpec(batch, None, axis if splits else None, None)  # [B, S, K, H]
     self.rows = PartitionSpec(batch, axis, None)  # [B, N, T]
     self.ids = PartitionSpec(batch, None)  # [B, T]
+
+  def own_parts(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """Describes what one device attends with."""
+    query = own_part(self._sharding, query, self.queries)
+    key, value = (own_part(self._sharding, x, self.keys) for x in (key, value))
+    if self._picks:
+      key, value = (
+        jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), x.dtype) for x in (key, value)
+      )
+    return query, key, value
 
   def own(self, array: Array) -> Array:
     """Takes the KV heads that this device's query heads read."""

@@ -89,10 +89,14 @@ def divide(a: Any, b: int) -> Any:
   return a // b if isinstance(a, int) else jax.lax.div(a, jnp.int32(b))
 
 
-def block_ranges(ids: Int[Array, "B L"], block: int) -> Int[Array, "B 2 n"]:
-  """Returns the least and the largest id of every block; the tail is filled with neither."""
+def block_ranges(
+  ids: Int[Array, "B L"], block: int, count: int | None = None
+) -> Int[Array, "B 2 n"]:
+  """Returns the least and the largest id of every block, of `count` ones; a tail has neither."""
   batch, length = ids.shape
-  count = -(-length // block)
+  count = -(-length // block) if count is None else count
+  ids = ids[:, : count * block]
+  length = ids.shape[1]
   limits = np.iinfo(np.int32)
   ids = ids.astype(jnp.int32)
   padding = ((0, 0), (0, count * block - length))

@@ -1,8 +1,9 @@
 """What the forward and the backward kernel do alike: walking tiles, scoring and masking them.
 
-A tile is [keys, queries] of scores. Positions are int32 throughout, also under `jax_enable_x64`.
+A tile is some keys and a block of queries. Positions are int32, also under `jax_enable_x64`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ll3m_kernels.attention import spec as specs
+from ll3m_kernels.soft_cap import soft_cap
+from ll3m_kernels.tiling import LANES
 
 LOG2_E = math.log2(math.e)
-_CHUNK = 256
 
 
 class Layout(NamedTuple):
@@ -72,7 +74,11 @@ def id_inputs(
     key_index: grid indices -> (batch, block of resident keys).
   """
   query_ranges = specs.block_ranges(query_ids, layout.queries)
-  key_ranges = specs.block_ranges(key_ids, layout.keys)
+  # Also for tiles that lie wholly beyond the last key.
+  resident_blocks = pl.cdiv(layout.num_keys, layout.resident)
+  key_ranges = specs.block_ranges(
+    key_ids, layout.keys, resident_blocks * layout.resident // layout.keys
+  )
 
   def row(size, index):
     def place(*grid):
@@ -94,34 +100,74 @@ def ranges_spec(ranges: Int[Array, "B 2 n"]) -> pl.BlockSpec:
   return pl.BlockSpec((1, 2, ranges.shape[2]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM)
 
 
-class Chunk(NamedTuple):
-  """Some keys of a tile.
+# Longer steps compute more of what is masked, shorter ones keep the matrix unit less busy.
+_STEPS = (512, 384, 256, 128)
+# What the mask cuts in one of so few places is compiled for each of them.
+_MOST_CUTS = 4
+
+
+def cuts(spec: specs.Spec, layout: Layout) -> list[int] | None:
+  """Returns where the squares begin that the mask cuts, from a block's first query to the right.
+
+  A square is as many keys as a block has queries. Where tiles and resident keys fit squares, there
+  are only a few such places, which are the same for all blocks; else None is returned.
+  """
+  size = layout.queries
+  if size % layout.keys or layout.resident % size:
+    return None
+  found = set()
+  left, right = spec.span
+  for limit in (right, None if left is None else -left):
+    if limit is not None:
+      # The squares that hold a key at this distance of some query.
+      found.update(range(limit // size * size, limit + size, size))
+  found = {
+    cut
+    for cut in found
+    if not (right is None or cut + size - 1 <= right)
+    or not (left is None or cut - (size - 1) >= -left)
+  }
+  return sorted(found) if len(found) <= _MOST_CUTS else None
+
+
+class Step(NamedTuple):
+  """Queries that are taken together where the mask cuts a square, and keys of the square.
 
   Attributes:
-    index: of these keys among the resident ones.
-    offset: position of the first one, counted from the first resident key.
-    size: how many they are.
+    rows: the queries, of a block.
+    columns: the keys that some of them see, in whole lanes.
+    whole: the keys that all of them see.
   """
 
-  index: Any
-  offset: Any
-  size: int
+  rows: slice
+  columns: slice
+  whole: slice
 
 
-def chunks_of(layout: Layout, tile: Any) -> list[Chunk]:
-  """Cuts a tile into chunks whose products do not wait for each other.
-
-  The compiler then computes the scores of one while it takes the exponentials of another: by its
-  own estimate the forward pass takes 9% fewer cycles on a v5e than with whole tiles of 1024 keys,
-  and 10% fewer on a v6e (T = 4096, H = 128, no mask).
-  """
-  if layout.keys % _CHUNK:
-    # A computed start has to be a multiple of 128; what is not, is the only tile.
-    whole = layout.keys == layout.resident
-    index = slice(None) if whole else pl.ds(pl.multiple_of(tile * layout.keys, 128), layout.keys)
-    return [Chunk(index, tile * layout.keys, layout.keys)]
-  offsets = [tile * layout.keys + start for start in range(0, layout.keys, _CHUNK)]
-  return [Chunk(pl.ds(pl.multiple_of(o, _CHUNK), _CHUNK), o, _CHUNK) for o in offsets]
+def staircase(spec: specs.Spec, layout: Layout, cut: int) -> list[Step]:
+  """Follows the mask's edge through a square that begins so far right of the first query."""
+  left, right = spec.span
+  size = next((size for size in _STEPS if layout.queries % size == 0), layout.queries)
+  steps = []
+  for row in range(0, layout.queries, size):
+    last = row + size - 1
+    start = 0 if left is None else max(row - left - cut, 0) // LANES * LANES
+    stop = layout.queries if right is None else last + right - cut + 1
+    stop = min(-(-stop // LANES) * LANES, layout.queries)
+    whole_start = start if left is None else max(-(-(last - left - cut) // LANES) * LANES, start)
+    whole_stop = stop if right is None else min((row + right - cut + 1) // LANES * LANES, stop)
+    if stop == layout.queries and right is not None and row + right - cut + 1 >= stop:
+      whole_stop = stop
+    if start < stop:
+      whole = slice(whole_start, max(whole_start, whole_stop))
+      steps.append(Step(slice(row, row + size), slice(start, stop), whole))
+  merged = []
+  for step in steps:
+    is_whole = step.whole == step.columns
+    if merged and is_whole and merged[-1][1:] == step[1:]:
+      step = step._replace(rows=slice(merged.pop().rows.start, step.rows.stop))
+    merged.append(step)
+  return merged
 
 
 def for_each_tile(
@@ -130,9 +176,10 @@ def for_each_tile(
   query_block: Any,
   first_key: Any,
   ids: Ids | None,
-  body: Callable[[Any, bool], None],
+  body: Callable[[Any, Any, bool], None],
+  square: Callable[[Any, int, bool], None] | None = None,
 ) -> None:
-  """Calls `body(tile, is_masked)` for the resident tiles that the queries of a block see.
+  """Calls `body(tile, distance, may_end)` for the resident tiles that a block's queries see.
 
   Args:
     spec: of the call.
@@ -140,38 +187,81 @@ def for_each_tile(
     query_block: number of the block of queries.
     first_key: position of the first resident key, a multiple of `layout.keys`.
     ids: the segment ids, if any.
-    body: gets a tile's number among the resident ones, and whether the mask may cut it.
+    body: gets a tile's number among the resident ones; how far right of the first query it
+      begins, or None if position hides none of it from any query; and whether it may reach beyond
+      the last key.
+    square: the same for the squares that `cuts` found, if it did; its distance is one of them.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
   base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
+  found = cuts(spec, layout) if square is not None else None
+  unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
 
   def local(tile: Any) -> Any:
     return specs.minimum(specs.maximum(tile - base, 0), count)
 
+  def where_ids_meet(tile: Any, size: int, function: Callable[[], None]) -> None:
+    if ids is None:
+      function()
+      return
+    low, high = ids.query_ranges[0, 0, query_block], ids.query_ranges[0, 1, query_block]
+    pl.when(
+      functools.reduce(
+        jnp.logical_or,
+        [
+          (ids.key_ranges[0, 0, base + tile + k] <= high)
+          & (ids.key_ranges[0, 1, base + tile + k] >= low)
+          for k in range(size)
+        ],
+      )
+    )(function)
+
+  def visit(tile: Any, distance: Any, may_end: bool) -> None:
+    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end))
+
+  def visit_cut(tile: Any) -> None:
+    visit(tile, (base + tile) * layout.keys - first_query, may_end)
+
+  may_end = layout.num_keys % layout.keys != 0
   low, high = specs.some_see(spec.span, first_query, last_query, layout.num_keys)
   start = local(specs.divide(low, layout.keys))
   stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), start)
-  if ids is not None:
-    query_low = ids.query_ranges[0, 0, query_block]
-    query_high = ids.query_ranges[0, 1, query_block]
-
-    def where_ids_meet(tile):
-      meet = (ids.key_ranges[0, 0, base + tile] <= query_high) & (
-        ids.key_ranges[0, 1, base + tile] >= query_low
-      )
-      pl.when(meet)(lambda: body(tile, True))
-
-    _loop(start, stop, where_ids_meet)
-    return
-  low, high = specs.all_see(spec.span, first_query, last_query, layout.num_keys)
-  full_start = specs.minimum(
-    specs.maximum(local(specs.divide(low + layout.keys - 1, layout.keys)), start), stop
+  # Queries beyond the last one count here, so that what is whole does not depend on the block.
+  low, high = specs.all_see(
+    spec.span, first_query, first_query + layout.queries - 1, layout.num_keys
   )
-  full_stop = specs.minimum(specs.maximum(local(specs.divide(high, layout.keys)), full_start), stop)
-  _loop(start, full_start, lambda tile: body(tile, True))
-  _loop(full_start, full_stop, lambda tile: body(tile, False))
-  _loop(full_stop, stop, lambda tile: body(tile, True))
+  whole_start = unit * specs.divide(low + unit * layout.keys - 1, unit * layout.keys)
+  whole_stop = unit * specs.divide(specs.maximum(high, 0), unit * layout.keys)
+  whole_start = specs.minimum(specs.maximum(local(whole_start), start), stop)
+  whole_stop = specs.minimum(specs.maximum(local(whole_stop), whole_start), stop)
+  if found is None:
+    _loop(start, whole_start, visit_cut)
+  _loop(whole_start, whole_stop, lambda tile: visit(tile, None, False))
+  if found is None:
+    _loop(whole_stop, stop, visit_cut)
+    return
+  square_may_end = layout.num_keys % layout.queries != 0
+  last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
+  last_stop = stop
+  for cut in found:
+    tile = (query_block + cut // layout.queries) * unit - base
+    pl.when((tile + unit > start) & (tile < stop))(
+      functools.partial(
+        where_ids_meet, tile, unit, functools.partial(square, tile, cut, square_may_end)
+      )
+    )
+    last_stop = jnp.where(tile == last, last, last_stop)
+  if square_may_end:  # also where the mask leaves it whole
+    _loop(specs.maximum(last, start), last_stop, lambda tile: visit(tile, None, may_end))
+
+
+def keys_at(layout: Layout, tile: Any, offset: int, size: int) -> Any:
+  """Returns the index of some keys of a tile among the resident ones."""
+  if layout.keys == layout.resident:
+    return pl.ds(offset, size)
+  # A computed start has to be a multiple of 128; what is not, is the only tile.
+  return pl.ds(pl.multiple_of(tile * layout.keys + offset, 128), size)
 
 
 def scale(
@@ -180,43 +270,43 @@ def scale(
   """Turns products into scores in units of log 2, with the slope of the soft cap there, if any."""
   if spec.logits_soft_cap is None:
     return products * (spec.scale * LOG2_E), None
-  capped = jnp.tanh(products * (spec.scale / spec.logits_soft_cap))
-  return capped * (spec.logits_soft_cap * LOG2_E), 1.0 - capped * capped
+  capped, slope = soft_cap(products * spec.scale, spec.logits_soft_cap)
+  return capped * LOG2_E, slope
 
 
 def mask(
   spec: specs.Spec,
-  layout: Layout,
-  query_block: Any,
-  first_key: Any,
-  chunk: Chunk,
-  ids: Ids | None,
-) -> Bool[Array, "s t"] | None:
-  """Returns which query of a block sees which key of a chunk; None if nothing is cut.
+  scores: Float[Array, "a b"],
+  keys_axis: int,
+  *,
+  distance: Any = None,
+  count: Any = None,
+  ids: tuple[Int[Array, "..."], Int[Array, "..."]] | None = None,
+) -> Float[Array, "a b"]:
+  """Lowers the scores of what is not seen to `MASKED`.
 
   Args:
     spec: of the call.
-    layout: of the kernel.
-    query_block: number of the block of queries.
-    first_key: position of the first resident key.
-    chunk: the keys.
-    ids: the segment ids, if any.
+    scores: of some keys and queries.
+    keys_axis: which axis the keys are on.
+    distance: how far right of the first query the first key is; None if position cuts nothing.
+    count: how many of the keys exist; None if all do.
+    ids: segment ids of queries and keys, one of them a row and the other one a column.
   """
-  shape = (chunk.size, layout.queries)
-  first_key = first_key + chunk.offset
-  first_query = query_block * layout.queries
-  keys = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  distance = keys - jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (first_key - first_query)
-  conditions = [specs.within(spec.span, distance)]
-  if layout.num_keys % layout.keys:
-    conditions.append(keys < layout.num_keys - first_key)
+  keys = jax.lax.broadcasted_iota(jnp.int32, scores.shape, keys_axis)
+  conditions = []
+  if distance is not None:
+    queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - keys_axis)
+    conditions.append(specs.within(spec.span, keys - queries + distance))
+  if count is not None:
+    conditions.append(keys < count)
   if ids is not None:
-    conditions.append(_column(ids.keys[0, :, chunk.index]) == ids.queries[0])
+    conditions.append(ids[0] == ids[1])
   seen = None
   for condition in conditions:
     if condition is not None:
       seen = condition if seen is None else seen & condition
-  return seen
+  return scores if seen is None else jnp.where(seen, scores, specs.MASKED)
 
 
 def existing(x: Array, axis: int, count: Any) -> Array:
@@ -236,8 +326,9 @@ def dot(left: Array, right: Array, contract: tuple[int, int] = (1, 0)) -> Float[
   )
 
 
-def _column(row: Int[Array, "1 s"]) -> Int[Array, "s 1"]:
-  return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+def column(row: Int[Array, "1 n"]) -> Int[Array, "n 128"]:
+  """Turns a row into a column, which stands in every lane."""
+  return jnp.broadcast_to(row, (128, row.shape[1])).T
 
 
 def _loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:

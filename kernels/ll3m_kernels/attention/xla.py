@@ -3,7 +3,7 @@
 Queries are taken in blocks, and a block reads only the keys that the causal mask and the window
 let some of it see. The backward pass computes the scores again from their log-sum-exp (Dao, 2023):
 XLA's own gradient would keep three arrays of that size per layer. For 2 x 512 tokens and SmolLM2's
-heads, forward and backward take 39 ms of CPU time where `reference` takes 110.
+heads, forward and backward take a third of the CPU time of the whole scores with XLA's gradient.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ll3m_kernels.attention.spec import MASKED, Spec, some_see, within
+from ll3m_kernels.soft_cap import soft_cap
 
 # Shorter blocks skip more of what is masked but make smaller products.
 _BLOCK = 128
@@ -124,8 +125,7 @@ def _scores(
   scores = scores.reshape(*keys.shape[:2], group, -1, keys.shape[2])
   if spec.logits_soft_cap is None:
     return scores, None
-  capped = jnp.tanh(scores / spec.logits_soft_cap)
-  return spec.logits_soft_cap * capped, 1.0 - capped**2
+  return soft_cap(scores, spec.logits_soft_cap)
 
 
 def _visible(

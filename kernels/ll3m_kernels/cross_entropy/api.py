@@ -1,19 +1,23 @@
 """The public cross-entropy function: checks its arguments and makes it differentiable."""
 
 import functools
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.arguments import check_array, finite_number, flag, floating, integers
 from ll3m_kernels.cross_entropy import xla
-from ll3m_kernels.sharding import Sharding, vary_alike
+from ll3m_kernels.sharding import Sharding, check_sharding, laid_out_for, vary_alike
 
 _REFUSAL = (
-  "linear_cross_entropy: there is no kernel, because plain jnp is as fast on TPUs (measured in "
-  "ll3m_kernels/cross_entropy/xla.py)"
+  "this operation: it has no kernel, since plain jnp is as fast on TPUs by the compiler's static "
+  "profile (see ll3m_kernels/cross_entropy/xla.py)"
 )
 
 
@@ -44,20 +48,23 @@ def linear_cross_entropy(
   Args:
     hidden: what the head reads.
     head: its weight, [D, V] or, for a tied embedding, [V, D].
-    labels: 0 <= label < V. Any other number is no column's: its token's loss is log Z, and it is
-      never correct.
+    labels: 0 <= label < V. Any other number, of any width, is no column's: its token's loss is
+      log Z, and it is never correct.
     head_layout: "dv" or "vd": which of the two the head is.
-    bias: added to the logits.
+    bias: added to the logits. -inf takes a column out of the vocabulary: a label there has a loss
+      of inf, and finite gradients. (With a soft cap it does not: the cap is applied afterwards.) A
+      token with no column left has a loss of inf, or of -inf if its label is no column's; it is
+      never correct, and has no gradients.
     mask: multiplies both losses. A token whose mask is 0 might as well not be there: whatever its
       hidden state holds, even NaN, its losses and all gradients through it are 0 (the mask's own
       too).
     logits_soft_cap: logits become cap * tanh(logits / cap) (Gemma Team, 2024, Gemma 2).
-    z_loss: weight of log(Z)^2 (Chowdhery et al., 2022, PaLM).
+    z_loss: weight of log(Z)^2, at least 0 (Chowdhery et al., 2022, PaLM).
     return_correct: also return whether the label has the largest logit, which costs nothing here.
     implementation: None or "xla"; see `dispatch.resolve`. There is no "pallas".
     sharding: how the arrays lie on a mesh: tokens over the batch axes, the vocabulary over the
-      head axis if it divides. Without it the result is the same, but the devices among which the
-      vocabulary is split all compute the whole.
+      head axis if it divides. The mesh's axes must not be Explicit. Without it the result is the
+      same, but the devices among which the vocabulary is split all compute the whole.
 
   Returns:
     (loss, z_loss): float32 in the labels' shape; the first does not contain the second. With
@@ -65,43 +72,44 @@ def linear_cross_entropy(
 
   Raises:
     ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the implementation is "pallas" or unknown, or this is differentiated
-      twice.
+    NotImplementedError: the implementation is "pallas" or unknown, the mesh's axes are Explicit, or
+      this is differentiated twice.
   """
-  _check(hidden, head, labels, head_layout, bias, mask, logits_soft_cap)
-  dispatch.choose(implementation, _REFUSAL)
-  options = xla.Options(head_layout, logits_soft_cap, float(z_loss), sharding)
-  keep = None if mask is None else mask.reshape(-1) != 0
-  arrays = (
-    hidden.reshape(-1, hidden.shape[-1]),
-    head,
-    bias,
-    labels.reshape(-1).astype(jnp.int32),
-    keep,
+  plan = _plan(
+    hidden=hidden,
+    head=head,
+    labels=labels,
+    head_layout=head_layout,
+    bias=bias,
+    mask=mask,
+    logits_soft_cap=logits_soft_cap,
+    z_loss=z_loss,
+    return_correct=return_correct,
+    implementation=implementation,
+    sharding=sharding,
   )
-  losses = _losses(options, *vary_alike(*arrays))
+  hidden, head, labels, bias, mask = plan.arrays
+  keep = None if mask is None else mask.reshape(-1) != 0
+  arrays = (hidden.reshape(-1, hidden.shape[-1]), head, bias, labels.reshape(-1), keep)
+  losses = _losses(plan.options, *vary_alike(*arrays))
   loss, penalty, correct = (x.reshape(labels.shape) for x in losses)
   if mask is not None and mask.dtype != jnp.bool_:
     weight = mask.astype(jnp.float32)
     loss, penalty = loss * weight, penalty * weight
-  return (loss, penalty, correct) if return_correct else (loss, penalty)
+  return (loss, penalty, correct) if plan.returns_correct else (loss, penalty)
 
 
-def explain(
-  hidden: Any,
-  head: Any,
-  labels: Any,
-  *,
-  head_layout: str = "dv",
-  bias: Any = None,
-  mask: Any = None,
-  logits_soft_cap: float | None = None,
-  implementation: str | None = None,
-  **_: Any,
-) -> str:
-  """Says what `linear_cross_entropy` would run for these arguments."""
-  _check(hidden, head, labels, head_layout, bias, mask, logits_soft_cap)
-  return dispatch.describe("linear_cross_entropy", implementation, _REFUSAL, {})
+def explain(*args: Any, **options: Any) -> str:
+  """Says what `linear_cross_entropy` would run for these arguments.
+
+  Raises:
+    ValueError: as the function.
+    NotImplementedError: as the function.
+    TypeError: arguments that it does not take, or too few.
+  """
+  given = inspect.signature(linear_cross_entropy).bind(*args, **options)
+  given.apply_defaults()
+  return _plan(**given.arguments).text
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,15 +122,22 @@ def _forward(options, hidden, head, bias, labels, keep):
   log_z, picked, largest = dispatch.first_order(
     "linear_cross_entropy", function, _kept(hidden, keep), head, bias, labels
   )
-  loss, penalty = _kept(log_z - picked, keep), _kept(options.z_loss * log_z**2, keep)
   vocabulary = head.shape[options.head_layout.index("v")]
-  correct = _kept((labels >= 0) & (labels < vocabulary) & (picked >= largest), keep)
+  is_column = (labels >= 0) & (labels < vocabulary)
+  # Of a token without a column left, log Z and the label's logit are both -inf.
+  loss = jnp.where(is_column & (picked == -jnp.inf), jnp.inf, log_z - picked)
+  penalty = options.z_loss * log_z**2 if options.z_loss else jnp.zeros_like(log_z)
+  loss, penalty = _kept(loss, keep), _kept(penalty, keep)
+  correct = _kept(is_column & (picked >= largest) & (largest > -jnp.inf), keep)
   return (loss, penalty, correct), (hidden, head, bias, labels, keep, log_z)
 
 
 def _backward(options, residuals, cotangents):
   hidden, head, bias, labels, keep, log_z = residuals
-  loss_bar, penalty_bar = (_kept(x, keep) for x in cotangents[:2])
+  # A token without a column left has no gradients.
+  counts = log_z != -jnp.inf
+  loss_bar, penalty_bar = (_kept(_kept(x, keep), counts) for x in cotangents[:2])
+  log_z = _kept(log_z, counts)
   # d loss / d logits = p - onehot;  d penalty / d logits = 2 z log_z p
   softmax_bar = loss_bar + penalty_bar * (2 * options.z_loss * log_z)
   bars = dispatch.first_order(
@@ -133,7 +148,8 @@ def _backward(options, residuals, cotangents):
   return (*bars, None, None)
 
 
-_losses.defvjp(_forward, _backward)
+# An output that a vmap's rows share has one cotangent, not one for each row.
+_losses.defvjp(_forward, _backward, generic_batching=True)
 
 
 def _kept(x: Array, keep: Bool[Array, " N"] | None) -> Array:
@@ -143,16 +159,68 @@ def _kept(x: Array, keep: Bool[Array, " N"] | None) -> Array:
   return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
-def _check(
-  hidden: Any, head: Any, labels: Any, layout: str, bias: Any, mask: Any, soft_cap: float | None
-) -> None:
-  if layout not in ("dv", "vd"):
-    raise ValueError(f"head_layout must be 'dv' or 'vd', got {layout!r}")
-  for name, array in (("hidden", hidden), ("head", head), ("bias", bias)):
-    if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating, got {array.dtype}")
+class _Plan(NamedTuple):
+  """What a call and its explanation have in common.
+
+  Attributes:
+    options: what does not change with the data.
+    arrays: hidden, head, labels (int32), bias and mask.
+    returns_correct: whether to return which labels have the largest logit.
+    text: in words.
+  """
+
+  options: xla.Options
+  arrays: tuple[Any, Any, Any, Any, Any]
+  returns_correct: bool
+  text: str
+
+
+def _plan(
+  *,
+  hidden: Any,
+  head: Any,
+  labels: Any,
+  head_layout: Any,
+  bias: Any,
+  mask: Any,
+  logits_soft_cap: Any,
+  z_loss: Any,
+  return_correct: Any,
+  implementation: Any,
+  sharding: Any,
+) -> _Plan:
+  """Checks the arguments of a call and settles what runs."""
+  if head_layout not in ("dv", "vd"):
+    raise ValueError(f"head_layout must be 'dv' or 'vd', got {head_layout!r}")
+  hidden, head = floating("hidden", hidden), floating("head", head)
+  bias = None if bias is None else floating("bias", bias)
+  integers("labels", labels)
+  mask = None if mask is None else _mask(mask)
+  _check_shapes(hidden, head, labels, head_layout, bias, mask)
+  if logits_soft_cap is not None:
+    logits_soft_cap = finite_number("logits_soft_cap", logits_soft_cap, above=0)
+  z_loss = finite_number("z_loss", z_loss, at_least=0)
+  returns_correct = flag("return_correct", return_correct)
+  check_sharding(sharding)
+  if sharding is not None:
+    if len(hidden.shape) > 1:
+      sharding.check_batch("hidden", hidden.shape)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+      raise NotImplementedError(
+        f"sharding: the axes of its mesh must be Auto or Manual, got {sharding.mesh.axis_types}"
+      )
+  with laid_out_for(sharding):
+    dispatch.choose(implementation, _REFUSAL)
+    text = dispatch.describe("linear_cross_entropy", implementation, _REFUSAL, {})
+  options = xla.Options(head_layout, logits_soft_cap, z_loss, sharding)
+  return _Plan(options, (hidden, head, _columns(labels), bias, mask), returns_correct, text)
+
+
+def _check_shapes(hidden: Any, head: Any, labels: Any, layout: str, bias: Any, mask: Any) -> None:
   if len(hidden.shape) < 1 or len(head.shape) != 2:
     raise ValueError(f"hidden must be [.., D] and head a matrix, got {hidden.shape}, {head.shape}")
+  if not hidden.shape[-1]:
+    raise ValueError(f"hidden must have a D of at least 1, got {hidden.shape}")
   if head.shape[layout.index("d")] != hidden.shape[-1]:
     raise ValueError(
       f"head of layout {layout!r} must have {hidden.shape[-1]} as its D, got {head.shape}"
@@ -162,13 +230,27 @@ def _check(
     raise ValueError(f"head must have a vocabulary, got {head.shape}")
   if labels.shape != hidden.shape[:-1]:
     raise ValueError(f"labels must have shape {hidden.shape[:-1]}, got {labels.shape}")
-  if not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers, got {labels.dtype}")
   if bias is not None and bias.shape != (vocabulary,):
     raise ValueError(f"bias must have shape {(vocabulary,)}, got {bias.shape}")
   if mask is not None and mask.shape != labels.shape:
     raise ValueError(f"mask must have shape {labels.shape}, got {mask.shape}")
-  if mask is not None and not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.floating)):
+
+
+def _mask(mask: Any) -> Any:
+  """Returns a mask as jax's array, or its description."""
+  check_array("mask", mask)
+  if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
     raise ValueError(f"mask must be boolean or floating, got {mask.dtype}")
-  if soft_cap is not None and not soft_cap > 0:
-    raise ValueError(f"logits_soft_cap must be positive, got {soft_cap}")
+  return jnp.asarray(mask) if isinstance(mask, np.ndarray | np.generic) else mask
+
+
+def _columns(labels: Any) -> Any:
+  """Returns labels as int32. What does not fit in it is no column, and stays none."""
+  if not isinstance(labels, jax.Array | np.ndarray | np.generic):
+    return labels
+  if not np.can_cast(labels.dtype, np.int32):
+    most, own = np.iinfo(np.int32), np.iinfo(labels.dtype)
+    # In the labels' own type: a Python number that does not fit in it would raise.
+    low, high = max(most.min, own.min), min(most.max, own.max)
+    labels = labels.clip(labels.dtype.type(low), labels.dtype.type(high))
+  return jnp.asarray(labels.astype(np.int32))

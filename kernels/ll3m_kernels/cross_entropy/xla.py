@@ -28,17 +28,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels.sharding import Sharding, vary_alike
+from ll3m_kernels.soft_cap import soft_cap
+from ll3m_kernels.tiling import LANES
 
 # A chunk has at most so many columns, and logits (128 MiB of them), unless it would be too narrow
 # for the sums of the hidden states' gradient to hide behind its products.
 _MOST_COLUMNS = 4096
 _MOST_LOGITS = 2**25
 _FEWEST_COLUMNS = 1024
-_LANES = 128
 
 # How far a logit may exceed the reference: sums of a chunk's exp(75) stay below float32's largest
 # number, and exp(-75), which rescales them, is not subnormal (TPUs round these to 0).
 _REACH = 75.0
+# Below any logit but -inf, for whose sake it is: the difference of two infinities is no number.
+_LEAST_REFERENCE = float(np.finfo(np.float32).min)
 
 
 class Options(NamedTuple):
@@ -62,7 +65,7 @@ class Sums(NamedTuple):
 
   Attributes:
     largest: the largest logit.
-    reference: the same, or what the walk began with, whichever is larger.
+    reference: the same, or what the walk began with, whichever is larger; finite.
     total: sum of exp(logits - reference).
     reach: how far a logit exceeded the reference that it met.
     picked: the label's logit; 0 before it was met.
@@ -82,7 +85,10 @@ def forward(
   bias: Float[Array, " V"] | None,
   labels: Int[Array, " N"],
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
-  """Returns every token's log Z, its label's logit, and its largest logit, in float32."""
+  """Returns every token's log Z, its label's logit, and its largest logit, in float32.
+
+  All are -inf where all logits are.
+  """
   vocabulary = _Vocabulary(options, head, bias)
 
   def add_chunk(start: Any, size: int, sums: Sums) -> Sums:
@@ -102,6 +108,7 @@ def forward(
 
   def walk(reference: Float[Array, " N"]) -> Sums:
     zero = jnp.zeros_like(reference)
+    reference = jnp.maximum(reference, _LEAST_REFERENCE)
     sums = Sums(jnp.full_like(reference, -jnp.inf), reference, zero, zero, zero)
     return vocabulary.for_each_chunk(len(hidden), add_chunk, sums)
 
@@ -206,7 +213,7 @@ class _Vocabulary:
     size, sharding = head.shape[options.head_layout.index("v")], options.sharding
     stripes = 1 if sharding is None or size % sharding.head_shards else sharding.head_shards
     self._split = (stripes, size // stripes)
-    self.fewest = min(_LANES, self._split[1])
+    self.fewest = min(LANES, self._split[1])
     self.axis = 1 + options.head_layout.index("v")
     shape = list(head.shape)
     shape[self.axis - 1 : self.axis] = self._split
@@ -270,8 +277,8 @@ def _chunk_size(length: int, most: int) -> int:
   """Returns a chunk's columns: whole lanes, and so that no rest is left if that costs little."""
   if length <= most:
     return length
-  most = max(most - most % _LANES, _LANES)
-  even = (size for size in range(most, most // 2, -_LANES) if length % size == 0)
+  most = max(most - most % LANES, LANES)
+  even = (size for size in range(most, most // 2, -LANES) if length % size == 0)
   return next(even, most)
 
 
@@ -284,8 +291,7 @@ def _logits(
     logits = logits + columns.bias.astype(jnp.float32)[None]
   if options.logits_soft_cap is None:
     return logits, None
-  capped = jnp.tanh(logits / options.logits_soft_cap)
-  return options.logits_soft_cap * capped, 1.0 - capped**2
+  return soft_cap(logits, options.logits_soft_cap)
 
 
 def _dot(left: Array, right: Array, axes: tuple[int, int]) -> Float[Array, "a b"]:

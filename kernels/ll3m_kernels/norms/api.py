@@ -8,13 +8,10 @@ input's dtype.
 import inspect
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ll3m_kernels import dispatch
-from ll3m_kernels.norms import backward, forward
-from ll3m_kernels.norms.operation import Static, add_norm, norm
-from ll3m_kernels.norms.spec import Spec
+from ll3m_kernels.norms.operation import add_norm, norm
+from ll3m_kernels.norms.plan import make_plan
 from ll3m_kernels.sharding import Sharding, vary_alike
 
 
@@ -32,7 +29,7 @@ def rms_norm(
   Args:
     x: the activations.
     scale: the weight.
-    epsilon: added to the mean square.
+    epsilon: added to the mean square; positive.
     scale_offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored less 1.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
     sharding: how x lies on a mesh: its first dimension may be split, weights may not.
@@ -41,14 +38,20 @@ def rms_norm(
     The normalised activations, in x's dtype.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument, or this is
       differentiated twice.
   """
-  _check(x, scale, None)
-  spec = Spec(False, float(epsilon), float(scale_offset))
-  static = _static(spec, implementation, sharding, x, scale, None, adds=False)
-  return norm(static, *vary_alike(x, scale, None))
+  plan = make_plan(
+    "rms_norm",
+    x=x,
+    scale=scale,
+    epsilon=epsilon,
+    scale_offset=scale_offset,
+    implementation=implementation,
+    sharding=sharding,
+  )
+  return norm(plan.static, *vary_alike(*plan.arrays))
 
 
 def layer_norm(
@@ -66,7 +69,7 @@ def layer_norm(
     x: the activations.
     scale: the weight.
     bias: added last, if given.
-    epsilon: added to the (biased) variance.
+    epsilon: added to the (biased) variance; positive.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
     sharding: how x lies on a mesh: its first dimension may be split, weights may not.
 
@@ -74,14 +77,20 @@ def layer_norm(
     The normalised activations, in x's dtype.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument, or this is
       differentiated twice.
   """
-  _check(x, scale, bias)
-  spec = Spec(True, float(epsilon), 0.0)
-  static = _static(spec, implementation, sharding, x, scale, bias, adds=False)
-  return norm(static, *vary_alike(x, scale, bias))
+  plan = make_plan(
+    "layer_norm",
+    x=x,
+    scale=scale,
+    bias=bias,
+    epsilon=epsilon,
+    implementation=implementation,
+    sharding=sharding,
+  )
+  return norm(plan.static, *vary_alike(*plan.arrays))
 
 
 def add_rms_norm(
@@ -110,14 +119,20 @@ def add_rms_norm(
     normalised.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: as in `rms_norm`.
   """
-  _check(x, scale, None)
-  _check_residual(x, residual)
-  spec = Spec(False, float(epsilon), float(scale_offset))
-  static = _static(spec, implementation, sharding, x, scale, None, adds=True)
-  return add_norm(static, *vary_alike(x, residual, scale, None))
+  plan = make_plan(
+    "add_rms_norm",
+    x=x,
+    residual=residual,
+    scale=scale,
+    epsilon=epsilon,
+    scale_offset=scale_offset,
+    implementation=implementation,
+    sharding=sharding,
+  )
+  return add_norm(plan.static, *vary_alike(*plan.arrays))
 
 
 def add_layer_norm(
@@ -146,94 +161,45 @@ def add_layer_norm(
     normalised.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: as in `layer_norm`.
   """
-  _check(x, scale, bias)
-  _check_residual(x, residual)
-  spec = Spec(True, float(epsilon), 0.0)
-  static = _static(spec, implementation, sharding, x, scale, bias, adds=True)
-  return add_norm(static, *vary_alike(x, residual, scale, bias))
+  plan = make_plan(
+    "add_layer_norm",
+    x=x,
+    residual=residual,
+    scale=scale,
+    bias=bias,
+    epsilon=epsilon,
+    implementation=implementation,
+    sharding=sharding,
+  )
+  return add_norm(plan.static, *vary_alike(*plan.arrays))
 
 
-def explain(
-  operation: str, x: Any, *arrays: Any, implementation: str | None = None, **options: Any
-) -> str:
+def explain(operation: str, *args: Any, **options: Any) -> str:
   """Says what a norm would run for these arguments.
 
   Args:
     operation: the function's name, such as "add_rms_norm".
-    x: its first argument: an array, or anything with a shape and a dtype; so are the others.
-    *arrays: the others that it takes, in its order.
-    implementation: as in the function.
-    **options: its other keyword arguments.
+    *args: what it takes by position: arrays, or anything with a shape and a dtype.
+    **options: its keyword arguments.
 
   Raises:
-    ValueError: unknown name, or shapes or dtypes that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument.
+    ValueError: unknown name, or as the function.
+    NotImplementedError: as the function.
+    TypeError: arguments that it does not take, or too few.
   """
   if operation not in _OPERATIONS:
     raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}")
-  given = inspect.signature(_OPERATIONS[operation]).bind(x, *arrays, **options).arguments
-  scale, bias, adds = given["scale"], given.get("bias"), "residual" in given
-  _check(x, scale, bias)
-  if adds:
-    _check_residual(x, given["residual"])
-  refusal = _refusal(x, scale, bias, adds)
-  kernels = {}
-  if refusal is None:
-    for name, kernel in (("forward", forward), ("backward", backward)):
-      blocks, needed = kernel.blocks_of(x, bias, adds)
-      kernels[name] = f"blocks of {blocks.rows} rows, {blocks.tile} at a time", needed
-  return dispatch.describe(operation, implementation, refusal, kernels)
+  given = inspect.signature(_OPERATIONS[operation]).bind(*args, **options)
+  given.apply_defaults()
+  return make_plan(operation, **given.arguments).text
 
 
 _OPERATIONS = {
-  function.__name__: function for function in (rms_norm, layer_norm, add_rms_norm, add_layer_norm)
+  "rms_norm": rms_norm,
+  "layer_norm": layer_norm,
+  "add_rms_norm": add_rms_norm,
+  "add_layer_norm": add_layer_norm,
 }
-
-
-def _static(spec, implementation, sharding, x, scale, bias, adds):
-  chosen = dispatch.choose(implementation, _refusal(x, scale, bias, adds))
-  if sharding is not None and sharding.mesh.size == 1:
-    sharding = None
-  if sharding is not None and x.ndim > 1:
-    sharding.check_batch("x", x.shape)
-  return Static(spec, chosen, sharding)
-
-
-def _refusal(x: Any, scale: Any, bias: Any, adds: bool) -> str | None:
-  """Says why the kernel cannot serve these arrays, if so."""
-  for name, array in (("x", x), ("scale", scale), ("bias", bias)):
-    if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
-      return f"{name}: expected bfloat16 or float32, got {array.dtype}"
-  if 0 in x.shape:
-    return f"x: it is empty, {x.shape}"
-  generation = dispatch.generation()
-  needed = max(kernel.blocks_of(x, bias, adds)[1] for kernel in (forward, backward))
-  if needed > generation.vmem_bytes:
-    return (
-      f"x: rows of {x.shape[-1]} elements need {needed / dispatch.MIB:.1f} MiB of vector memory, "
-      f"a core of a {generation.name} has {generation.vmem_bytes / dispatch.MIB:.0f} MiB"
-    )
-  return None
-
-
-def _check(x: Any, scale: Any, bias: Any) -> None:
-  if len(x.shape) < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"x must be a floating array with a last axis, got {x.shape} {x.dtype}")
-  for name, weight in (("scale", scale), ("bias", bias)):
-    if weight is None:
-      continue
-    if weight.shape != x.shape[-1:] or not jnp.issubdtype(weight.dtype, jnp.floating):
-      raise ValueError(
-        f"{name} must be floating with shape {x.shape[-1:]}, got {weight.shape} {weight.dtype}"
-      )
-
-
-def _check_residual(x: Any, residual: Any) -> None:
-  if x.shape != residual.shape or x.dtype != residual.dtype:
-    raise ValueError(
-      f"x and residual must have one shape and dtype, got {x.shape} {x.dtype} and "
-      f"{residual.shape} {residual.dtype}"
-    )

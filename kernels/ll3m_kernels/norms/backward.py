@@ -19,6 +19,7 @@ from ll3m_kernels.norms import blocks as sizes
 from ll3m_kernels.norms import tiles
 from ll3m_kernels.norms.spec import Spec, gradients, measure, measure_bars
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import SUBLANES, vmem_limit
 
 
 def backward(
@@ -45,7 +46,7 @@ def backward(
     return (jnp.minimum(index, num_blocks - 1) if num_blocks % cores else index), 0
 
   block = pl.BlockSpec((blocks.rows, size), place)
-  own_sums = pl.BlockSpec((sizes.SUBLANES, size), lambda core, step: (core, 0))
+  own_sums = pl.BlockSpec((SUBLANES, size), lambda core, step: (core, 0))
   num_sums = 1 if bias is None else 2
   x_bar, *sums = pl.pallas_call(
     functools.partial(
@@ -55,11 +56,11 @@ def backward(
     in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda core, step: (0, 0))],
     out_specs=[block] + [own_sums] * num_sums,
     out_shape=[result((num_rows, size), x.dtype, x)]
-    + [result((cores * sizes.SUBLANES, size), jnp.float32, x)] * num_sums,
-    scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)],
+    + [result((cores * SUBLANES, size), jnp.float32, x)] * num_sums,
+    scratch_shapes=[pltpu.VMEM((SUBLANES, size), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
-      vmem_limit_bytes=sizes.vmem_limit(needed, generation),
+      vmem_limit_bytes=vmem_limit(needed, generation),
     ),
     name="norm_backward",
   )(*arrays, scale[None])

@@ -8,9 +8,8 @@ import math
 from typing import Any, NamedTuple
 
 from ll3m_kernels.dispatch import MIB, Generation
+from ll3m_kernels.tiling import LANES, SUBLANES, up
 
-LANES = 128
-SUBLANES = 8
 # Rows of the smallest bfloat16 tile; float32 could do with half.
 _ROWS = 16
 # A step takes about 400 cycles beside its work, which shows with smaller blocks; larger ones gain
@@ -64,7 +63,7 @@ def problem_of(x: Any, num_arrays: int, num_weights: int, num_sums: int) -> Prob
 def choose_blocks(problem: Problem, generation: Generation) -> Blocks:
   """Chooses the largest blocks that are of use and fit; 16 rows at least, fit or not."""
   tile = min(max(_power_of_two(_TILE // problem.size), _ROWS), _MOST_ROWS)
-  tile = min(tile, _up(problem.num_rows, _ROWS))
+  tile = min(tile, up(problem.num_rows, _ROWS))
   row_bytes = problem.size * problem.itemsize
   wanted = min(max(problem.num_rows * row_bytes // _STEPS, _LEAST_BLOCK_BYTES), _BLOCK_BYTES)
   # A power of two leaves no rest of the usual lengths, and with it nothing to mask.
@@ -82,27 +81,18 @@ def _cut(problem: Problem, rows: int, tile: int) -> Blocks:
   chunk = max(tile // _CHUNKS // _ROWS, 1) * _ROWS
   tile = tile // chunk * chunk
   count = -(-problem.num_rows // (rows // tile * tile))
-  return Blocks(_up(-(-problem.num_rows // count), tile), tile, chunk)
+  return Blocks(up(-(-problem.num_rows // count), tile), tile, chunk)
 
 
 def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
   """Returns the vector memory a pass takes: blocks twice, broadcast weights and tiles once."""
-  columns = _up(problem.size, LANES)
+  columns = up(problem.size, LANES)
   streamed = problem.num_arrays * blocks.rows * problem.itemsize
   streamed += (problem.num_weights + problem.num_sums) * SUBLANES * 4
   working = (problem.num_weights * SUBLANES + blocks.tile) * 4
   return (2 * streamed + working) * columns
 
 
-def vmem_limit(needed: int, generation: Generation) -> int:
-  """Returns what to ask the compiler for: what is needed and half as much again, at most all."""
-  return min(max(16 * MIB, needed * 3 // 2), generation.vmem_bytes)
-
-
 def _power_of_two(size: int) -> int:
   """Returns the largest power of two that is not above a size, or 1."""
   return 1 << max(size.bit_length() - 1, 0)
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple

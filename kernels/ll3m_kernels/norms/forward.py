@@ -13,6 +13,7 @@ from ll3m_kernels.norms import blocks as sizes
 from ll3m_kernels.norms import tiles
 from ll3m_kernels.norms.spec import Spec, measure, normalise
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import SUBLANES, vmem_limit
 
 
 def forward(
@@ -54,10 +55,10 @@ def _call(spec, arrays, scale, bias):
     in_specs=[block] * len(arrays) + [pl.BlockSpec((1, size), lambda i: (0, 0))] * len(weights),
     out_specs=[block] * len(arrays),
     out_shape=[result((num_rows, size), dtype, arrays[0])] * len(arrays),
-    scratch_shapes=[pltpu.VMEM((sizes.SUBLANES, size), jnp.float32)] * len(weights),
+    scratch_shapes=[pltpu.VMEM((SUBLANES, size), jnp.float32)] * len(weights),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel",),
-      vmem_limit_bytes=sizes.vmem_limit(needed, dispatch.generation()),
+      vmem_limit_bytes=vmem_limit(needed, dispatch.generation()),
     ),
     name="norm_forward",
   )(*arrays, *weights)

@@ -22,11 +22,13 @@ class Static(NamedTuple):
   """What does not change with the data.
 
   Attributes:
+    operation: the public function's name.
     spec: the options of the call.
     implementation: as `dispatch.choose` returns it.
     sharding: of the activations; None on one device.
   """
 
+  operation: str
   spec: Spec
   implementation: str | None
   sharding: Sharding | None
@@ -48,7 +50,8 @@ def _norm_backward(static, residuals, y_bar):
   return _backward(static, *residuals, y_bar, None)
 
 
-norm.defvjp(_norm_forward, _norm_backward)
+# An output that a vmap's rows share has one cotangent, not one for each row.
+norm.defvjp(_norm_forward, _norm_backward, generic_batching=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,7 +75,7 @@ def _add_norm_backward(static, residuals, cotangents):
   return sum_bar, sum_bar, scale_bar, bias_bar
 
 
-add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+add_norm.defvjp(_add_norm_forward, _add_norm_backward, generic_batching=True)
 
 
 def _backward(static, x, scale, bias, y_bar, sum_bar):
@@ -95,10 +98,15 @@ def _backward(static, x, scale, bias, y_bar, sum_bar):
   return x_bar, scale_sum.astype(scale.dtype), bias_bar
 
 
+def rows_spec(sharding: Sharding | None, ndim: int) -> PartitionSpec:
+  """Returns how activations of so many dimensions lie on the mesh: whole, if it has one device."""
+  is_split = sharding is not None and sharding.mesh.size > 1 and ndim > 1
+  return sharding.rows(ndim) if is_split else PartitionSpec()
+
+
 def _specs(static: Static, x: Array) -> tuple[PartitionSpec, PartitionSpec]:
   """Returns how x lies on the mesh, and how weights do: everywhere."""
-  is_split = static.sharding is not None and x.ndim > 1
-  return static.sharding.rows(x.ndim) if is_split else PartitionSpec(), PartitionSpec()
+  return rows_spec(static.sharding, x.ndim), PartitionSpec()
 
 
 def _mapped(
@@ -121,5 +129,4 @@ def _mapped(
     return results if finish is None else finish(*results)
 
   mapped = map_shards(run, static.sharding, in_specs, out_specs)
-  name = "layer_norm" if static.spec.is_centred else "rms_norm"
-  return functools.partial(dispatch.first_order, name, mapped)
+  return functools.partial(dispatch.first_order, static.operation, mapped)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from ll3m_kernels.norms.blocks import SUBLANES, Blocks
+from ll3m_kernels.norms.blocks import Blocks
+from ll3m_kernels.tiling import SUBLANES
 
 # Once a row's statistics are known, its elements go through in pieces, [16, 256] at a time: the
 # compiler would run each operation over all of a chunk, far more than the 64 registers hold. On a

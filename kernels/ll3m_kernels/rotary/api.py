@@ -1,6 +1,7 @@
 """The public rotary embedding: checks its arguments and chooses an implementation."""
 
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -10,11 +11,22 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.arguments import finite_number, floating, int32_ids, whole_number
 from ll3m_kernels.rotary import kernel, xla
 from ll3m_kernels.rotary.angles import Rotation
-from ll3m_kernels.sharding import Sharding, map_shards, vary_alike
+from ll3m_kernels.sharding import (
+  Sharding,
+  check_sharding,
+  laid_out_for,
+  map_shards,
+  own_part,
+  vary_alike,
+)
+from ll3m_kernels.tiling import LANES
 
 MAX_HEAD_DIM = 512
+# Frequencies are then below 160 turns, which float64 holds to 2e-8 of a turn times 2**20 positions.
+_LEAST_THETA = 1e-3
 
 
 def rotary_embedding(
@@ -43,8 +55,10 @@ def rotary_embedding(
   Args:
     query: the queries.
     key: the keys.
-    positions: each token's position, 0 to 2**20 - 1, in any order.
-    theta: base of the frequencies.
+    positions: each token's position, from -2**20 to 2**20, in any order. Others that fit in int32
+      are taken, but less exactly. Those that do not are refused, except in traced 64-bit arrays,
+      whose values are not at hand: they are taken modulo 2**32.
+    theta: base of the frequencies, at least 1e-3 (below, float64 does not hold them).
     rotary_dim: R, even; the whole head by default.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32, and heads of
       at most 512. None takes "xla" for fewer than 128 tokens a row, as in decoding.
@@ -54,41 +68,27 @@ def rotary_embedding(
     The rotated queries and keys, in their own dtypes; the rotation is done in float32.
 
   Raises:
-    ValueError: shapes, or a rotary_dim or theta, that do not fit.
+    ValueError: shapes, dtypes, positions or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument.
   """
-  rotation = _check(query, key, positions, theta, rotary_dim)
-  chosen = dispatch.choose(implementation, _refusal(query, key, implementation))
-  positions = positions.astype(jnp.int32)
-  if sharding is not None:
-    sharding.check_batch("query", query.shape)
+  plan = _plan(query, key, positions, theta, rotary_dim, implementation, sharding)
+  query, key, positions = plan.arrays
   # Each like the positions, not like each other: keys that devices share stay shared.
   (query, _), (key, _) = vary_alike(query, positions), vary_alike(key, positions)
-  return _rotate(_Static(rotation, chosen, sharding), query, key, positions)
+  return _rotate(plan.static, query, key, positions)
 
 
-def explain(
-  query: Any,
-  key: Any,
-  positions: Any,
-  *,
-  theta: float = 10_000.0,
-  rotary_dim: int | None = None,
-  implementation: str | None = None,
-  **_: Any,
-) -> str:
-  """Says what `rotary_embedding` would run for these arguments."""
-  rotation = _check(query, key, positions, theta, rotary_dim)
-  refusal = _refusal(query, key, implementation)
-  kernels = {}
-  if refusal is None:
-    blocks, needed = kernel.blocks_of(rotation, query, key)
-    kernels["forward and backward"] = (
-      f"blocks of {blocks.tokens} tokens of {blocks.query_heads} query heads and "
-      f"{blocks.key_heads} key heads",
-      needed,
-    )
-  return dispatch.describe("rotary_embedding", implementation, refusal, kernels)
+def explain(*args: Any, **options: Any) -> str:
+  """Says what `rotary_embedding` would run for these arguments.
+
+  Raises:
+    ValueError: as the function.
+    NotImplementedError: as the function.
+    TypeError: arguments that it does not take, or too few.
+  """
+  given = inspect.signature(rotary_embedding).bind(*args, **options)
+  given.apply_defaults()
+  return _plan(**given.arguments).text
 
 
 class _Static(NamedTuple):
@@ -104,7 +104,7 @@ class _Static(NamedTuple):
   implementation: str | None
   sharding: Sharding | None
 
-  def spec(self, x: Array) -> PartitionSpec | None:
+  def spec(self, x: Any) -> PartitionSpec | None:
     """Returns how queries or keys are split: by heads too where these divide."""
     if self.sharding is None:
       return None
@@ -136,7 +136,55 @@ def _backward(static, positions, cotangents):
   return (*_rotate(static, *cotangents, positions), None)
 
 
-_rotate.defvjp(_forward, _backward)
+# An output that a vmap's rows share has one cotangent, not one for each row.
+_rotate.defvjp(_forward, _backward, generic_batching=True)
+
+
+class _Plan(NamedTuple):
+  """What a call and its explanation have in common.
+
+  Attributes:
+    static: what the operation takes beside arrays.
+    arrays: query, key and positions.
+    text: in words.
+  """
+
+  static: _Static
+  arrays: tuple[Any, Any, Any]
+  text: str
+
+
+def _plan(
+  query: Any,
+  key: Any,
+  positions: Any,
+  theta: Any,
+  rotary_dim: Any,
+  implementation: Any,
+  sharding: Any,
+) -> _Plan:
+  """Checks the arguments of a call and settles what runs."""
+  query, key = floating("query", query), floating("key", key)
+  positions = int32_ids("positions", positions)
+  rotation = _check(query, key, positions, theta, rotary_dim)
+  check_sharding(sharding)
+  if sharding is not None:
+    sharding.check_batch("query", query.shape)
+  static = _Static(rotation, None, sharding)
+  own = [own_part(sharding, x, static.spec(x)) for x in (query, key)]
+  with laid_out_for(sharding):
+    refusal = _refusal(query, key, implementation)
+    chosen = dispatch.choose(implementation, refusal)
+    kernels = {}
+    if refusal is None:
+      blocks, needed = kernel.blocks_of(rotation, *own)
+      kernels["forward and backward"] = (
+        f"blocks of {blocks.tokens} tokens of {blocks.query_heads} query heads and "
+        f"{blocks.key_heads} key heads",
+        needed,
+      )
+    text = dispatch.describe("rotary_embedding", implementation, refusal, kernels)
+  return _Plan(static._replace(implementation=chosen), (query, key, positions), text)
 
 
 def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
@@ -148,13 +196,13 @@ def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
       return f"{name}: it is empty, {array.shape}"
   if query.shape[3] > MAX_HEAD_DIM:
     return f"query: expected a head dim of at most {MAX_HEAD_DIM}, got {query.shape[3]}"
-  if implementation is None and query.shape[1] < kernel.LANES:
+  if implementation is None and query.shape[1] < LANES:
     # By the compiler's estimate 40% fewer cycles for one token, 25% for a batch of 64.
     return f"query: rows of {query.shape[1]} tokens are too short to be worth a kernel"
   return None
 
 
-def _check(query: Any, key: Any, positions: Any, theta: float, rotary_dim: int | None) -> Rotation:
+def _check(query: Any, key: Any, positions: Any, theta: Any, rotary_dim: Any) -> Rotation:
   if len(query.shape) != 4 or len(key.shape) != 4 or key.shape[:2] != query.shape[:2]:
     raise ValueError(
       f"query and key must be [B, T, heads, H] with one B and T, got {query.shape} and {key.shape}"
@@ -162,16 +210,9 @@ def _check(query: Any, key: Any, positions: Any, theta: float, rotary_dim: int |
   head_dim = query.shape[3]
   if key.shape[3] != head_dim:
     raise ValueError(f"query and key must have one head dim, got {head_dim} and {key.shape[3]}")
-  for name, array in (("query", query), ("key", key)):
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating, got {array.dtype}")
   if positions.shape != query.shape[:2]:
     raise ValueError(f"positions must have shape {query.shape[:2]}, got {positions.shape}")
-  if not jnp.issubdtype(positions.dtype, jnp.integer):
-    raise ValueError(f"positions must be integers, got {positions.dtype}")
-  rotary_dim = head_dim if rotary_dim is None else rotary_dim
+  rotary_dim = head_dim if rotary_dim is None else whole_number("rotary_dim", rotary_dim)
   if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
     raise ValueError(f"rotary_dim must be even and within 2..{head_dim}, got {rotary_dim}")
-  if not 0 < theta < math.inf:
-    raise ValueError(f"theta must be positive and finite, got {theta}")
-  return Rotation(float(theta), rotary_dim)
+  return Rotation(finite_number("theta", theta, at_least=_LEAST_THETA), rotary_dim)

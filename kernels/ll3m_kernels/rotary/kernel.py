@@ -2,10 +2,9 @@
 
 Arrays come with tokens last, [B, heads, H, T]. A pair (x[i], x[i + R/2]) then lies in two rows,
 which nothing has to shift or select; a head dim that is no multiple of 128 wastes no lanes; and
-positions are a row and frequencies a column, whose product is the table of angles. XLA transposes
-no query for it: projections write this layout, and the attention kernel reads its queries in it.
-(Keys, which attention wants in both orientations, it transposes once.) Rows [T, N * H] it would
-have to transpose for attention, which takes half as long again as this kernel does.
+positions are a row and frequencies a column, whose product is the table of angles. Projections
+write this layout, and attention's backward pass reads queries and one copy of the keys in it; for
+the rows that its other products want, XLA transposes both once.
 
 A grid step has a block of tokens of some heads. The table is computed at the first of them, and
 stays in vector memory for the others.
@@ -24,8 +23,8 @@ from jaxtyping import Array, Float, Int
 from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.rotary.angles import Rotation, cos_sin, frequencies
 from ll3m_kernels.sharding import result
+from ll3m_kernels.tiling import LANES, even, up
 
-LANES = 128
 # A grid step's queries and keys, which with two blocks in and two out fit the 16 MiB of a v4.
 # Larger ones do not pay on others either: nothing hides the first fetch and the last store.
 _BLOCK_BYTES = 5 * MIB // 2
@@ -57,11 +56,11 @@ def blocks_of(rotation: Rotation, query: Any, key: Any) -> tuple[Blocks, int]:
   """Returns how queries and keys are cut, and the vector memory that this takes, in bytes."""
   _, length = _rows_of_tokens(query)
   blocks = _choose_blocks(length, query, key)
-  tokens, half = _up(blocks.tokens, LANES), _up(rotation.rotary_dim // 2, 8)
+  tokens, half = up(blocks.tokens, LANES), up(rotation.rotary_dim // 2, 8)
   streamed = 2 * _block_bytes(query, key, blocks)
   small = 4 * (tokens * _fetched(length, blocks) + 2 * LANES * half)
   # The table, and in float32 what is turned side by side.
-  working = 4 * tokens * (2 * half + _UNROLL * _up(query.shape[3], 8))
+  working = 4 * tokens * (2 * half + _UNROLL * up(query.shape[3], 8))
   return blocks, 2 * (streamed + small) + working
 
 
@@ -126,13 +125,15 @@ def rotate(
 def _kernel(rotation, tokens, fetched, positions_ref, whole_ref, rest_ref, *refs):
   query_ref, key_ref, rotated_query_ref, rotated_key_ref, cos_ref, sin_ref = refs
   half = rotation.rotary_dim // 2
+  # Not inside of the condition, where jax's plain interpreter does not know it.
+  token_block = pl.program_id(1)
 
   @pl.when(pl.program_id(2) == 0)
   def _():
     if fetched == 1:
       positions = positions_ref[0]  # [1, tokens]
     else:
-      start = jax.lax.rem(pl.program_id(1), np.int32(fetched)) * tokens
+      start = jax.lax.rem(token_block, np.int32(fetched)) * tokens
       positions = positions_ref[0, :, pl.ds(pl.multiple_of(start, LANES), tokens)]
     cos_ref[...], sin_ref[...] = cos_sin(rotation, positions, whole_ref[...], rest_ref[...])
 
@@ -162,10 +163,10 @@ def _rows_of_tokens(query: Any) -> tuple[int, int]:
 
 def _choose_blocks(length: int, query: Any, key: Any) -> Blocks:
   num_heads, num_kv_heads = query.shape[2], key.shape[2]
-  whole = Blocks(_even(length, 2 * _TOKENS), num_heads, num_kv_heads, 1)
+  whole = Blocks(even(length, 2 * _TOKENS), num_heads, num_kv_heads, 1)
   if _block_bytes(query, key, whole) <= _BLOCK_BYTES:
     return whole
-  tokens = _even(length, _TOKENS)
+  tokens = even(length, _TOKENS)
   for parts in range(1, max(num_heads, num_kv_heads) + 1):
     heads, kv_heads = pl.cdiv(num_heads, parts), pl.cdiv(num_kv_heads, parts)
     steps = max(pl.cdiv(num_heads, heads), pl.cdiv(num_kv_heads, kv_heads))
@@ -181,18 +182,8 @@ def _fetched(length: int, blocks: Blocks) -> int:
 
 
 def _block_bytes(query: Any, key: Any, blocks: Blocks) -> int:
-  tokens = _up(blocks.tokens, LANES)
+  tokens = up(blocks.tokens, LANES)
   return sum(
-    heads * _up(x.shape[3], 32 // x.dtype.itemsize) * tokens * x.dtype.itemsize
+    heads * up(x.shape[3], 32 // x.dtype.itemsize) * tokens * x.dtype.itemsize
     for x, heads in ((query, blocks.query_heads), (key, blocks.key_heads))
   )
-
-
-def _even(length: int, most: int) -> int:
-  """Cuts a length into as few blocks as `most` allows, all of about the same size."""
-  count = pl.cdiv(length, most)
-  return length if count == 1 else _up(pl.cdiv(length, count), LANES)
-
-
-def _up(size: int, multiple: int) -> int:
-  return pl.cdiv(size, multiple) * multiple

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+import ll3m_kernels as kernels
 from benchmarks import shapes
 from ll3m_kernels import BlockSizes, flash_attention
 from tests.kernels.attention import oracle
@@ -18,6 +19,8 @@ from tests.kernels.tolerances import assert_close
 
 # Several blocks and parts also in short sequences.
 SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
+# Squares of several tiles, which the mask cuts in five steps.
+STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
 
 
 def segments(batch, length, count, seed=0):
@@ -59,6 +62,26 @@ CASES = {
       "block_sizes": SMALL,
     },
   ),
+  "stairs": ((1, 1400, 1400, 2, 1, 16, 16), {"is_causal": True, "block_sizes": STAIRS}),
+  "stairs_of_a_window": (
+    (1, 1400, 1400, 1, 1, 8, 8),
+    {"is_causal": True, "local_window_size": (639, 0), "block_sizes": STAIRS},
+  ),
+  "stairs_of_two_sides": (
+    (1, 1300, 1700, 1, 1, 8, 8),
+    {"local_window_size": (150, 777), "block_sizes": STAIRS},
+  ),
+  "stairs_beyond_the_keys": (
+    (1, 1700, 900, 1, 1, 8, 8),
+    {"is_causal": True, "block_sizes": STAIRS},
+  ),
+  "stairs_of_segments": (
+    (1, 1400, 1400, 1, 1, 8, 8),
+    {"is_causal": True, "segment_ids": segments(1, 1400, 6), "block_sizes": STAIRS},
+  ),
+  "negative_scale": ((1, 140, 140, 1, 1, 16, 16), {"scale": -0.7, "is_causal": True}),
+  "no_scale": ((1, 140, 140, 1, 1, 16, 16), {"scale": 0.0, "is_causal": True}),
+  "tiny_scale": ((1, 140, 140, 1, 1, 16, 16), {"scale": 1e-9, "is_causal": True}),
   "soft_cap_and_scale": ((1, 200, 200, 2, 2, 64, 64), {"logits_soft_cap": 1.5, "scale": 0.5}),
   "one_query": (
     (2, 1, 300, 4, 2, 64, 64),
@@ -142,7 +165,12 @@ def test_kernel(case):
     compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
 
 
-@pytest.mark.parametrize("case", ["tails", "causal_window", "segments_of_both", "few_queries"])
+@pytest.mark.parametrize(
+  "case",
+  [
+    "tails", "causal_window", "segments_of_both", "stairs_of_a_window", "few_queries",
+  ],
+)  # fmt: skip
 def test_kernel_has_no_races_in_any_order(case):
   shape, options = CASES[case]
   arrays = draw(shape)
@@ -170,6 +198,19 @@ def test_bfloat16(case):
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
     actual = run("pallas", arrays, **options)
   assert [x.dtype for x in actual] == [x.dtype for x in xla]
+  compare(actual, arrays, jnp.bfloat16, xla, **options)
+
+
+@pytest.mark.parametrize("generation", ["v4", "v5e", "v6e"])
+@pytest.mark.parametrize("head_dim", [64, 100, 256])
+def test_bfloat16_is_scaled_exactly_on_every_generation(generation, head_dim):
+  """Also where scores are so large that a rounded query would show."""
+  query, *rest = draw((1, 260, 260, 2, 1, head_dim, 64), jnp.bfloat16)
+  arrays = (query * 16, *rest)
+  options = {"is_causal": True}
+  xla = run("xla", arrays, **options)
+  with kernels.target(generation), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    actual = run("pallas", arrays, **options)
   compare(actual, arrays, jnp.bfloat16, xla, **options)
 
 
@@ -201,13 +242,15 @@ def test_the_models_shapes(model):
   window=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 200)),
   has_segments=st.booleans(),
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+  block_sizes=st.sampled_from([SMALL, BlockSizes(256, 128, 256, 128, 256, 256)]),
 )
 def test_any_shape_and_mask(
-  length, num_keys, num_kv_heads, group, head_dim, is_causal, window, has_segments, dtype
-):
+  length, num_keys, num_kv_heads, group, head_dim, is_causal, window, has_segments, dtype,
+  block_sizes,
+):  # fmt: skip
   shape = (1, length, num_keys, group * num_kv_heads, num_kv_heads, head_dim, head_dim)
   arrays = draw(shape, dtype)
-  options = {"is_causal": is_causal, "local_window_size": window, "block_sizes": SMALL}
+  options = {"is_causal": is_causal, "local_window_size": window, "block_sizes": block_sizes}
   if has_segments:
     options["segment_ids"] = (segments(1, length, 4), segments(1, num_keys, 4, 1))
   xla = run("xla", arrays, **options)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+import ll3m_kernels as kernels
 from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
 from tests.kernels.tolerances import assert_close
 
@@ -98,6 +99,7 @@ X64 = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.experimental.pallas import tpu as pltpu
+import ll3m_kernels as kernels
 from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
@@ -137,9 +139,30 @@ def test_x64():
       r"query heads \(1\) must be a multiple of KV heads \(2\)",
     ),
     (lambda q, k, v: (q.astype(jnp.int32), k, v, {}), "query must be floating, got int32"),
-    (lambda q, k, v: (q, k, v, {"local_window_size": -1}), "must not be negative, got -1"),
-    (lambda q, k, v: (q, k, v, {"local_window_size": (3, -2)}), r"got \(3, -2\)"),
-    (lambda q, k, v: (q, k, v, {"logits_soft_cap": 0.0}), "must be positive, got 0.0"),
+    (
+      lambda q, k, v: (q, k, v, {"local_window_size": -1}),
+      "must be a whole number of at least 0, got -1",
+    ),
+    (lambda q, k, v: (q, k, v, {"local_window_size": (3, -2)}), "of at least 0, got -2"),
+    (lambda q, k, v: (q, k, v, {"local_window_size": 2.5}), "at least 0, got 2.5"),
+    (lambda q, k, v: (q, k, v, {"local_window_size": True}), "at least 0, got True"),
+    (
+      lambda q, k, v: (q, k, v, {"local_window_size": (1, 2, 3)}),
+      r"left, right\), got \(1, 2, 3\)",
+    ),
+    (lambda q, k, v: (q, k, v, {"is_causal": "no"}), "is_causal must be True or False, got 'no'"),
+    (lambda q, k, v: (q, k, v, {"scale": float("nan")}), "scale must be a finite number, got nan"),
+    (lambda q, k, v: (q, k, v, {"scale": jnp.ones(())}), "finite number, got an array of shape"),
+    (lambda q, k, v: (q, k, v, {"segment_ids": (None,) * 3}), r"\(query's, key's\), got 3 of them"),
+    (lambda q, k, v: (q, k, v, {"block_sizes": 128}), "block_sizes must be a BlockSizes or None"),
+    (lambda q, k, v: (q, k, v, {"sharding": "x"}), "sharding must be a Sharding or None, got 'x'"),
+    (lambda q, k, v: (q, k[:, :0], v[:, :0], {}), r"key must not be empty, got \(2, 0,"),
+    (lambda q, k, v: (None, k, v, {}), "query must be an array, got NoneType"),
+    (
+      lambda q, k, v: (q, k, v, {"segment_ids": np.full((2, 20), 2**40)}),
+      "segment ids of the query must fit in int32, got 1099511627776",
+    ),
+    (lambda q, k, v: (q, k, v, {"logits_soft_cap": 0.0}), "must be a positive number, got 0.0"),
     (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 3), int)}), r"query must be \(2, 20\)"),
     (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 20))}), "must be integers, got float"),
   ],
@@ -148,6 +171,39 @@ def test_bad_input_is_explained(unchecked, change, message):
   *arrays, options = change(*draw())
   with pytest.raises(ValueError, match=message):
     flash_attention(*arrays, **options)
+
+
+def test_explanations_take_what_the_call_takes(unchecked):
+  arrays = draw()
+  with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+    kernels.explain("flash_attention", *arrays, scale=float("nan"))
+  with pytest.raises(TypeError, match="unexpected keyword argument 'is_casual'"):
+    kernels.explain("flash_attention", *arrays, is_casual=True)
+
+
+@pytest.mark.parametrize(
+  ("window", "same"), [(2**31 - 1, (20, 20)), ((0, 2**31 - 1), (0, 20)), ((2**40, 2), (20, 2))]
+)
+def test_windows_may_be_longer_than_any_sequence(window, same):
+  arrays = draw()
+  ours = flash_attention(*arrays, local_window_size=window, implementation="pallas")
+  expected = flash_attention(*arrays, local_window_size=same, implementation="xla")
+  np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_gradient_of_a_vmap_that_one_output_does_not_depend_on():
+  query, key, value = draw()
+  values = jnp.stack([value, 2 * value])
+
+  def total(query):
+    mapped = jax.vmap(lambda value: flash_attention(query, key, value, return_residual=True))
+    return sum(jnp.sum(x) for x in mapped(values))
+
+  def summed(query):
+    results = (flash_attention(query, key, value, return_residual=True) for value in values)
+    return sum(jnp.sum(x) for pair in results for x in pair)
+
+  np.testing.assert_allclose(jax.grad(total)(query), jax.grad(summed)(query), rtol=1e-5, atol=1e-5)
 
 
 def test_bad_blocks_are_explained():

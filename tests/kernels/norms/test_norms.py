@@ -193,6 +193,23 @@ def test_tiny_and_huge_rows(implementation, factor):
   expect("rms_norm", arrays, actual, actual)
 
 
+@pytest.mark.parametrize("mean", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("operation", ["layer_norm", "add_layer_norm"])
+def test_rows_far_from_zero(operation, mean):
+  """The mean is rounded to more than the result may be off by; what is left of it is found."""
+  arrays = draw(operation, (16, 300))
+  check(operation, (arrays[0] + mean, *arrays[1:]))
+
+
+@pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
+def test_constant_rows_are_0(implementation):
+  """Their variance comes out as 0 or a rounding, on either side of it."""
+  x = jnp.full((16, 300), 12345.678)
+  with interpreted() if implementation == "pallas" else contextlib.nullcontext():
+    normed = kernels.layer_norm(x, jnp.ones(300), implementation=implementation)
+  assert np.abs(np.asarray(normed)).max() < 0.1
+
+
 def test_the_oracle_agrees_with_finite_differences():
   for operation in OPERATIONS:
     *inputs, normed_bar, sum_bar = map(

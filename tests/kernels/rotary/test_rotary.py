@@ -281,6 +281,60 @@ def test_second_derivatives(interpreted, implementation):
   assert_close(actual, expected, jnp.float32)
 
 
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_gradients_through_a_vmap_whose_keys_are_shared(interpreted, implementation):
+  """The keys do not depend on what is mapped over: their cotangents are one, the sum of all."""
+  (query, key, *_), positions = draw(1, 6, (2, 1), 8)
+  queries = jnp.stack([query, 2 * query, -query])
+
+  def total(queries, keys):
+    weights = jnp.arange(1.0, 4).reshape(3, 1, 1, 1, 1)
+    return jnp.sum(jnp.sin(queries)) + jnp.sum(jnp.cos(keys) * weights)
+
+  def rotate(query, key):
+    return rotary_embedding(query, key, positions, implementation=implementation)
+
+  def mapped(queries, key):
+    return total(*jax.vmap(lambda query: rotate(query, key))(queries))
+
+  def one_by_one(queries, key):
+    return total(*(jnp.stack(x) for x in zip(*(rotate(q, key) for q in queries), strict=True)))
+
+  expected = jax.jit(jax.grad(one_by_one, (0, 1)))(queries, key)
+  for ours, theirs in zip(jax.jit(jax.grad(mapped, (0, 1)))(queries, key), expected, strict=True):
+    assert_close(ours, np.asarray(theirs, np.float64), jnp.float32)
+
+
+@pytest.mark.parametrize("fetched", [64, 2])
+def test_many_blocks_in_the_plain_interpreter(interpreted, monkeypatch, fetched):
+  """It does not know a program's id inside of a condition."""
+  monkeypatch.setattr(kernel, "_BLOCK_BYTES", 2**14)
+  monkeypatch.setattr(kernel, "_TOKENS", 128)
+  monkeypatch.setattr(kernel, "_BLOCKS_OF_POSITIONS", fetched)
+  (query, key, *_), positions = draw(1, 300, (2, 1), 16)
+  rotated = rotary_embedding(query, key, positions, implementation="pallas")
+  for ours, whole in zip(rotated, (query, key), strict=True):
+    assert_close(ours, oracle(whole, positions), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_negative_positions(implementation):
+  arrays, positions = draw(1, 40, (1, 1), 64, most=2**20)
+  positions = -positions
+  turned, *_ = rotate_and_back(implementation, arrays, positions)
+  assert np.abs(np.asarray(turned, np.float64) - oracle(arrays[0], positions)).max() <= 5e-6
+
+
+def test_positions_that_do_not_fit_are_refused(unchecked):
+  (query, key, *_), positions = draw(1, 4, (1, 1), 8)
+  positions = np.asarray(positions, np.int64)
+  whole = rotary_embedding(query, key, positions)[0]
+  assert_close(whole, oracle(query, positions), jnp.float32)
+  for function in (rotary_embedding, explain):
+    with pytest.raises(ValueError, match="positions must fit in int32, got 4294967296"):
+      function(query, key, positions + (positions == positions.max()) * (2**32 - positions))
+
+
 def test_forward_mode_is_refused():
   arrays, positions = draw(1, 4, (1, 1), 8)
   with pytest.raises(TypeError, match="forward-mode autodiff"):
@@ -423,8 +477,11 @@ def unchecked():
     (lambda q, k, p: (q, k, p, {"rotary_dim": 3}), r"even and within 2\.\.8, got 3"),
     (lambda q, k, p: (q, k, p, {"rotary_dim": 10}), r"even and within 2\.\.8, got 10"),
     (lambda q, k, p: (q, k, p, {"rotary_dim": 0}), r"even and within 2\.\.8, got 0"),
-    (lambda q, k, p: (q, k, p, {"theta": 0.0}), "theta must be positive and finite, got 0.0"),
-    (lambda q, k, p: (q, k, p, {"theta": float("inf")}), "theta must be .* finite, got inf"),
+    (lambda q, k, p: (q, k, p, {"theta": 0.0}), "theta must be .* of at least 0.001, got 0.0"),
+    (
+      lambda q, k, p: (q, k, p, {"theta": float("inf")}),
+      "theta must be a finite number .*, got inf",
+    ),
   ],
 )
 def test_bad_input_is_explained(unchecked, change, message):
@@ -470,3 +527,8 @@ def test_explain():
   assert "expected bfloat16 or float32, got float16" in say(4096, jnp.float16)
   with pytest.raises(ValueError, match="rotary_dim must be even"):
     say(4096, rotary_dim=7)
+  with pytest.raises(TypeError, match="base"):
+    say(4096, base=1e4)
+  # What a device has of it: two of eight heads, one of two keys.
+  assert "16 query heads and 4 key heads" in say(4096)
+  assert "8 query heads and 2 key heads" in say(4096, sharding=sharding_of(1, 2, 4))
