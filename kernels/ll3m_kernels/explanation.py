@@ -1,26 +1,24 @@
 """Says what a call would run, without running it."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from ll3m_kernels.attention import api as attention
 from ll3m_kernels.cross_entropy import api as cross_entropy
 from ll3m_kernels.norms import api as norms
+from ll3m_kernels.norms import plan as norms_plan
 from ll3m_kernels.rotary import api as rotary
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-  "flash_attention": attention.flash_attention,
-  "rms_norm": norms.rms_norm,
-  "layer_norm": norms.layer_norm,
-  "add_rms_norm": norms.add_rms_norm,
-  "add_layer_norm": norms.add_layer_norm,
-  "rotary_embedding": rotary.rotary_embedding,
-  "linear_cross_entropy": cross_entropy.linear_cross_entropy,
-}
-_EXPLAIN: dict[str, Callable[..., str]] = {
-  "flash_attention": attention.explain,
-  "rotary_embedding": rotary.explain,
-  "linear_cross_entropy": cross_entropy.explain,
+# Each public function, and what makes its plan from the same arguments.
+_PLANS: dict[Callable[..., Any], Callable[..., Any]] = {
+  attention.flash_attention: attention.make_plan,
+  rotary.rotary_embedding: rotary.make_plan,
+  cross_entropy.linear_cross_entropy: cross_entropy.make_plan,
+} | {
+  function: functools.partial(norms_plan.make_plan, function.__name__)
+  for function in (norms.rms_norm, norms.layer_norm, norms.add_rms_norm, norms.add_layer_norm)
 }
 
 
@@ -39,14 +37,13 @@ def explain(operation: str | Callable[..., Any], *args: Any, **options: Any) -> 
     NotImplementedError: the named implementation cannot serve an argument.
     TypeError: arguments that it does not take, or too few.
   """
-  for name, function in _OPERATIONS.items():
-    # By identity: another function of the same name is another function.
-    if operation is function or (isinstance(operation, str) and operation == name):
-      break
-  else:
+  # By identity: another function of the same name is another function.
+  named = {function.__name__: function for function in _PLANS}
+  function = named.get(operation) if isinstance(operation, str) else operation
+  if function not in named.values():
     raise ValueError(
-      f"unknown operation {operation!r}; expected one of {', '.join(_OPERATIONS)}, or the function"
+      f"unknown operation {operation!r}; expected one of {', '.join(named)}, or the function"
     )
-  if name in _EXPLAIN:
-    return _EXPLAIN[name](*args, **options)
-  return norms.explain(name, *args, **options)
+  given = inspect.signature(function).bind(*args, **options)
+  given.apply_defaults()
+  return _PLANS[function](**given.arguments).text

@@ -4,24 +4,16 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 from ll3m_kernels import arguments
 
-
-@pytest.fixture(autouse=True)
-def unchecked():
-  """Switches off the run-time checks of annotations that only tests have."""
-  jaxtyping.config.update("jaxtyping_disable", True)
-  yield
-  jaxtyping.config.update("jaxtyping_disable", False)
-
-
 NO_ARRAYS = [[1.0], (1.0,), None, 1.0, "x", jnp.float32, {"shape": (1,)}]
 NO_NUMBERS = [True, np.bool_(True), "1", None, jnp.ones(()), np.ones(()), np.ones(1), [1.0], 1j]
 NO_FINITE_NUMBERS = [float("nan"), float("inf"), -float("inf"), np.float32("nan"), 1e39, 10**400]
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize("x", NO_ARRAYS, ids=repr)

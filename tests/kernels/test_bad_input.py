@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -14,13 +13,7 @@ import ll3m_kernels as kernels
 NAN, INF = float("nan"), float("inf")
 IMPLEMENTATIONS = [None, "xla", "pallas"]
 
-
-@pytest.fixture(autouse=True)
-def unchecked():
-  """Switches off the run-time checks of annotations that only tests have."""
-  jaxtyping.config.update("jaxtyping_disable", True)
-  yield
-  jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def mesh():

@@ -1,6 +1,5 @@
 """The public attention function: checks its arguments and chooses an implementation."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def flash_attention(
     ValueError: shapes, dtypes or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument.
   """
-  plan = _plan(
+  plan = make_plan(
     query,
     key,
     value,
@@ -88,20 +87,7 @@ def flash_attention(
   return (output, log_sum_exp) if return_residual else output
 
 
-def explain(*args: Any, **options: Any) -> str:
-  """Says what `flash_attention` would run for these arguments.
-
-  Raises:
-    ValueError: as the function.
-    NotImplementedError: as the function.
-    TypeError: arguments that it does not take, or too few.
-  """
-  given = inspect.signature(flash_attention).bind(*args, **options)
-  given.apply_defaults()
-  return _plan(**given.arguments).text
-
-
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
   """What a call and its explanation have in common.
 
   Attributes:
@@ -115,7 +101,7 @@ class _Plan(NamedTuple):
   text: str
 
 
-def _plan(
+def make_plan(
   query: Any,
   key: Any,
   value: Any,
@@ -128,8 +114,8 @@ def _plan(
   block_sizes: Any,
   implementation: Any,
   sharding: Any,
-) -> _Plan:
-  """Checks the arguments of a call and settles what runs."""
+) -> Plan:
+  """Checks the arguments of a call, named as there, and settles what runs."""
   query, key, value = floating("query", query), floating("key", key), floating("value", value)
   _check(query, key, value)
   flag("return_residual", return_residual)
@@ -156,7 +142,7 @@ def _plan(
     kernels = {} if refusal else _kernels(spec, block_sizes, own, query_ids is not None)
     text = dispatch.describe("flash_attention", implementation, refusal, kernels)
   static = Static(spec, block_sizes, chosen, sharding)
-  return _Plan(static, (query, key, value, query_ids, key_ids), text)
+  return Plan(static, (query, key, value, query_ids, key_ids), text)
 
 
 def _kernels(

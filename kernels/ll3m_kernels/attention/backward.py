@@ -6,11 +6,11 @@ With P the weights of a tile, computed again from the log-sum-exp, and dO the ou
     dV += P dO      dP = V dO^T      dS = P * (dP - delta)      dK += dS Q      dQ += dS^T K
     delta = sum(dO * O) - d(log-sum-exp)
 
-Tiles are [keys, queries], transposed: four of the five products are plain ones then, as K comes
-twice, in both orientations, and the log-sum-exp and delta are rows, as they lie in memory. Each
-tile is visited once: dQ of a block of queries is summed over its tiles, and dK and dV stay in
-memory, in float32, for all query heads of their KV head. Keys whose gradients do not fit are taken
-in parts, by one call each; dQ then goes from call to call in float32.
+Tiles are [keys, queries]: no product transposes one of them, as K comes twice, in both
+orientations, and the log-sum-exp and delta are rows, as they lie in memory. Each tile is visited
+once: dQ of a block of queries is summed over its tiles, and dK and dV stay in memory, in float32,
+for all query heads of their KV head. Keys whose gradients do not fit are taken in parts, by one
+call each; dQ then goes from call to call in float32.
 """
 
 import functools

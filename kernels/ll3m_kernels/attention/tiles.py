@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.soft_cap import soft_cap
-from ll3m_kernels.tiling import LANES
+from ll3m_kernels.tiling import LANES, up
 
 LOG2_E = math.log2(math.e)
 
@@ -151,13 +151,15 @@ def staircase(spec: specs.Spec, layout: Layout, cut: int) -> list[Step]:
   steps = []
   for row in range(0, layout.queries, size):
     last = row + size - 1
-    start = 0 if left is None else max(row - left - cut, 0) // LANES * LANES
-    stop = layout.queries if right is None else last + right - cut + 1
-    stop = min(-(-stop // LANES) * LANES, layout.queries)
-    whole_start = start if left is None else max(-(-(last - left - cut) // LANES) * LANES, start)
-    whole_stop = stop if right is None else min((row + right - cut + 1) // LANES * LANES, stop)
-    if stop == layout.queries and right is not None and row + right - cut + 1 >= stop:
-      whole_stop = stop
+    start, whole_start = 0, 0
+    if left is not None:
+      start = max(row - left - cut, 0) // LANES * LANES
+      whole_start = up(max(last - left - cut, 0), LANES)
+    stop = whole_stop = layout.queries
+    if right is not None:
+      stop = min(up(last + right - cut + 1, LANES), layout.queries)
+      seen = row + right - cut + 1
+      whole_stop = stop if seen >= stop else seen // LANES * LANES
     if start < stop:
       whole = slice(whole_start, max(whole_start, whole_stop))
       steps.append(Step(slice(row, row + size), slice(start, stop), whole))

@@ -1,7 +1,6 @@
 """The public cross-entropy function: checks its arguments and makes it differentiable."""
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +74,7 @@ def linear_cross_entropy(
     NotImplementedError: the implementation is "pallas" or unknown, the mesh's axes are Explicit, or
       this is differentiated twice.
   """
-  plan = _plan(
+  plan = make_plan(
     hidden=hidden,
     head=head,
     labels=labels,
@@ -97,19 +96,6 @@ def linear_cross_entropy(
     weight = mask.astype(jnp.float32)
     loss, penalty = loss * weight, penalty * weight
   return (loss, penalty, correct) if plan.returns_correct else (loss, penalty)
-
-
-def explain(*args: Any, **options: Any) -> str:
-  """Says what `linear_cross_entropy` would run for these arguments.
-
-  Raises:
-    ValueError: as the function.
-    NotImplementedError: as the function.
-    TypeError: arguments that it does not take, or too few.
-  """
-  given = inspect.signature(linear_cross_entropy).bind(*args, **options)
-  given.apply_defaults()
-  return _plan(**given.arguments).text
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,7 +145,7 @@ def _kept(x: Array, keep: Bool[Array, " N"] | None) -> Array:
   return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
   """What a call and its explanation have in common.
 
   Attributes:
@@ -175,7 +161,7 @@ class _Plan(NamedTuple):
   text: str
 
 
-def _plan(
+def make_plan(
   *,
   hidden: Any,
   head: Any,
@@ -188,8 +174,8 @@ def _plan(
   return_correct: Any,
   implementation: Any,
   sharding: Any,
-) -> _Plan:
-  """Checks the arguments of a call and settles what runs."""
+) -> Plan:
+  """Checks the arguments of a call, named as there, and settles what runs."""
   if head_layout not in ("dv", "vd"):
     raise ValueError(f"head_layout must be 'dv' or 'vd', got {head_layout!r}")
   hidden, head = floating("hidden", hidden), floating("head", head)
@@ -213,7 +199,7 @@ def _plan(
     dispatch.choose(implementation, _REFUSAL)
     text = dispatch.describe("linear_cross_entropy", implementation, _REFUSAL, {})
   options = xla.Options(head_layout, logits_soft_cap, z_loss, sharding)
-  return _Plan(options, (hidden, head, _columns(labels), bias, mask), returns_correct, text)
+  return Plan(options, (hidden, head, _columns(labels), bias, mask), returns_correct, text)
 
 
 def _check_shapes(hidden: Any, head: Any, labels: Any, layout: str, bias: Any, mask: Any) -> None:

@@ -5,9 +5,6 @@ addition before them. Statistics and the affine part are computed in float32; ou
 input's dtype.
 """
 
-import inspect
-from typing import Any
-
 from jaxtyping import Array, Float
 
 from ll3m_kernels.norms.operation import add_norm, norm
@@ -175,31 +172,3 @@ def add_layer_norm(
     sharding=sharding,
   )
   return add_norm(plan.static, *vary_alike(*plan.arrays))
-
-
-def explain(operation: str, *args: Any, **options: Any) -> str:
-  """Says what a norm would run for these arguments.
-
-  Args:
-    operation: the function's name, such as "add_rms_norm".
-    *args: what it takes by position: arrays, or anything with a shape and a dtype.
-    **options: its keyword arguments.
-
-  Raises:
-    ValueError: unknown name, or as the function.
-    NotImplementedError: as the function.
-    TypeError: arguments that it does not take, or too few.
-  """
-  if operation not in _OPERATIONS:
-    raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}")
-  given = inspect.signature(_OPERATIONS[operation]).bind(*args, **options)
-  given.apply_defaults()
-  return make_plan(operation, **given.arguments).text
-
-
-_OPERATIONS = {
-  "rms_norm": rms_norm,
-  "layer_norm": layer_norm,
-  "add_rms_norm": add_rms_norm,
-  "add_layer_norm": add_layer_norm,
-}

@@ -1,7 +1,6 @@
 """The public rotary embedding: checks its arguments and chooses an implementation."""
 
 import functools
-import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -71,24 +70,11 @@ def rotary_embedding(
     ValueError: shapes, dtypes, positions or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument.
   """
-  plan = _plan(query, key, positions, theta, rotary_dim, implementation, sharding)
+  plan = make_plan(query, key, positions, theta, rotary_dim, implementation, sharding)
   query, key, positions = plan.arrays
   # Each like the positions, not like each other: keys that devices share stay shared.
   (query, _), (key, _) = vary_alike(query, positions), vary_alike(key, positions)
   return _rotate(plan.static, query, key, positions)
-
-
-def explain(*args: Any, **options: Any) -> str:
-  """Says what `rotary_embedding` would run for these arguments.
-
-  Raises:
-    ValueError: as the function.
-    NotImplementedError: as the function.
-    TypeError: arguments that it does not take, or too few.
-  """
-  given = inspect.signature(rotary_embedding).bind(*args, **options)
-  given.apply_defaults()
-  return _plan(**given.arguments).text
 
 
 class _Static(NamedTuple):
@@ -140,7 +126,7 @@ def _backward(static, positions, cotangents):
 _rotate.defvjp(_forward, _backward, generic_batching=True)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
   """What a call and its explanation have in common.
 
   Attributes:
@@ -154,7 +140,7 @@ class _Plan(NamedTuple):
   text: str
 
 
-def _plan(
+def make_plan(
   query: Any,
   key: Any,
   positions: Any,
@@ -162,8 +148,8 @@ def _plan(
   rotary_dim: Any,
   implementation: Any,
   sharding: Any,
-) -> _Plan:
-  """Checks the arguments of a call and settles what runs."""
+) -> Plan:
+  """Checks the arguments of a call, named as there, and settles what runs."""
   query, key = floating("query", query), floating("key", key)
   positions = int32_ids("positions", positions)
   rotation = _check(query, key, positions, theta, rotary_dim)
@@ -184,7 +170,7 @@ def _plan(
         needed,
       )
     text = dispatch.describe("rotary_embedding", implementation, refusal, kernels)
-  return _Plan(static._replace(implementation=chosen), (query, key, positions), text)
+  return Plan(static._replace(implementation=chosen), (query, key, positions), text)
 
 
 def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -16,14 +15,6 @@ from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
 from tests.kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "pallas"]
-
-
-@pytest.fixture
-def unchecked():
-  """Switches off the run-time checks of annotations that only tests have."""
-  jaxtyping.config.update("jaxtyping_disable", True)
-  yield
-  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -15,14 +14,6 @@ from jax.sharding import AxisType, PartitionSpec
 from ll3m_kernels import Sharding, add_layer_norm, add_rms_norm, dispatch, layer_norm, rms_norm
 from ll3m_kernels.norms.api import explain
 from tests.kernels.tolerances import assert_close
-
-
-@pytest.fixture
-def unchecked():
-  """Switches off the run-time checks of annotations that only tests have."""
-  jaxtyping.config.update("jaxtyping_disable", True)
-  yield
-  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -1,0 +1,11 @@
+"""Fixtures of the loss's tests."""
+
+import pytest
+
+from ll3m_kernels.cross_entropy import xla
+
+
+@pytest.fixture
+def narrow_chunks(monkeypatch):
+  """Chunks of at most 256 columns, so that small vocabularies have several."""
+  monkeypatch.setattr(xla, "_MOST_COLUMNS", 256)

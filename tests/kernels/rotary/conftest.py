@@ -1,0 +1,12 @@
+"""Fixtures of the rotary embedding's tests."""
+
+import functools
+
+import pytest
+from jax.experimental import pallas as pl
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Plain interpret mode: jax's TPU interpreter supports neither vmap nor checkpoint."""
+  monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
