@@ -81,7 +81,7 @@ def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str)
     "flash_attention",
     f"{model} T={length}",
     dtype,
-    _with_gradients(functools.partial(kernels.flash_attention, **options), 3),
+    with_gradients(functools.partial(kernels.flash_attention, **options), 3),
     _heads(shape, length, length, dtype),
   )
 
@@ -97,7 +97,7 @@ def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtyp
     "flash_attention",
     f"{model} T={length} packed",
     dtype,
-    _with_gradients(function, 3),
+    with_gradients(function, 3),
     (*_heads(shape, length, length, dtype), jax.ShapeDtypeStruct((2, length), jnp.int32)),
   )
 
@@ -142,7 +142,7 @@ def norm(model: str, shape: shapes.NormShape, rows: int, dtype: str) -> Case:
     f"{shape.kind}_norm",
     f"{model} T={rows}",
     dtype,
-    _with_gradients(function, len(arrays)),
+    with_gradients(function, len(arrays)),
     arrays,
   )
 
@@ -161,7 +161,7 @@ def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Ca
     "rotary_embedding",
     f"{model} T={length}",
     dtype,
-    _with_gradients(function, 2),
+    with_gradients(function, 2),
     (query, key, jax.ShapeDtypeStruct((2, length), jnp.int32)),
   )
 
@@ -185,7 +185,7 @@ def head(model: str, shape: shapes.HeadShape, tokens: int, dtype: str) -> Case:
     "linear_cross_entropy",
     f"{model} {tokens} tokens",
     dtype,
-    _with_gradients(function, len(arrays)),
+    with_gradients(function, len(arrays)),
     (*arrays, labels),
     has_kernel=False,
   )
@@ -204,7 +204,7 @@ def _heads(shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str)
   return tuple(jax.ShapeDtypeStruct((2, t, n, shape.head_dim), _DTYPES[dtype]) for t, n in sizes)
 
 
-def _with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
   """Returns results and the gradients of the first `count` arguments, for cotangents of 1."""
 
   def both(*arrays):

@@ -1,0 +1,215 @@
+"""The table, the file and the charts of cycles: figures, and what may be said of them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.cycle_rows import Pass, Row
+from ll3m_kernels.tuning.estimates import CHIPS, Chip, Kernel
+
+# What the estimator found of one function, or why it found nothing.
+Result = list[Kernel] | str
+
+
+class Price(NamedTuple):
+  """Cycles of one pass, or why there are none.
+
+  Attributes:
+    estimate: cycles by the compiler's simulation; None if there is none to be told.
+    cycles: the larger of the estimate and of what HBM alone needs; None likewise.
+    problem: why there are none: "not priced: ..." or "not comparable: ...".
+  """
+
+  estimate: int | None
+  cycles: float | None
+  problem: str = ""
+
+
+class Figure(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    group: rows of a kind.
+    name: the shape.
+    pass_name: the pass.
+    generation: the TPU.
+    ours: our own kernels.
+    roofline: the least cycles, by FLOPs or by bytes.
+    is_memory_bound: by bytes.
+    share: of the roofline that is reached; of the peak FLOPs where they are the bound.
+    peers: by name.
+    defect: why this is not a result; empty if it is.
+  """
+
+  group: str
+  name: str
+  pass_name: str
+  generation: str
+  ours: Price
+  roofline: float
+  is_memory_bound: bool
+  share: float
+  peers: dict[str, Price]
+  defect: str
+
+
+def figures_of(
+  generation: str, row: Row, ours: Result, peers: Mapping[tuple[str, str], Sequence[Result]]
+) -> Iterator[Figure]:
+  """Judges what was estimated of a row.
+
+  Args:
+    generation: the TPU.
+    row: what was priced.
+    ours: of our kernels.
+    peers: by pass and peer, one for each block that was tried.
+
+  Yields:
+    A figure per pass.
+  """
+  chip = CHIPS[generation]
+  for part in row.passes:
+    by_flops, by_bytes = part.flops / chip.flops, part.hbm_bytes / chip.hbm_bytes
+    price = judge(chip, part, [ours], part.kernels, 1)
+    yield Figure(
+      row.group,
+      row.name,
+      part.name,
+      generation,
+      price,
+      max(by_flops, by_bytes),
+      by_bytes > by_flops,
+      max(by_flops, by_bytes) / price.cycles if price.cycles else 0.0,
+      {
+        peer.name: judge(chip, part, peers[part.name, peer.name], peer.kernels, peer.times)
+        for peer in part.peers
+      },
+      price.problem,
+    )
+
+
+def judge(chip: Chip, part: Pass, tried: Sequence[Result], kernels: slice, times: int) -> Price:
+  """Takes the best of what was tried for each kernel, and tells whether it can be compared.
+
+  Args:
+    chip: of the generation.
+    part: the pass, whose work has to be accounted for.
+    tried: what was estimated, with one block after the other.
+    kernels: which of the kernels do the work.
+    times: how often they have to run for it.
+  """
+  priced = [result[kernels] for result in tried if not isinstance(result, str)]
+  if not priced:
+    return Price(None, None, f"not priced: {next(r for r in tried if isinstance(r, str))}")
+  if not priced[0]:
+    return Price(None, None, "not priced: there is no kernel in it")
+  best = [min(column, key=lambda kernel: kernel.cycles) for column in zip(*priced, strict=True)]
+  if any(kernel.follows_data for kernel in best):
+    return Price(None, None, "not comparable: what it runs or fetches depends on run-time tables")
+  if part.flops and times * sum(kernel.product_flops or 0 for kernel in best) < part.flops:
+    return Price(None, None, "not comparable: fewer products were simulated than it has to do")
+  estimate = times * sum(kernel.cycles for kernel in best)
+  if estimate < part.flops / chip.flops:
+    return Price(None, None, f"not comparable: {estimate:,} cycles are fewer than the peak allows")
+  return Price(estimate, max(estimate, part.hbm_bytes / chip.hbm_bytes))
+
+
+def write(figures: Sequence[Figure], folder: Path) -> str:
+  """Writes cycles.md, cycles.json and a chart per generation.
+
+  Returns:
+    The table.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  text = markdown(figures)
+  (folder / "cycles.md").write_text(text, encoding="utf-8")
+  rows = [
+    figure._asdict()
+    | {
+      "ours": figure.ours._asdict(),
+      "peers": {name: price._asdict() for name, price in figure.peers.items()},
+    }
+    for figure in figures
+  ]
+  (folder / "cycles.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+  for generation in dict.fromkeys(figure.generation for figure in figures):
+    _draw([f for f in figures if f.generation == generation], folder / f"cycles-{generation}.png")
+  return text
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+  """Returns a table per group."""
+  parts = ["# Estimated cycles"]
+  for group in dict.fromkeys(figure.group for figure in figures):
+    chosen = [figure for figure in figures if figure.group == group]
+    peers = list(dict.fromkeys(name for figure in chosen for name in figure.peers))
+    is_memory_bound = all(figure.is_memory_bound for figure in chosen)
+    header = ["shape", "pass", "TPU", "cycles"]
+    header += ["by HBM alone"] if is_memory_bound else ["of peak"]
+    compared = [f"ours : {peer}" if is_memory_bound else f"{peer} : ours" for peer in peers]
+    lines = ["| " + " | ".join(header + compared) + " |"]
+    lines.append("|" + "---|" * (len(header) + len(peers)))
+    for figure in chosen:
+      cells = [figure.name, figure.pass_name, figure.generation]
+      if figure.ours.estimate is None:
+        cells += [figure.defect, ""]
+      else:
+        bound = f"{figure.roofline:,.0f}" if is_memory_bound else f"{figure.share:.1%}"
+        cells += [f"{figure.ours.estimate:,}", bound]
+      cells += [_ratio(figure, figure.peers.get(peer)) for peer in peers]
+      lines.append("| " + " | ".join(cells) + " |")
+    parts += [f"## {group}", "\n".join(lines)]
+  problems = {
+    f"- {figure.name}, {figure.pass_name}, {figure.generation}, {name}: {price.problem}"
+    for figure in figures
+    for name, price in figure.peers.items()
+    if price.problem
+  }
+  if problems:
+    parts += ["## Peers without a figure", "\n".join(sorted(problems))]
+  return "\n\n".join(parts) + "\n"
+
+
+def _ratio(figure: Figure, peer: Price | None) -> str:
+  """Returns a peer's cycles over ours; where HBM is the bound, ours over those of the copy."""
+  if peer is None:
+    return ""
+  if peer.problem:
+    return peer.problem.partition(":")[0]
+  if figure.ours.estimate is None:
+    return ""
+  if figure.is_memory_bound:
+    bounded = figure.ours.cycles / peer.cycles
+    return f"{bounded:.2f} ({figure.ours.estimate / peer.estimate:.2f} without HBM's bound)"
+  return f"{peer.estimate / figure.ours.estimate:.2f}"
+
+
+def _draw(figures: Sequence[Figure], path: Path) -> None:
+  """Draws the share of the roofline of each figure and of its peers."""
+  from matplotlib.figure import Figure as Canvas  # slow to import
+
+  bars = []
+  for figure in figures:
+    label = f"{figure.name}, {figure.pass_name}"
+    bars.append((label, "ours", figure.share))
+    bars += [
+      (f"{label}: {name}", name, figure.roofline / price.cycles)
+      for name, price in figure.peers.items()
+      if price.cycles
+    ]
+  names = list(dict.fromkeys(name for _, name, _ in bars))
+  canvas = Canvas(figsize=(10, 1.5 + 0.22 * len(bars)), layout="constrained")
+  axes = canvas.subplots()
+  for i, name in enumerate(names):
+    places = [p for p, bar in enumerate(bars) if bar[1] == name]
+    drawn = axes.barh(places, [bars[p][2] for p in places], color=f"C{i}", label=name)
+    axes.bar_label(drawn, [f"{bars[p][2]:.0%}" for p in places], padding=2, fontsize=7)
+  axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
+  axes.invert_yaxis()
+  axes.margins(x=0.1, y=0.01)
+  axes.set(
+    title=f"{figures[0].generation}: estimated share of the roofline", xlabel="more is better"
+  )
+  canvas.legend(loc="outside lower center", ncols=len(names))
+  canvas.savefig(path, dpi=100)

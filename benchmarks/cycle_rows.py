@@ -1,0 +1,191 @@
+"""The rows of the table of cycles: which shapes are priced, against whom, and what they have to do.
+
+Dimensions: T tokens, N query heads, K KV heads, H head dim, D features.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks import shapes
+from benchmarks.cycle_builders import norm_traffic
+from ll3m_kernels.dispatch import MIB
+
+_JAX_BLOCKS = (256, 512, 1024, 2048)
+_COPY_BLOCKS = (MIB // 2, MIB, 2 * MIB, 4 * MIB)
+# Of a norm or a rotary embedding.
+_ROWS = 8192
+
+
+class Peer(NamedTuple):
+  """Something else that does the same work.
+
+  Attributes:
+    name: as the table calls it.
+    implementation: as `cycle_builders` calls it.
+    kernels: those that do the work of the pass, of the ones that are priced.
+    blocks: sizes to try; each of its kernels is given the one that suits it best.
+    whole_program: it is not made of kernels.
+    changes: to the arguments of the row: other passes, or what it cannot do and does in full.
+    times: how often it has to run to do the work.
+  """
+
+  name: str
+  implementation: str
+  kernels: slice = slice(None)
+  blocks: tuple[int, ...] = (0,)
+  whole_program: bool = False
+  changes: Mapping[str, Any] = {}
+  times: int = 1
+
+
+class Pass(NamedTuple):
+  """A part of what a row prices.
+
+  Attributes:
+    name: of the pass.
+    kernels: those that do it, of the ones that are priced.
+    flops: products that it cannot do without.
+    hbm_bytes: every input read once, every output written once.
+    peers: what does the same.
+  """
+
+  name: str
+  kernels: slice
+  flops: float
+  hbm_bytes: float
+  peers: tuple[Peer, ...]
+
+
+class Row(NamedTuple):
+  """One shape.
+
+  Attributes:
+    group: rows of a kind.
+    name: of the shape.
+    builder: the function in `cycle_builders`.
+    arguments: its keyword arguments.
+    passes: what is told apart.
+    is_quick: whether it belongs to the few that are priced in minutes.
+  """
+
+  group: str
+  name: str
+  builder: str
+  arguments: Mapping[str, Any]
+  passes: tuple[Pass, ...]
+  is_quick: bool = False
+
+
+def rows() -> Iterator[Row]:
+  """Yields the whole table."""
+  yield from _attention_rows()
+  yield from _model_rows()
+  for model in ("tiny_llama_1b", "gemma_7b", "llama2_7b", "phi_2"):
+    for adds in ("", "add_"):
+      yield _norm(model, adds)
+  for model in shapes.ROTARY:
+    yield _rotary(model)
+
+
+def _attention_rows() -> Iterator[Row]:
+  """Yields what attention does at different head dims, masks and lengths: 8 heads to 2."""
+  shape = {"tokens": 4096, "heads": 8, "kv_heads": 2, "head_dim": 128, "is_causal": True}
+  forward = {"backward": False}
+  # The profile aborts on the copies that it makes of several heads.
+  one_head = {"heads": 1, "kv_heads": 1, **forward}
+  xla = Peer("XLA, head by head", "xla", whole_program=True, changes=one_head, times=8)
+  others = (
+    xla,
+    Peer("jax splash_attention", "splash", blocks=(1024,), changes=forward),
+    Peer("tokamax", "tokamax", changes=forward),
+  )
+  yield _attention("causal H=128", shape | {"backward": True}, others, is_quick=True)
+  yield _attention("full H=128", shape | {"is_causal": False}, (xla,), is_quick=True)
+  yield _attention("causal H=256", shape | {"head_dim": 256, "kv_heads": 1}, is_quick=True)
+  yield _attention("causal H=64", shape | {"head_dim": 64}, is_quick=True)
+  for head_dim in (80, 96, 100):
+    yield _attention(f"causal H={head_dim}", shape | {"head_dim": head_dim})
+  yield _attention("causal T=4000", shape | {"tokens": 4000}, has_jax=False)
+  shape |= {"tokens": 16_384, "heads": 2}
+  yield _attention("causal T=16384, 2 heads", shape, has_jax=False)
+  yield _attention("window 4096, T=16384, 2 heads", shape | {"window": 4096}, has_jax=False)
+
+
+def _model_rows() -> Iterator[Row]:
+  """Yields each model's attention, as many heads of it as two cores need to be busy."""
+  seen = set()
+  for model, shape in shapes.ATTENTION.items():
+    unit = (shape.group, shape.head_dim, shape.window)
+    if unit in seen:
+      continue
+    seen.add(unit)
+    kv_heads = min(2 if shape.group < 8 else 1, shape.num_kv_heads)
+    arguments = {
+      "tokens": 4096 if shape.window is None else 2 * shape.window,
+      "heads": kv_heads * shape.group,
+      "kv_heads": kv_heads,
+      "head_dim": shape.head_dim,
+      "is_causal": True,
+      "window": shape.window,
+      "backward": True,
+    }
+    yield _attention(model, arguments, group="models")
+
+
+def _attention(
+  name: str,
+  arguments: Mapping[str, Any],
+  others: tuple[Peer, ...] = (),
+  *,
+  group: str = "attention",
+  has_jax: bool = True,
+  is_quick: bool = False,
+) -> Row:
+  """Makes a row: 4 H FLOPs per head and pair, causal half of all pairs; backward 2.5 times that."""
+  tokens, window = arguments["tokens"], arguments.get("window")
+  pairs = tokens**2 / (2 if arguments["is_causal"] else 1)
+  if window is not None:
+    pairs -= max(tokens - window, 0) ** 2 / 2
+  flops = 4.0 * pairs * arguments["heads"] * arguments["head_dim"]
+  queries = 2.0 * tokens * arguments["heads"] * arguments["head_dim"]  # bytes
+  keys = 2.0 * tokens * arguments["kv_heads"] * arguments["head_dim"]
+  sums = 4.0 * tokens * arguments["heads"]
+
+  def make_pass(name, kernels, flops, hbm_bytes, others):
+    jax = Peer("jax flash_attention", "jax", kernels, _JAX_BLOCKS, changes={"window": None})
+    return Pass(name, kernels, flops, hbm_bytes, ((jax,) if has_jax else ()) + others)
+
+  hbm_bytes = 2 * queries + 2 * keys + sums
+  passes = [make_pass("forward", slice(1), flops, hbm_bytes, others)]
+  if arguments.get("backward"):
+    hbm_bytes += 3 * queries + 4 * keys + 2 * sums
+    passes.append(make_pass("forward + backward", slice(None), 3.5 * flops, hbm_bytes, ()))
+  return Row(group, name, "attention", arguments, tuple(passes), is_quick)
+
+
+def _norm(model: str, adds: str) -> Row:
+  features, kind, _ = shapes.NORMS[model]
+  operation = f"{adds}{kind}_norm"
+  passes = []
+  for name, kernels in (("forward", slice(1)), ("backward", slice(1, 2))):
+    is_backward = name == "backward"
+    hbm_bytes = 2.0 * sum(norm_traffic(operation, is_backward)) * _ROWS * features
+    copy = Peer("copy", "copy", blocks=_COPY_BLOCKS, changes={"backward": is_backward})
+    passes.append(Pass(name, kernels, 0.0, hbm_bytes, (copy,)))
+  arguments = {"operation": operation, "rows": _ROWS, "features": features, "backward": True}
+  return Row("norms", f"{operation} D={features}", "norm", arguments, tuple(passes))
+
+
+def _rotary(model: str) -> Row:
+  shape = shapes.ROTARY[model]
+  arguments = {
+    "tokens": _ROWS,
+    "heads": shape.num_heads,
+    "kv_heads": shape.num_kv_heads,
+    "head_dim": shape.head_dim,
+  }
+  hbm_bytes = 4.0 * _ROWS * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+  copy = Peer("copy", "copy", blocks=_COPY_BLOCKS)
+  name = f"{model}, {shape.num_heads} + {shape.num_kv_heads} heads, H={shape.head_dim}"
+  passes = (Pass("forward", slice(None), 0.0, hbm_bytes, (copy,)),)
+  return Row("rotary", name, "rotary", arguments, passes)

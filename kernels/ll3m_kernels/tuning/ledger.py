@@ -1,0 +1,118 @@
+"""Estimates that were made before, so that what was interrupted goes on where it stopped."""
+
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, estimate
+
+
+class Task(NamedTuple):
+  """What `estimate` is called with.
+
+  Attributes:
+    generation: of the TPU.
+    builder: as there.
+    arguments: as there.
+    count_products: as there.
+    whole_program: as there.
+  """
+
+  generation: str
+  builder: str
+  arguments: dict[str, Any]
+  count_products: bool = False
+  whole_program: bool = False
+
+  @property
+  def key(self) -> str:
+    """Tells tasks apart."""
+    return json.dumps(self, sort_keys=True)
+
+
+class Ledger:
+  """A file of JSON lines, one for each estimate or for why there is none."""
+
+  def __init__(self, path: Path, sources: Sequence[Path]):
+    """Reads what is there.
+
+    Args:
+      path: the file; it is made with the first estimate.
+      sources: folders whose Python files decide the estimates. What was estimated with others, or
+        with another compiler, is not read.
+    """
+    self._path = path
+    self._lock = threading.Lock()
+    self._origin = _origin(sources)
+    self._known: dict[str, list[Kernel] | str] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+      try:
+        origin, key, result = json.loads(line)
+      except ValueError:
+        continue  # the last line of a run that was killed
+      if origin == self._origin:
+        self._known[key] = result if isinstance(result, str) else [Kernel(*k) for k in result]
+
+  def run(
+    self, tasks: Sequence[Task], *, workers: int, seconds: float
+  ) -> Iterator[tuple[Task, list[Kernel] | str]]:
+    """Makes the estimates that are not there yet.
+
+    Args:
+      tasks: what to estimate; the same one is estimated once.
+      workers: how many compile at a time.
+      seconds: that each may take.
+
+    Yields:
+      Each task, as it is done, with its estimate, or with why there is none.
+    """
+    unique = {task.key: task for task in tasks}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+      futures = {}
+      for key, task in unique.items():
+        if key in self._known:
+          yield task, self._known[key]
+        else:
+          futures[pool.submit(self._estimate, task, seconds)] = task
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          yield futures[future], future.result()
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+  def _estimate(self, task: Task, seconds: float) -> list[Kernel] | str:
+    try:
+      result = estimate(
+        task.generation,
+        task.builder,
+        task.arguments,
+        count_products=task.count_products,
+        whole_program=task.whole_program,
+        seconds=seconds,
+      )
+    except NotPricedError as error:
+      result = str(error)
+    with self._lock:
+      self._known[task.key] = result
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      with self._path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps([self._origin, task.key, result]) + "\n")
+    return result
+
+
+def _origin(sources: Sequence[Path]) -> str:
+  """Names the compiler and the code that estimates depend on."""
+  digest = hashlib.sha256()
+  for package in ("jax", "libtpu"):
+    digest.update(importlib.metadata.version(package).encode())
+  for folder in sources:
+    for path in sorted(folder.rglob("*.py")):
+      digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]

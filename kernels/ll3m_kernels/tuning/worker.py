@@ -1,0 +1,64 @@
+"""The process in which `estimates.estimate` compiles; libtpu leaves the profiles where that said.
+
+Called with a task as JSON. Prints, as JSON, of each kernel: the label that the names of its
+profiles begin with, its name, how many cores share it, and whether it follows data.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import jax
+
+from ll3m_kernels import dispatch
+from ll3m_kernels.tpu_compiler import compile_for
+from ll3m_kernels.tuning.control_flow import follows_data, kernel_calls
+
+
+def main() -> None:
+  """Compiles what the task says."""
+  task = json.loads(sys.argv[1])
+  module, _, name = task["builder"].partition(":")
+  generation, builder = task["generation"], getattr(importlib.import_module(module), name)
+  cores = dispatch.GENERATIONS[generation].num_cores
+  with dispatch.target(generation):
+    function, arrays = builder(**task["arguments"])
+    if task["whole_program"]:
+      compile_for(generation, function, *arrays)
+      found = [("", "program", cores, False)]
+    else:
+      calls = list(kernel_calls(jax.make_jaxpr(function)(*arrays).jaxpr))
+      found = [_compile(generation, cores, *numbered) for numbered in enumerate(calls)]
+  print(json.dumps(found))
+
+
+def _compile(generation: str, cores: int, number: int, call: Any) -> tuple[str, str, int, bool]:
+  """Compiles a kernel alone."""
+
+  def function(*operands):
+    return call.primitive.bind(*operands, **call.params)
+
+  # By this XLA calls the operation; several kernels may be called alike.
+  function.__name__ = function.__qualname__ = label = f"kernel_{number}_"
+  operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
+  compile_for(generation, function, *operands)
+  parallel = [
+    size
+    for size, semantics in zip(
+      call.params["grid_mapping"].grid,
+      call.params["compiler_params"].dimension_semantics or (),
+      strict=False,
+    )
+    if semantics == "parallel"
+  ]
+  shared = cores if max(parallel, default=1) > 1 else 1
+  return label, call.params.get("name") or _name(call), shared, follows_data(call)
+
+
+def _name(call: Any) -> str:
+  return call.params["jaxpr"].debug_info.func_name
+
+
+if __name__ == "__main__":
+  main()
