@@ -69,7 +69,7 @@ def figures_of(
     A figure per pass.
   """
   chip = CHIPS[generation]
-  for part in row.passes:
+  for part in row.on(generation).passes:
     by_flops, by_bytes = part.flops / chip.flops, part.hbm_bytes / chip.hbm_bytes
     price = judge(chip, part, [ours], part.kernels, 1)
     yield Figure(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import shapes
 from benchmarks.cycle_builders import norm_traffic
-from ll3m_kernels.dispatch import MIB
+from ll3m_kernels.dispatch import GENERATIONS, MIB
 
 _JAX_BLOCKS = (256, 512, 1024, 2048)
 _COPY_BLOCKS = (MIB // 2, MIB, 2 * MIB, 4 * MIB)
@@ -66,6 +66,7 @@ class Row(NamedTuple):
     arguments: its keyword arguments.
     passes: what is told apart.
     is_quick: whether it belongs to the few that are priced in minutes.
+    is_per_core: whether heads, FLOPs and bytes are those that a core is to have.
   """
 
   group: str
@@ -74,6 +75,19 @@ class Row(NamedTuple):
   arguments: Mapping[str, Any]
   passes: tuple[Pass, ...]
   is_quick: bool = False
+  is_per_core: bool = False
+
+  def on(self, generation: str) -> "Row":
+    """Returns the row as a generation is given it."""
+    cores = GENERATIONS[generation].num_cores
+    if not self.is_per_core or cores == 1:
+      return self
+    heads = {name: cores * self.arguments[name] for name in ("heads", "kv_heads")}
+    passes = tuple(
+      part._replace(flops=cores * part.flops, hbm_bytes=cores * part.hbm_bytes)
+      for part in self.passes
+    )
+    return self._replace(arguments={**self.arguments, **heads}, passes=passes)
 
 
 def rows() -> Iterator[Row]:
@@ -106,30 +120,30 @@ def _attention_rows() -> Iterator[Row]:
   for head_dim in (80, 96, 100):
     yield _attention(f"causal H={head_dim}", shape | {"head_dim": head_dim})
   yield _attention("causal T=4000", shape | {"tokens": 4000}, has_jax=False)
-  shape |= {"tokens": 16_384, "heads": 2}
-  yield _attention("causal T=16384, 2 heads", shape, has_jax=False)
-  yield _attention("window 4096, T=16384, 2 heads", shape | {"window": 4096}, has_jax=False)
+  shape |= {"tokens": 16_384, "heads": 1, "kv_heads": 1}
+  for name, window in (("causal T=16384", None), ("window 4096, T=16384", 4096)):
+    yield _attention(f"{name}, a head", shape | {"window": window}, has_jax=False, is_per_core=True)
 
 
 def _model_rows() -> Iterator[Row]:
-  """Yields each model's attention, as many heads of it as two cores need to be busy."""
+  """Yields each model's attention: the query heads of one KV head."""
   seen = set()
   for model, shape in shapes.ATTENTION.items():
     unit = (shape.group, shape.head_dim, shape.window)
     if unit in seen:
       continue
     seen.add(unit)
-    kv_heads = min(2 if shape.group < 8 else 1, shape.num_kv_heads)
     arguments = {
       "tokens": 4096 if shape.window is None else 2 * shape.window,
-      "heads": kv_heads * shape.group,
-      "kv_heads": kv_heads,
+      "heads": shape.group,
+      "kv_heads": 1,
       "head_dim": shape.head_dim,
       "is_causal": True,
       "window": shape.window,
       "backward": True,
     }
-    yield _attention(model, arguments, group="models")
+    name = f"{model}, {shape.group} : 1 heads, H={shape.head_dim}, T={arguments['tokens']}"
+    yield _attention(name, arguments, group="models", is_per_core=True)
 
 
 def _attention(
@@ -140,6 +154,7 @@ def _attention(
   group: str = "attention",
   has_jax: bool = True,
   is_quick: bool = False,
+  is_per_core: bool = False,
 ) -> Row:
   """Makes a row: 4 H FLOPs per head and pair, causal half of all pairs; backward 2.5 times that."""
   tokens, window = arguments["tokens"], arguments.get("window")
@@ -160,7 +175,7 @@ def _attention(
   if arguments.get("backward"):
     hbm_bytes += 3 * queries + 4 * keys + 2 * sums
     passes.append(make_pass("forward + backward", slice(None), 3.5 * flops, hbm_bytes, ()))
-  return Row(group, name, "attention", arguments, tuple(passes), is_quick)
+  return Row(group, name, "attention", arguments, tuple(passes), is_quick, is_per_core)
 
 
 def _norm(model: str, adds: str) -> Row:

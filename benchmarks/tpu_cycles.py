@@ -136,7 +136,7 @@ def _task(generation, row, changes, whole_program=False) -> Task:
   return Task(
     generation,
     f"benchmarks.cycle_builders:{row.builder}",
-    {**row.arguments, **changes},
+    {**row.on(generation).arguments, **changes},
     count_products=row.builder == "attention",
     whole_program=whole_program,
   )
