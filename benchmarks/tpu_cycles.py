@@ -82,8 +82,7 @@ def main() -> None:
     for task in [our_task(generation, row), *peer_tasks(generation, row)]
   ]
   folder = Path(config.output_dir)
-  sources = [_ROOT / "benchmarks", _ROOT / "kernels"]
-  ledger = Ledger(folder / "estimates.jsonl", sources)
+  ledger = Ledger(folder / "estimates.jsonl")
   found = {}
   unique = {task.key for task in tasks}
   with tqdm(total=len(unique), unit="estimate") as bar:
@@ -133,10 +132,14 @@ def tasks_of(generation: str, row: Row, peer: Peer) -> list[Task]:
 
 
 def _task(generation, row, changes, whole_program=False) -> Task:
+  sources = [_ROOT / "benchmarks" / "cycle_builders.py"]
+  if changes["implementation"] == "ours":
+    sources.append(_ROOT / "kernels" / "ll3m_kernels")
   return Task(
     generation,
     f"benchmarks.cycle_builders:{row.builder}",
     {**row.on(generation).arguments, **changes},
+    tuple(map(str, sources)),
     count_products=row.builder == "attention",
     whole_program=whole_program,
   )

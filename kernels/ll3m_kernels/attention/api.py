@@ -153,7 +153,7 @@ def _kernels(
   Raises:
     ValueError: the caller's block sizes cannot be laid out.
   """
-  problem = problem_of(*own, has_segments)
+  problem = problem_of(*own, spec.span, has_segments)
   blocks = choose_blocks(block_sizes, problem)
   if block_sizes is None and decoding.serves(spec.span, *own[:2]):
     forward = decoding.describe(*own)

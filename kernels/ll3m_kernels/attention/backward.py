@@ -46,7 +46,7 @@ def backward(
   log_sum_exp_bar: Float[Array, "B N T"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
   """Computes the cotangents of query, key and value."""
-  problem = sizes.problem_of(query, key, value, query_ids is not None)
+  problem = sizes.problem_of(query, key, value, spec.span, query_ids is not None)
   blocks = sizes.choose_blocks(block_sizes, problem)
   delta = jnp.einsum("BTNH,BTNH->BNT", output_bar.astype(jnp.float32), output.astype(jnp.float32))
   # What is masked gives weights of 0 also to queries that see nothing.

@@ -4,15 +4,15 @@ T queries, S keys, H and Hv head dims of keys and values. A tile is [keys, queri
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.attention.spec import Span
 from ll3m_kernels.dispatch import MIB, Generation
 from ll3m_kernels.tiling import LANES, even, up
-
-# Of a tile, where memory allows: K and V are loaded into the matrix unit once for all of them.
-_MOST_QUERIES = 2048
+from ll3m_kernels.tuning import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,23 @@ class Problem:
   value_dim: int  # Hv
   itemsize: int  # bytes of an input's element
   has_segments: bool
+  mask: str = "causal"  # "full", "causal" or "window"
+
+
+class Limits(NamedTuple):
+  """The largest tiles, in tokens: lengths are cut evenly into as few as they allow.
+
+  Attributes:
+    queries: of a tile of the forward pass.
+    keys: of a tile of the forward pass.
+    queries_backward: of a tile of the backward pass.
+    keys_backward: of a tile of the backward pass.
+  """
+
+  queries: int
+  keys: int
+  queries_backward: int
+  keys_backward: int
 
 
 def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
@@ -82,21 +99,53 @@ def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
 
 
 def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
-  """Chooses the largest sensible tiles, and as many resident keys as there is room for."""
+  """Chooses the tiles that are known to suit, and as many resident keys as there is room for."""
+  found = limits_of(problem, generation)
+  blocks = _within(found, problem, generation)
+  if _fits(blocks, problem, generation):
+    return blocks
+  # What was tuned without segments may be too much with them.
+  return _within(rule(problem, generation), problem, generation)
+
+
+def limits_of(problem: Problem, generation: Generation) -> Limits:
+  """Returns those of the tables, or of the rule where no table has any."""
+  found = tables.find(key_of(problem, generation))
+  return rule(problem, generation) if found is None else Limits(**found)
+
+
+def key_of(problem: Problem, generation: Generation) -> tables.Key:
+  """Returns under what the tables have a problem."""
+  return tables.Key(
+    "flash_attention",
+    generation.name,
+    {2: "bfloat16", 4: "float32"}[problem.itemsize],
+    max(problem.head_dim, problem.value_dim),
+    problem.mask,
+    tables.length_bucket(max(problem.queries, problem.keys)),
+  )
+
+
+def rule(problem: Problem, generation: Generation) -> Limits:
+  """Returns the largest sensible tiles, half as large where an element or a head is."""
   is_large = generation.vmem_bytes >= 64 * MIB
   tile = 1024 if is_large else 512
   if problem.itemsize > 2 or problem.head_dim > LANES or problem.value_dim > LANES:
     tile //= 2
-  keys = even(problem.keys, tile)
-  queries = even(problem.queries, tile)
-  if is_large and queries == keys:
+  # K and V are loaded into the matrix unit once for all queries of a tile.
+  queries = max(tile, 2048) if is_large else tile
+  return Limits(queries, tile, tile // 2, tile // 2)
+
+
+def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSizes:
+  keys = even(problem.keys, limits.keys)
+  queries = even(problem.queries, min(limits.keys, limits.queries))
+  if queries == keys:
     # As many tiles' worth of queries as leave the least of the last block beyond the end.
-    most = max(_MOST_QUERIES // keys, 1)
+    most = max(limits.queries // keys, 1)
     queries = keys * min(range(most, 0, -1), key=lambda n: -(-problem.queries // (n * keys)) * n)
-  queries_backward, keys_backward = (
-    even(problem.queries, tile // 2),
-    even(problem.keys, tile // 2),
-  )
+  queries_backward = even(problem.queries, limits.queries_backward)
+  keys_backward = even(problem.keys, limits.keys_backward)
   blocks = BlockSizes(queries, keys, keys, queries_backward, keys_backward, keys_backward)
   for field, count in (
     ("keys_resident", forward_bytes),
@@ -113,6 +162,12 @@ def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
         break
       parts = -(-parts // 2)
   return blocks
+
+
+def _fits(blocks: BlockSizes, problem: Problem, generation: Generation) -> bool:
+  return all(
+    count(problem, blocks) <= generation.vmem_bytes for count in (forward_bytes, backward_bytes)
+  )
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
@@ -182,8 +237,8 @@ def backward_bytes(problem: Problem, blocks: BlockSizes) -> int:
   return 2 * streamed + scratch + 5 * 4 * up(queries, LANES) * up(keys, 8)
 
 
-def problem_of(query, key, value, has_segments: bool) -> Problem:
-  """Describes arrays [B, T, N, H], [B, S, K, H] and [B, S, K, Hv]."""
+def problem_of(query, key, value, span: Span, has_segments: bool) -> Problem:
+  """Describes arrays [B, T, N, H], [B, S, K, H] and [B, S, K, Hv], and what is seen of them."""
   return Problem(
     queries=query.shape[1],
     keys=key.shape[1],
@@ -191,6 +246,7 @@ def problem_of(query, key, value, has_segments: bool) -> Problem:
     value_dim=value.shape[3],
     itemsize=jnp.dtype(query.dtype).itemsize,
     has_segments=has_segments,
+    mask="window" if span.left is not None else "full" if span.right is None else "causal",
   )
 
 

@@ -47,7 +47,7 @@ def forward(
   batch, length, num_heads, head_dim = query.shape
   num_keys, num_kv_heads, value_dim = value.shape[1:]
   group = num_heads // num_kv_heads
-  problem = sizes.problem_of(query, key, value, query_ids is not None)
+  problem = sizes.problem_of(query, key, value, spec.span, query_ids is not None)
   blocks = sizes.choose_blocks(block_sizes, problem)
   # What no query sees is not even fetched.
   _, num_keys = specs.some_see(spec.span, 0, length - 1, num_keys)

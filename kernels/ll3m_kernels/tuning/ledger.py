@@ -1,6 +1,7 @@
 """Estimates that were made before, so that what was interrupted goes on where it stopped."""
 
 import concurrent.futures
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ class Task(NamedTuple):
     generation: of the TPU.
     builder: as there.
     arguments: as there.
+    sources: files, and folders of Python and JSON files, that decide the estimate.
     count_products: as there.
     whole_program: as there.
   """
@@ -26,38 +28,31 @@ class Task(NamedTuple):
   generation: str
   builder: str
   arguments: dict[str, Any]
+  sources: tuple[str, ...]
   count_products: bool = False
   whole_program: bool = False
 
   @property
   def key(self) -> str:
-    """Tells tasks apart."""
-    return json.dumps(self, sort_keys=True)
+    """Tells tasks apart, and those of other sources or of another compiler."""
+    return json.dumps([_digest(self.sources), *self._replace(sources=())], sort_keys=True)
 
 
 class Ledger:
   """A file of JSON lines, one for each estimate or for why there is none."""
 
-  def __init__(self, path: Path, sources: Sequence[Path]):
-    """Reads what is there.
-
-    Args:
-      path: the file; it is made with the first estimate.
-      sources: folders whose Python files decide the estimates. What was estimated with others, or
-        with another compiler, is not read.
-    """
+  def __init__(self, path: Path):
+    """Reads what is there; the file is made with the first estimate."""
     self._path = path
     self._lock = threading.Lock()
-    self._origin = _origin(sources)
     self._known: dict[str, list[Kernel] | str] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
       try:
-        origin, key, result = json.loads(line)
+        key, result = json.loads(line)
       except ValueError:
         continue  # the last line of a run that was killed
-      if origin == self._origin:
-        self._known[key] = result if isinstance(result, str) else [Kernel(*k) for k in result]
+      self._known[key] = result if isinstance(result, str) else [Kernel(*k) for k in result]
 
   def run(
     self, tasks: Sequence[Task], *, workers: int, seconds: float
@@ -103,16 +98,18 @@ class Ledger:
       self._known[task.key] = result
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with self._path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps([self._origin, task.key, result]) + "\n")
+        file.write(json.dumps([task.key, result]) + "\n")
     return result
 
 
-def _origin(sources: Sequence[Path]) -> str:
-  """Names the compiler and the code that estimates depend on."""
+@functools.cache
+def _digest(sources: tuple[str, ...]) -> str:
+  """Stands for the compiler and the code that an estimate depends on."""
   digest = hashlib.sha256()
   for package in ("jax", "libtpu"):
     digest.update(importlib.metadata.version(package).encode())
-  for folder in sources:
-    for path in sorted(folder.rglob("*.py")):
+  for source in map(Path, sources):
+    inner = [path for path in source.rglob("*") if path.suffix in (".py", ".json")]
+    for path in sorted(inner) if source.is_dir() else [source]:
       digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
