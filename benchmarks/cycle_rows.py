@@ -26,6 +26,8 @@ class Peer(NamedTuple):
     blocks: sizes to try; each of its kernels is given the one that suits it best.
     whole_program: it is not made of kernels.
     changes: to the arguments of the row: other passes, or what it cannot do and does in full.
+    by_head: it is priced with one head for each core, and counted for all that there are: where
+      heads share nothing, and a profile of many takes long.
     times: how often it has to run to do the work.
   """
 
@@ -35,6 +37,7 @@ class Peer(NamedTuple):
   blocks: tuple[int, ...] = (0,)
   whole_program: bool = False
   changes: Mapping[str, Any] = {}
+  by_head: bool = False
   times: int = 1
 
 
@@ -78,16 +81,30 @@ class Row(NamedTuple):
   is_per_core: bool = False
 
   def on(self, generation: str) -> "Row":
-    """Returns the row as a generation is given it."""
-    cores = GENERATIONS[generation].num_cores
-    if not self.is_per_core or cores == 1:
+    """Returns the row, and its peers, as a generation is given them."""
+    if "heads" not in self.arguments:
       return self
-    heads = {name: cores * self.arguments[name] for name in ("heads", "kv_heads")}
+    cores = GENERATIONS[generation].num_cores
+    factor = cores if self.is_per_core else 1
+    heads = factor * self.arguments["heads"]
+
+    def divided(peer):
+      if not peer.by_head:
+        return peer
+      count = 1 if peer.whole_program else cores
+      changes = {**peer.changes, "heads": count, "kv_heads": count}
+      return peer._replace(changes=changes, times=heads // count)
+
     passes = tuple(
-      part._replace(flops=cores * part.flops, hbm_bytes=cores * part.hbm_bytes)
+      part._replace(
+        flops=factor * part.flops,
+        hbm_bytes=factor * part.hbm_bytes,
+        peers=tuple(map(divided, part.peers)),
+      )
       for part in self.passes
     )
-    return self._replace(arguments={**self.arguments, **heads}, passes=passes)
+    arguments = {**self.arguments, "heads": heads, "kv_heads": factor * self.arguments["kv_heads"]}
+    return self._replace(arguments=arguments, passes=passes)
 
 
 def rows() -> Iterator[Row]:
@@ -105,13 +122,12 @@ def _attention_rows() -> Iterator[Row]:
   """Yields what attention does at different head dims, masks and lengths: 8 heads to 2."""
   shape = {"tokens": 4096, "heads": 8, "kv_heads": 2, "head_dim": 128, "is_causal": True}
   forward = {"backward": False}
-  # The profile aborts on the copies that it makes of several heads.
-  one_head = {"heads": 1, "kv_heads": 1, **forward}
-  xla = Peer("XLA, head by head", "xla", whole_program=True, changes=one_head, times=8)
+  # Of several heads, the profile aborts on the copies that it makes.
+  xla = Peer("XLA, head by head", "xla", whole_program=True, changes=forward, by_head=True)
   others = (
     xla,
-    Peer("jax splash_attention", "splash", blocks=(1024,), changes=forward),
-    Peer("tokamax", "tokamax", changes=forward),
+    Peer("jax splash_attention", "splash", blocks=(1024,), changes=forward, by_head=True),
+    Peer("tokamax", "tokamax", changes=forward, by_head=True),
   )
   yield _attention("causal H=128", shape | {"backward": True}, others, is_quick=True)
   yield _attention("full H=128", shape | {"is_causal": False}, (xla,), is_quick=True)
@@ -167,7 +183,7 @@ def _attention(
   sums = 4.0 * tokens * arguments["heads"]
 
   def make_pass(name, kernels, flops, hbm_bytes, others):
-    jax = Peer("jax flash_attention", "jax", kernels, _JAX_BLOCKS, changes={"window": None})
+    jax = Peer("jax flash_attention", "jax", kernels, _JAX_BLOCKS, False, {"window": None}, True)
     return Pass(name, kernels, flops, hbm_bytes, ((jax,) if has_jax else ()) + others)
 
   hbm_bytes = 2 * queries + 2 * keys + sums

@@ -98,9 +98,9 @@ def main() -> None:
       row,
       found[our_task(generation, row).key],
       {
-        (p.name, peer.name): [found[task.key] for task in tasks_of(generation, row, peer)]
-        for p in row.passes
-        for peer in p.peers
+        (part.name, peer.name): [found[task.key] for task in tasks_of(generation, row, peer)]
+        for part in row.on(generation).passes
+        for peer in part.peers
       },
     )
   ]

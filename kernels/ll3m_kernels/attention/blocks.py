@@ -100,18 +100,19 @@ def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
 
 def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
   """Chooses the tiles that are known to suit, and as many resident keys as there is room for."""
-  found = limits_of(problem, generation)
-  blocks = _within(found, problem, generation)
-  if _fits(blocks, problem, generation):
-    return blocks
-  # What was tuned without segments may be too much with them.
+  found = tables.find(key_of(problem, generation))
+  # What was tuned without segments, or for another length, may be too much here.
+  if found is not None and serves(Limits(**found), problem, generation):
+    return _within(Limits(**found), problem, generation)
   return _within(rule(problem, generation), problem, generation)
 
 
-def limits_of(problem: Problem, generation: Generation) -> Limits:
-  """Returns those of the tables, or of the rule where no table has any."""
-  found = tables.find(key_of(problem, generation))
-  return rule(problem, generation) if found is None else Limits(**found)
+def serves(limits: Limits, problem: Problem, generation: Generation) -> bool:
+  """Returns whether tiles of these limits fit the memory."""
+  blocks = _within(limits, problem, generation)
+  return all(
+    count(problem, blocks) <= generation.vmem_bytes for count in (forward_bytes, backward_bytes)
+  )
 
 
 def key_of(problem: Problem, generation: Generation) -> tables.Key:
@@ -162,12 +163,6 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
         break
       parts = -(-parts // 2)
   return blocks
-
-
-def _fits(blocks: BlockSizes, problem: Problem, generation: Generation) -> bool:
-  return all(
-    count(problem, blocks) <= generation.vmem_bytes for count in (forward_bytes, backward_bytes)
-  )
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ll3m_kernels.dispatch import MIB, Generation
 from ll3m_kernels.tiling import LANES, SUBLANES, up
+from ll3m_kernels.tuning import tables
 
 # Rows of the smallest bfloat16 tile; float32 could do with half.
 _ROWS = 16
@@ -23,6 +24,22 @@ _LEAST_BLOCK_BYTES = MIB // 2
 _TILE = 2**18
 _MOST_ROWS = 256
 _CHUNKS = 4
+
+
+class Limits(NamedTuple):
+  """How large blocks and tiles may be.
+
+  Attributes:
+    block_bytes: of a block of one array.
+    tile: elements of a tile.
+  """
+
+  block_bytes: int
+  tile: int
+
+
+# Without an entry in a table.
+RULE = Limits(_BLOCK_BYTES, _TILE)
 
 
 class Blocks(NamedTuple):
@@ -62,17 +79,31 @@ def problem_of(x: Any, num_arrays: int, num_weights: int, num_sums: int) -> Prob
 
 def choose_blocks(problem: Problem, generation: Generation) -> Blocks:
   """Chooses the largest blocks that are of use and fit; 16 rows at least, fit or not."""
-  tile = min(max(_power_of_two(_TILE // problem.size), _ROWS), _MOST_ROWS)
+  found = tables.find(key_of(problem, generation))
+  limits = RULE if found is None else Limits(**found)
+  tile = min(max(_power_of_two(limits.tile // problem.size), _ROWS), _MOST_ROWS)
   tile = min(tile, up(problem.num_rows, _ROWS))
   row_bytes = problem.size * problem.itemsize
-  wanted = min(max(problem.num_rows * row_bytes // _STEPS, _LEAST_BLOCK_BYTES), _BLOCK_BYTES)
+  wanted = max(problem.num_rows * row_bytes // _STEPS, _LEAST_BLOCK_BYTES)
   # A power of two leaves no rest of the usual lengths, and with it nothing to mask.
-  rows = max(_power_of_two(wanted // row_bytes), tile)
+  rows = max(_power_of_two(min(wanted, limits.block_bytes) // row_bytes), tile)
   blocks = _cut(problem, rows, tile)
   while rows > _ROWS and vmem_bytes(problem, blocks) > 0.75 * generation.vmem_bytes:
     rows = max(rows // 2 // _ROWS * _ROWS, _ROWS)
     blocks = _cut(problem, rows, tile)
   return blocks
+
+
+def key_of(problem: Problem, generation: Generation) -> tables.Key:
+  """Returns under what the tables have a pass over so many rows."""
+  return tables.Key(
+    "norm_backward" if problem.num_sums else "norm_forward",
+    generation.name,
+    {2: "bfloat16", 4: "float32"}[problem.itemsize],
+    problem.size,
+    "",
+    tables.length_bucket(problem.num_rows),
+  )
 
 
 def _cut(problem: Problem, rows: int, tile: int) -> Blocks:

@@ -1,0 +1,107 @@
+"""Looks for the limits of a shape that cost the fewest cycles."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ll3m_kernels.dispatch import GENERATIONS
+from ll3m_kernels.tuning import tables
+from ll3m_kernels.tuning.ledger import Ledger, Task
+from ll3m_kernels.tuning.operations import OPERATIONS, Shape
+
+_BUILDER = "ll3m_kernels.tuning.operations:build"
+_SOURCES = (str(Path(__file__).parents[1]),)
+
+
+class Found(NamedTuple):
+  """The outcome for a shape.
+
+  Attributes:
+    key: in the tables.
+    limits: the best ones.
+    cycles: of each kernel with these, and with those of the rule.
+    failures: why some could not be priced.
+  """
+
+  key: tables.Key
+  limits: dict[str, int]
+  cycles: dict[str, dict[str, int]]
+  failures: tuple[str, ...]
+
+
+class Search:
+  """A search by coordinates: one limit after the other, until none gets better."""
+
+  def __init__(
+    self,
+    ledger: Ledger,
+    *,
+    workers: int,
+    seconds: float,
+    report: Callable[[], None],
+  ):
+    """Prepares one.
+
+    Args:
+      ledger: keeps the estimates.
+      workers: how many are made at a time.
+      seconds: that each may take.
+      report: called after each.
+    """
+    self._ledger, self._report = ledger, report
+    self._options = {"workers": workers, "seconds": seconds}
+
+  def run(self, operation: str, generation: str, shape: Shape) -> Found:
+    """Searches for one shape.
+
+    Raises:
+      RuntimeError: not even the rule's limits can be priced.
+    """
+    chip, described = GENERATIONS[generation], OPERATIONS[operation]
+    start = described.rule(shape, chip)
+    best, cycles, failures = dict(start._asdict()), {}, []
+    for kernel, options in described.options.items():
+
+      def price(candidates: Sequence[Mapping[str, int]], kernel=kernel):
+        return self._price(operation, kernel, generation, shape, candidates)
+
+      ((_, rule_cycles),) = price([best])
+      if isinstance(rule_cycles, str):
+        raise RuntimeError(f"{kernel} at {shape} cannot be priced: {rule_cycles}")
+      least = rule_cycles
+      improved = True
+      while improved:
+        improved = False
+        for name, values in options.items():
+          candidates = [best | {name: value} for value in values if value != best[name]]
+          candidates = [c for c in candidates if described.serves(type(start)(**c), shape, chip)]
+          for candidate, result in price(candidates):
+            if isinstance(result, str):
+              failures.append(f"{kernel} {candidate}: {result}")
+            elif result < least:
+              best, least, improved = candidate, result, True
+      cycles[kernel] = {"tuned": least, "rule": rule_cycles}
+    return Found(described.key(shape, chip), best, cycles, tuple(failures))
+
+  def _price(
+    self,
+    operation: str,
+    kernel: str,
+    generation: str,
+    shape: Shape,
+    candidates: Sequence[Mapping[str, int]],
+  ) -> Iterator[tuple[dict[str, int], int | str]]:
+    """Yields candidates in their order, each with its cycles or with why there are none."""
+    limits = {}
+    for candidate in candidates:
+      arguments = {"operation": operation, "kernel": kernel, "shape": list(shape)}
+      task = Task(generation, _BUILDER, {**arguments, "limits": dict(candidate)}, _SOURCES)
+      limits[task.key] = (task, dict(candidate))
+    results = {}
+    tasks = [task for task, _ in limits.values()]
+    for task, result in self._ledger.run(tasks, **self._options):
+      results[task.key] = result
+      self._report()
+    for key, (_, candidate) in limits.items():
+      result = results[key]
+      yield candidate, result if isinstance(result, str) else sum(k.cycles for k in result)
