@@ -61,7 +61,7 @@ def figures_of(
 
   Args:
     generation: the TPU.
-    row: what was priced.
+    row: what was priced, as that generation was given it.
     ours: of our kernels.
     peers: by pass and peer, one for each block that was tried.
 
@@ -69,7 +69,7 @@ def figures_of(
     A figure per pass.
   """
   chip = CHIPS[generation]
-  for part in row.on(generation).passes:
+  for part in row.passes:
     by_flops, by_bytes = part.flops / chip.flops, part.hbm_bytes / chip.hbm_bytes
     price = judge(chip, part, [ours], part.kernels, 1)
     yield Figure(

@@ -74,13 +74,13 @@ def main() -> None:
   from tqdm import tqdm
 
   config = flags.read("", CyclesConfig)
-  generations, chosen = config.chosen_generations(), config.chosen_rows()
-  tasks = [
-    task
-    for generation in generations
-    for row in chosen
-    for task in [our_task(generation, row), *peer_tasks(generation, row)]
+  # By row, so that the generations of a shape stand together.
+  chosen = [
+    (generation, row.on(generation))
+    for row in config.chosen_rows()
+    for generation in config.chosen_generations()
   ]
+  tasks = [task for generation, row in chosen for task in all_tasks(generation, row)]
   folder = Path(config.output_dir)
   ledger = Ledger(folder / "estimates.jsonl")
   found = {}
@@ -91,15 +91,14 @@ def main() -> None:
       bar.update()
   figures = [
     figure
-    for row in chosen
-    for generation in generations
+    for generation, row in chosen
     for figure in cycle_report.figures_of(
       generation,
       row,
       found[our_task(generation, row).key],
       {
-        (part.name, peer.name): [found[task.key] for task in tasks_of(generation, row, peer)]
-        for part in row.on(generation).passes
+        (part.name, peer.name): [found[task.key] for task in peer_tasks(generation, row, peer)]
+        for part in row.passes
         for peer in part.peers
       },
     )
@@ -113,17 +112,21 @@ def main() -> None:
     )
 
 
+def all_tasks(generation: str, row: Row) -> list[Task]:
+  """Returns all that has to be priced for a row."""
+  peers = [peer for part in row.passes for peer in part.peers]
+  return [
+    our_task(generation, row),
+    *(task for peer in peers for task in peer_tasks(generation, row, peer)),
+  ]
+
+
 def our_task(generation: str, row: Row) -> Task:
   """Returns how to price our own kernels."""
   return _task(generation, row, {"implementation": "ours"})
 
 
-def peer_tasks(generation: str, row: Row) -> list[Task]:
-  """Returns how to price all peers of a row."""
-  return [task for p in row.passes for peer in p.peers for task in tasks_of(generation, row, peer)]
-
-
-def tasks_of(generation: str, row: Row, peer: Peer) -> list[Task]:
+def peer_tasks(generation: str, row: Row, peer: Peer) -> list[Task]:
   """Returns how to price a peer, with each of the blocks to try."""
   changes = {"implementation": peer.implementation, **peer.changes}
   return [
@@ -138,7 +141,7 @@ def _task(generation, row, changes, whole_program=False) -> Task:
   return Task(
     generation,
     f"benchmarks.cycle_builders:{row.builder}",
-    {**row.on(generation).arguments, **changes},
+    {**row.arguments, **changes},
     tuple(map(str, sources)),
     count_products=row.builder == "attention",
     whole_program=whole_program,
