@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     help="where estimates are kept, so that none is made twice (default: %(default)s)",
   )
   parser.add_argument("--workers", type=_positive, default=2, help="compilers at a time")
-  parser.add_argument("--seconds", type=_positive, default=600, help="that an estimate may take")
+  parser.add_argument("--seconds", type=float, default=600.0, help="that an estimate may take")
   return parser
 
 

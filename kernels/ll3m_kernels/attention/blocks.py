@@ -121,7 +121,7 @@ def key_of(problem: Problem, generation: Generation) -> tables.Key:
     "flash_attention",
     generation.name,
     {2: "bfloat16", 4: "float32"}[problem.itemsize],
-    max(problem.head_dim, problem.value_dim),
+    problem.head_dim if problem.head_dim == problem.value_dim else 0,  # no table has these
     problem.mask,
     tables.length_bucket(max(problem.queries, problem.keys)),
   )

@@ -43,21 +43,14 @@ def _compile(generation: str, cores: int, number: int, call: Any) -> tuple[str, 
   function.__name__ = function.__qualname__ = label = f"kernel_{number}_"
   operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
   compile_for(generation, function, *operands)
-  parallel = [
-    size
-    for size, semantics in zip(
-      call.params["grid_mapping"].grid,
-      call.params["compiler_params"].dimension_semantics or (),
-      strict=False,
-    )
-    if semantics == "parallel"
-  ]
-  shared = cores if max(parallel, default=1) > 1 else 1
-  return label, call.params.get("name") or _name(call), shared, follows_data(call)
+  grid = call.params["grid_mapping"].grid
+  semantics = getattr(call.params["compiler_params"], "dimension_semantics", None) or ()
+  splits = any(size > 1 and s == "parallel" for size, s in zip(grid, semantics, strict=False))
+  return label, _name(call), cores if splits else 1, follows_data(call)
 
 
 def _name(call: Any) -> str:
-  return call.params["jaxpr"].debug_info.func_name
+  return call.params.get("name") or call.params["jaxpr"].debug_info.func_name
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""What may be said of an estimate, and what the rows count."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import cycle_report
+from benchmarks.cycle_rows import Pass, Peer, Row, rows
+from benchmarks.tpu_cycles import CyclesConfig, all_tasks, our_task, peer_tasks
+from ll3m_kernels.tuning.estimates import CHIPS, Kernel
+
+CHIP = CHIPS["v5e"]
+# A thousand cycles at the peak.
+WORK = Pass("forward", slice(None), 1000.0 * CHIP.flops, 8.0, ())
+
+
+def kernel(cycles, flops=1000.0 * CHIP.flops, follows_data=False):
+  return Kernel("kernel", cycles, flops, follows_data)
+
+
+def judge(*tried, work=WORK, kernels=slice(None), times=1):
+  return cycle_report.judge(CHIP, work, tried, kernels, times)
+
+
+def test_a_sound_estimate():
+  assert judge([kernel(1250)]) == cycle_report.Price(1250, 1250)
+
+
+def test_each_kernel_has_the_block_that_suits_it():
+  half = 500.0 * CHIP.flops
+  price = judge([kernel(900, half), kernel(700, half)], [kernel(800, half), kernel(900, half)])
+  assert price.estimate == 1500
+
+
+def test_only_the_kernels_of_the_pass_are_counted():
+  assert judge([kernel(1250), kernel(9000)], kernels=slice(1)).estimate == 1250
+
+
+def test_heads_are_counted_for_all():
+  price = judge([kernel(300, 250.0 * CHIP.flops)], times=4)
+  assert price.estimate == 1200
+
+
+@pytest.mark.parametrize(
+  "tried, reason",
+  [
+    ([kernel(999)], "not comparable: 999 cycles are fewer than the peak allows"),
+    ([kernel(1250, 999.0 * CHIP.flops)], "not comparable: fewer products"),
+    ([kernel(1250, None)], "not comparable: fewer products"),
+    ([kernel(1250, follows_data=True)], "not comparable: what it runs"),
+    ("it aborted", "not priced: it aborted"),
+    ([], "not priced: there is no kernel"),
+  ],
+)
+def test_what_is_no_result(tried, reason):
+  price = judge(tried)
+  assert price.problem.startswith(reason)
+  assert price.cycles is None and price.estimate is None
+
+
+def test_what_aborts_with_one_block_is_priced_with_another():
+  assert judge("it aborted", [kernel(1300)]).estimate == 1300
+
+
+def test_memory_bounds_what_is_reported():
+  work = Pass("forward", slice(None), 0.0, 2000.0 * CHIP.hbm_bytes, ())
+  price = judge([kernel(1500, None)], work=work)
+  assert (price.estimate, price.cycles) == (1500, 2000)
+
+
+def row(name="shape", group="attention"):
+  peer = Peer("peer", "jax")
+  return Row(group, name, "attention", {}, (WORK._replace(peers=(peer,)),))
+
+
+def figures(ours, peer):
+  return list(cycle_report.figures_of("v5e", row(), ours, {("forward", "peer"): [peer]}))
+
+
+def test_the_report(tmp_path):
+  found = figures([kernel(1250)], [kernel(2500)]) + figures([kernel(10)], "it aborted")
+  text = cycle_report.write(found, tmp_path)
+  assert "| shape | forward | v5e | 1,250 | 80.0% | 2.00 |" in text
+  assert "| shape | forward | v5e | not comparable: 10 cycles" in text
+  assert "80.0%" in text and "v5e, peer: not priced: it aborted" in text
+  assert (tmp_path / "cycles.md").read_text() == text
+  written = json.loads((tmp_path / "cycles.json").read_text())
+  assert written[0]["share"] == 0.8 and written[0]["peers"]["peer"]["cycles"] == 2500
+  assert written[1]["defect"]
+  assert (tmp_path / "cycles-v5e.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flops_are_those_of_the_pairs_that_see_each_other():
+  for found in rows():
+    for generation in CHIPS:
+      shape = found.on(generation).arguments
+      if found.builder != "attention":
+        continue
+      tokens, window = shape["tokens"], shape.get("window") or shape["tokens"]
+      seen = np.arange(1, tokens + 1) if shape["is_causal"] else np.full(tokens, tokens)
+      pairs = np.minimum(seen, window).sum()
+      expected = 4.0 * pairs * shape["heads"] * shape["head_dim"]
+      passes = {part.name: part for part in found.on(generation).passes}
+      assert passes["forward"].flops == pytest.approx(expected, rel=1e-3)  # half is not exact
+      if "forward + backward" in passes:
+        assert passes["forward + backward"].flops == pytest.approx(3.5 * expected, rel=1e-3)
+
+
+def test_peers_do_the_work_of_the_row():
+  """By heads: what is priced, times how often it is counted."""
+  for found in rows():
+    for generation in CHIPS:
+      given = found.on(generation)
+      for part in given.passes:
+        for peer in part.peers:
+          for task in peer_tasks(generation, given, peer):
+            if "heads" in given.arguments:
+              assert task.arguments["heads"] * peer.times == given.arguments["heads"]
+            assert task.arguments["implementation"] != "ours"
+
+
+def test_every_row_has_a_name_and_tasks_of_its_own():
+  names = [(found.group, found.name) for found in rows()]
+  assert len(set(names)) == len(names)
+  for found in rows():
+    given = found.on("v5e")
+    assert our_task("v5e", given).key in {task.key for task in all_tasks("v5e", given)}
+
+
+def test_quick_is_a_part_of_the_whole():
+  quick, whole = (CyclesConfig(quick=q).chosen_rows() for q in (True, False))
+  assert 3 <= len(quick) < len(whole) == len(list(rows()))
+  assert set(CyclesConfig(quick=True).chosen_generations()) == {"v5e", "v6e"}
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"generations": "v5e,v9"}, "--generations expects any of v5e, v5p, v6e, got 'v9'"),
+    ({"rows": "("}, "--rows is not a regular expression"),
+    ({"workers": 0}, "--workers must be at least 1, got 0"),
+    ({"seconds": 0.0}, "--seconds must be positive"),
+  ],
+)
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    CyclesConfig(**options)
+
+
+def test_rows_that_are_not_there_are_refused():
+  with pytest.raises(ValueError, match="none of the rows matches 'nothing'"):
+    CyclesConfig(rows="nothing").chosen_rows()

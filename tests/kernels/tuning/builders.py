@@ -1,0 +1,44 @@
+"""What `test_estimates` has priced, in another process."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+M, K, N = 1024, 512, 256
+
+
+def product(dtype="bfloat16"):
+  def kernel(x_ref, y_ref, z_ref):
+    z_ref[...] = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+
+  x, y = jax.ShapeDtypeStruct((M, K), dtype), jax.ShapeDtypeStruct((K, N), dtype)
+
+  def function(x, y):
+    return pl.pallas_call(
+      kernel,
+      grid=(M // 256,),
+      in_specs=[
+        pl.BlockSpec((256, K), lambda i: (i, 0)),
+        pl.BlockSpec((K, N), lambda i: (0, 0)),
+      ],
+      out_specs=pl.BlockSpec((256, N), lambda i: (i, 0)),
+      out_shape=jax.ShapeDtypeStruct((M, N), jnp.float32),
+      name="product",
+    )(x, y)
+
+  return function, (x, y)
+
+
+def loop_over_data():
+  """As many products as the data say."""
+
+  def kernel(n_ref, x_ref, z_ref):
+    x = x_ref[...]
+    z_ref[...] = jax.lax.fori_loop(0, n_ref[0, 0], lambda i, z: z + jnp.dot(x, x), x)
+
+  arrays = jax.ShapeDtypeStruct((8, 128), jnp.int32), jax.ShapeDtypeStruct((256, 256), jnp.float32)
+  return (lambda n, x: pl.pallas_call(kernel, out_shape=arrays[1])(n, x)), arrays
+
+
+def refused():
+  raise NotImplementedError("there is no such kernel")

@@ -1,0 +1,51 @@
+"""Estimates by the real compiler: what they count, and what becomes of those that it refuses."""
+
+import pytest
+
+from ll3m_kernels.tuning.estimates import CHIPS, NotPricedError, estimate
+from tests.kernels.tuning.builders import K, M, N
+
+BUILDERS = "tests.kernels.tuning.builders"
+
+
+@pytest.mark.parametrize("generation", CHIPS)
+def test_products_are_counted(generation):
+  (kernel,) = estimate(generation, f"{BUILDERS}:product", {}, count_products=True)
+  assert kernel.name == "product"
+  assert not kernel.follows_data
+  # Dimensions that fill the matrix units of all generations: nothing is computed in vain. One core
+  # runs all of it, the grid not being a parallel one.
+  assert kernel.product_flops == 2 * M * K * N
+  flops = CHIPS[generation].flops / (2 if generation == "v5p" else 1)
+  assert 2 * M * K * N / flops < kernel.cycles < 20 * 2 * M * K * N / flops
+
+
+def test_a_program_is_priced_as_a_whole():
+  (program,) = estimate("v5e", f"{BUILDERS}:product", {}, count_products=True, whole_program=True)
+  (kernel,) = estimate("v5e", f"{BUILDERS}:product", {})
+  assert program.name == "program"
+  assert program.product_flops == 2 * M * K * N
+  assert program.cycles == pytest.approx(kernel.cycles, rel=0.5)  # its operands may be prefetched
+
+
+def test_kernels_that_follow_data_are_told():
+  try:
+    (kernel,) = estimate("v5e", f"{BUILDERS}:loop_over_data", {})
+  except NotPricedError as error:
+    pytest.fail(f"not priced: {error}")
+  assert kernel.follows_data
+
+
+def test_what_cannot_be_built_is_not_priced():
+  with pytest.raises(NotPricedError, match="NotImplementedError: there is no such kernel"):
+    estimate("v5e", f"{BUILDERS}:refused", {})
+
+
+def test_time_is_limited():
+  with pytest.raises(NotPricedError, match="no estimate within 0 s"):
+    estimate("v5e", f"{BUILDERS}:product", {}, seconds=0.1)
+
+
+def test_other_generations_are_refused():
+  with pytest.raises(ValueError, match="v5e, v5p, v6e, not for 'v4'"):
+    estimate("v4", f"{BUILDERS}:product", {})

@@ -1,0 +1,87 @@
+"""The search, against costs that are known and all tried."""
+
+import itertools
+
+import pytest
+
+from ll3m_kernels.dispatch import GENERATIONS
+from ll3m_kernels.tuning.estimates import Kernel
+from ll3m_kernels.tuning.ledger import Ledger
+from ll3m_kernels.tuning.operations import OPERATIONS, Shape
+from ll3m_kernels.tuning.search import Search
+
+SHAPE = Shape(128, 4096, "causal")
+ATTENTION = OPERATIONS["flash_attention"]
+
+
+class Costs(Ledger):
+  """Stands for the ledger: cycles by a formula, and which were asked for."""
+
+  def __init__(self, cycles):
+    self.cycles, self.asked = cycles, []
+
+  def run(self, tasks, *, workers, seconds):
+    for task in reversed(tasks):  # as they are done, not as they were asked for
+      self.asked.append(task.arguments)
+      result = self.cycles(task.arguments["kernel"], task.arguments["limits"])
+      yield task, result if isinstance(result, str) else [Kernel("k", result, None, False)]
+
+
+def search(cycles):
+  costs = Costs(cycles)
+  reports = []
+  found = Search(costs, workers=1, seconds=1.0, report=lambda: reports.append(1)).run(
+    "flash_attention", "v5e", SHAPE
+  )
+  assert len(reports) == len(costs.asked)
+  return found, costs.asked
+
+
+def distance(kernel, limits, forward=(512, 4096), backward=(256, 1024)):
+  """Has one smallest value, whose coordinates can be found one by one."""
+  names, best = (
+    (("keys", "queries"), forward)
+    if kernel == "attention_forward"
+    else (("keys_backward", "queries_backward"), backward)
+  )
+  return 1000 + sum(abs(limits[n] - b) for n, b in zip(names, best, strict=True))
+
+
+def test_the_least_of_all_is_found():
+  found, _ = search(distance)
+  assert found.limits == {
+    "keys": 512,
+    "queries": 4096,
+    "keys_backward": 256,
+    "queries_backward": 1024,
+  }
+  for kernel, options in ATTENTION.options.items():
+    every = [
+      distance(kernel, found.limits | dict(zip(options, values, strict=True)))
+      for values in itertools.product(*options.values())
+    ]
+    assert found.cycles[kernel]["tuned"] == min(every)
+    rule = ATTENTION.rule(SHAPE, GENERATIONS["v5e"])._asdict()
+    assert found.cycles[kernel]["rule"] == distance(kernel, rule)
+  assert found.key.length == 4096 and found.key.mask == "causal" and found.key.size == 128
+
+
+def test_the_rule_stays_where_nothing_is_better():
+  found, asked = search(lambda kernel, limits: 1000)
+  assert found.limits == ATTENTION.rule(SHAPE, GENERATIONS["v5e"])._asdict()
+  assert all(c["tuned"] == c["rule"] for c in found.cycles.values())
+  assert len({str(a) for a in asked}) == len(asked), "nothing is asked for twice"
+
+
+def test_what_cannot_be_priced_is_passed_over_and_told():
+  def cycles(kernel, limits):
+    return "the profile aborted" if limits["queries"] == 4096 else distance(kernel, limits)
+
+  found, _ = search(cycles)
+  assert found.limits["queries"] == 2048
+  assert found.failures and all("the profile aborted" in text for text in found.failures)
+
+
+def test_without_the_rules_price_there_is_no_result():
+  with pytest.raises(RuntimeError, match="cannot be priced: out of luck"):
+    search(lambda kernel, limits: "out of luck")

@@ -1,0 +1,110 @@
+"""Tables of block sizes: what is in them, who reads them, and what is refused."""
+
+import json
+
+import pytest
+
+from ll3m_kernels import BlockSizes
+from ll3m_kernels.attention import blocks
+from ll3m_kernels.dispatch import GENERATIONS
+from ll3m_kernels.norms import blocks as norm_blocks
+from ll3m_kernels.tuning import tables
+from ll3m_kernels.tuning.estimates import CHIPS
+from ll3m_kernels.tuning.operations import OPERATIONS
+
+OWN = sorted(
+  (path, key, entry)
+  for path in tables.Path(tables.__file__).parent.glob("*.json")
+  for key, entry in tables.read(path).items()
+)
+V5E = GENERATIONS["v5e"]
+PROBLEM = blocks.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask="full")
+
+
+@pytest.mark.parametrize(
+  "length, bucket", [(1, 1024), (1024, 1024), (1025, 2048), (4096, 4096), (32_768, 4096)]
+)
+def test_length_bucket(length, bucket):
+  assert tables.length_bucket(length) == bucket
+
+
+def test_there_is_a_table_for_every_generation_that_can_be_priced():
+  assert {path.stem for path, *_ in OWN} == set(CHIPS)
+
+
+@pytest.mark.parametrize("path, key, entry", OWN, ids=lambda value: "")
+def test_own_entries(path, key, entry):
+  operation = OPERATIONS[key.operation]
+  assert key.generation == path.stem
+  assert set(entry["limits"]) == {name for o in operation.options.values() for name in o}
+  assert set(entry["cycles"]) == set(operation.options)
+  for cycles in entry["cycles"].values():
+    assert 0 < cycles["tuned"] <= cycles["rule"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+  """Writes a table for `PROBLEM` and points to it."""
+  key = blocks.key_of(PROBLEM, V5E)
+  limits = {"queries": 512, "keys": 256, "queries_backward": 256, "keys_backward": 128}
+  path = tmp_path / "mine.json"
+  tables.write(path, {key: {"limits": limits, "cycles": {}}})
+  monkeypatch.setenv(tables.VARIABLE, str(path))
+  return path
+
+
+def test_a_table_of_the_users_decides(mine):
+  assert blocks.default_blocks(PROBLEM, V5E) == BlockSizes(512, 256, 4096, 256, 128, 4096)
+  shorter = blocks.Problem(3000, 3000, 128, 128, 2, has_segments=False, mask="full")
+  chosen = blocks.default_blocks(shorter, V5E)
+  assert chosen.keys <= 256 and chosen.queries <= 512, "the same bucket of lengths"
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"mask": "window"}, {"itemsize": 4}, {"queries": 1000, "keys": 1000}, {"head_dim": 72}],
+  ids=str,
+)
+def test_other_problems_follow_the_rule(mine, change):
+  problem = blocks.dataclasses.replace(PROBLEM, **change)
+  before = blocks.default_blocks(problem, V5E)
+  mine.unlink()
+  tables._entries.cache_clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv(tables.VARIABLE)
+    assert blocks.default_blocks(problem, V5E) == before
+
+
+def test_limits_that_do_not_fit_are_not_followed(tmp_path, monkeypatch):
+  problem = blocks.Problem(4096, 4096, 256, 256, 4, has_segments=True, mask="full")
+  v4 = GENERATIONS["v4"]
+  key = blocks.key_of(problem, v4)
+  limits = dict.fromkeys(blocks.Limits._fields, 4096)
+  tables.write(tmp_path / "mine.json", {key: {"limits": limits, "cycles": {}}})
+  monkeypatch.setenv(tables.VARIABLE, str(tmp_path / "mine.json"))
+  blocks.check(blocks.default_blocks(problem, v4), problem, v4)
+
+
+def test_norms_read_tables_too():
+  problem = norm_blocks.Problem(8192, 2048, 2, 3, 1, 1)
+  with tables.force({"norm_backward": {"block_bytes": 2**19, "tile": 2**16}}):
+    chosen = norm_blocks.choose_blocks(problem, V5E)
+  assert chosen.rows == 2**19 // 4096 and chosen.tile == 2**16 // 2048
+
+
+@pytest.mark.parametrize(
+  "content",
+  ["", "{", "[1]", json.dumps([{"operation": "x"}]), json.dumps([{"limits": 3}])],
+  ids=repr,
+)
+def test_what_is_not_a_table_is_refused(tmp_path, monkeypatch, content):
+  (tmp_path / "mine.json").write_text(content)
+  monkeypatch.setenv(tables.VARIABLE, str(tmp_path / "mine.json"))
+  with pytest.raises(ValueError, match="mine.json: is not a table"):
+    blocks.default_blocks(PROBLEM, V5E)
+
+
+def test_a_table_that_is_missing_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv(tables.VARIABLE, str(tmp_path / "none.json"))
+  with pytest.raises(ValueError, match="none.json: cannot be read"):
+    blocks.default_blocks(PROBLEM, V5E)
