@@ -4,7 +4,7 @@ PY := .venv/bin/python
 RUN_DIR ?= runs/demo
 BENCH_DIR ?= runs/bench
 
-.PHONY: demo test bench tpu-check lint format clean
+.PHONY: demo test bench tpu-check cycles lint format clean
 
 demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
@@ -24,6 +24,10 @@ bench: .venv/installed-test
 # Every kernel against the TPU compilers of every generation; needs no TPU.
 tpu-check: .venv/installed-test
 	$(PY) -m benchmarks.tpu_check
+
+# What every kernel costs on a TPU, and its peers, by the TPU's compiler; needs no TPU either.
+cycles: .venv/installed-test
+	$(PY) benchmarks/tpu_cycles.py $(CYCLES)
 
 lint: .venv/installed-test
 	.venv/bin/ruff format --check .

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention.spec import Span
 from ll3m_kernels.dispatch import MIB, Generation
-from ll3m_kernels.tiling import LANES, even, up
+from ll3m_kernels.tiling import LANES, even, up, vmem_limit
 from ll3m_kernels.tuning import tables
 
 
@@ -108,10 +108,11 @@ def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
 
 
 def serves(limits: Limits, problem: Problem, generation: Generation) -> bool:
-  """Returns whether tiles of these limits fit the memory."""
+  """Returns whether tiles of these limits fit the memory, and leave some to the compiler."""
   blocks = _within(limits, problem, generation)
   return all(
-    count(problem, blocks) <= generation.vmem_bytes for count in (forward_bytes, backward_bytes)
+    vmem_limit(count(problem, blocks), generation) <= 0.75 * generation.vmem_bytes
+    for count in (forward_bytes, backward_bytes)
   )
 
 

@@ -73,6 +73,23 @@ def test_the_rule_stays_where_nothing_is_better():
   assert len({str(a) for a in asked}) == len(asked), "nothing is asked for twice"
 
 
+def test_a_gain_that_is_not_worth_it_is_left():
+  """A thousandth less in one pass, a tenth in the other."""
+
+  def cycles(kernel, limits):
+    if kernel == "attention_forward":
+      return 999 if limits["queries"] == 512 else 1000
+    return 900 if limits["keys_backward"] == 256 else 1000
+
+  found, _ = search(cycles)
+  rule = ATTENTION.rule(SHAPE, GENERATIONS["v5e"])._asdict()
+  assert found.limits == rule | {"keys_backward": 256}
+  assert found.cycles == {
+    "attention_forward": {"tuned": 1000, "rule": 1000},
+    "attention_backward": {"tuned": 900, "rule": 1000},
+  }
+
+
 def test_what_cannot_be_priced_is_passed_over_and_told():
   def cycles(kernel, limits):
     return "the profile aborted" if limits["queries"] == 4096 else distance(kernel, limits)
