@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -65,7 +66,8 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
   """Arranges the devices in the mesh that `--mesh_dim` asks for.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or dp does not divide over the
+      slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = parse_mesh_dim(mesh_dim)
@@ -76,8 +78,29 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
       f"there are {len(devices)}"
     )
   shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-  arranged = mesh_utils.create_device_mesh(shape, devices=devices)
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+  """Returns how many slices of TPUs devices belong to; 1 for devices that know none."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Lays neighbours on the mesh where they are neighbours in the machine.
+
+  Slices of TPUs are joined by a network that is a hundred times slower than the links within
+  them: only dp, whose devices exchange nothing but gradients, may reach over it.
+  """
+  slices = num_slices(devices)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+  dp, *within = shape
+  if dp % slices:
+    raise ValueError(f"dp must be a multiple of the {slices} slices, got dp={dp}")
+  return mesh_utils.create_hybrid_device_mesh(
+    (dp // slices, *within), (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+  )
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

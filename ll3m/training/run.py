@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.setup import StatePlan, TrainModelOptions
+from ll3m.training.setup import StatePlan, TrainModelOptions, bytes_per_device
 from ll3m.training.step import TrainState
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
@@ -94,6 +93,18 @@ class TrainOptions(TrainModelOptions, GinConfig):
       )
 
 
+# The flags of a run, by what stands before the dot in their names.
+FLAG_GROUPS = {
+  "": TrainOptions,
+  "optimizer": OptimizerConfig,
+  "checkpointer": CheckpointerConfig,
+  "logger": LoggerConfig,
+  "tokenizer": TokenizerConfig,
+  "train_dataset": DatasetConfig,
+  "eval_dataset": DatasetConfig,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Everything that a run is, read from the flags and validated; no weights yet.
@@ -142,10 +153,7 @@ class Run:
     """Returns what will be trained on what, in a few lines."""
     rows = self.train_dataset.seqio_dataset.batch_size
     steps = self.optimizer.accumulate_gradient_steps
-    state_bytes = sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(plan.state)
-    )
+    state_bytes = bytes_per_device(plan.state)
     mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
     return "\n".join(
       [
