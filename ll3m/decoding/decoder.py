@@ -91,7 +91,7 @@ def make_decoder(
 
   @jax.jit
   def embed(ends, tokens):
-    return apply(ends, lambda tokens: Embed(config, dtype)(tokens), tokens)
+    return apply(ends, lambda tokens: Embed(config, dtype, kernels=kernels)(tokens), tokens)
 
   @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
   def prefill_layer(params, x, starts, cache_length):

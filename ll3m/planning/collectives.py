@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ll3m.planning.hlo import Module
+from ll3m.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 UNKNOWN = "unknown"
@@ -45,37 +45,53 @@ def collectives(
   Returns:
     One entry per kind and axis, largest first.
   """
-  found: dict[tuple[str, str, bool], float] = {}
+  found: dict[Collective, float] = {}
   seen = set()
   for name, instruction in module.instructions():
-    kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS:
-      continue
-    # An asynchronous collective stands in the fusion that starts it, in those that it runs beside
-    # and in the one that waits for it.
-    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-    if channel is not None:
-      if (module.home[name], channel[1]) in seen:
+    # An asynchronous collective may stand in the fusion that starts it, in those that run beside it
+    # and in the one that waits for it: a chain.
+    chain = re.search(r'chain_id="(\w+)"', instruction.attributes)
+    if chain is not None:
+      if (module.home[name], chain[1]) in seen:
         continue
-      seen.add((module.home[name], channel[1]))
-    if name.startswith(_FUSED_SCATTER):
-      kind = "reduce-scatter"
-    groups = device_groups(instruction.attributes, axes)
-    count = 1 if groups is None else groups.shape[1]
-    if count == 1 and groups is not None:
-      continue
-    computation = module.computations[name]
-    operand_bytes = sum(computation[operand].bytes for operand in instruction.operands)
-    over_network = bool(
-      groups is not None
-      and slice_of is not None
-      and np.any(slice_of[groups] != slice_of[groups[:, :1]])
-    )
-    key = (kind, _axis_of(groups, axes), over_network)
-    sent = operand_bytes * _share_sent(kind, count) * module.times[name]
-    found[key] = found.get(key, 0.0) + sent
-  rows = [Collective(kind, sent, axis, between) for (kind, axis, between), sent in found.items()]
+      seen.add((module.home[name], chain[1]))
+    operands = [module.computations[name][operand] for operand in instruction.operands]
+    read = _between_slices(instruction, operands, axes, slice_of)
+    if read is None and (kind := instruction.opcode.removesuffix("-start")) in KINDS:
+      kind = "reduce-scatter" if name.startswith(_FUSED_SCATTER) else kind
+      read = _within_slice(kind, instruction, operands, axes)
+    if read is not None and read.bytes:
+      key = read._replace(bytes=0.0)
+      found[key] = found.get(key, 0.0) + read.bytes * module.times[name]
+  rows = [key._replace(bytes=sent) for key, sent in found.items()]
   return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _within_slice(
+  kind: str, instruction: Instruction, operands: list[Instruction], axes: dict[str, int]
+) -> Collective:
+  groups = device_groups(instruction.attributes, axes)
+  devices = 2 if groups is None else groups.shape[1]  # the fewest that exchange anything
+  sent = sum(operand.bytes for operand in operands) * _share_sent(kind, devices)
+  return Collective(kind, sent, _axis_of(groups, axes), between_slices=False)
+
+
+def _between_slices(
+  instruction: Instruction,
+  operands: list[Instruction],
+  axes: dict[str, int],
+  slice_of: np.ndarray | None,
+) -> Collective | None:
+  """Reads what is handed to the host for its network: a collective of the slices' own devices."""
+  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+  if instruction.opcode != "send" or kind is None:
+    return None
+  axis = UNKNOWN
+  if slice_of is not None:
+    of = slice_of.reshape(tuple(axes.values()))
+    changes = [np.any(np.diff(of, axis=i)) for i in range(of.ndim)]
+    axis = "+".join(name for name, changed in zip(axes, changes, strict=True) if changed)
+  return Collective(kind[1].lower().replace("_", "-"), operands[0].bytes, axis, between_slices=True)
 
 
 def _share_sent(kind: str, devices: int) -> float:
