@@ -78,6 +78,7 @@ def plan_decoding(job: TrainingJob) -> Plan:
     },
     hbm_bytes=chip.hbm_bytes,
     kernels=work.kernels if work else (),
+    device_kind=devices[0].device_kind,
     collectives=work.collectives if work else (),
     compile_seconds=one.seconds + two.seconds,
     **fields,

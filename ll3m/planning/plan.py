@@ -11,6 +11,7 @@ from ll3m.core import chips
 from ll3m.planning import costs
 from ll3m.planning.collectives import Collective, collectives
 from ll3m.planning.hlo import Module
+from ll3m_kernels.dispatch import GENERATIONS
 
 # A ring along one dimension of the torus goes both ways round.
 _LINKS_OF_A_RING = 2
@@ -26,6 +27,7 @@ class Plan:
       else), and "headroom", which is negative where the program does not fit.
     hbm_bytes: what a program may have of a device's memory.
     kernels: names of the Pallas kernels in the compiled program.
+    device_kind: how jax calls the devices.
     collectives: what each device sends in a step; bytes by the ring algorithms.
     compile_seconds: of the compiler, on this machine.
     flops: of all matrix products of a step, all devices together; None where it does not fit, as
@@ -42,6 +44,7 @@ class Plan:
   bytes_per_chip: dict[str, int]
   hbm_bytes: int
   kernels: Sequence[str]
+  device_kind: str
   collectives: Sequence[Collective]
   compile_seconds: float
   flops: float | None
@@ -55,6 +58,13 @@ class Plan:
   def fits(self) -> bool:
     """Whether the compiler made a program of it."""
     return self.flops is not None
+
+  @property
+  def why_no_kernels(self) -> str:
+    """Says why there is no kernel in the program."""
+    if any(self.device_kind in g.device_kinds for g in GENERATIONS.values()):
+      return "none serves these shapes, plain XLA runs"
+    return f"there are none for {self.device_kind}, plain XLA runs"
 
   def to_json(self) -> dict[str, Any]:
     """Returns what `--json` prints."""

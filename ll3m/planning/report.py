@@ -28,7 +28,7 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield "fits"
   yield from _largest(plan)
   yield ""
-  yield f"{'kernels':12}{', '.join(plan.kernels) or 'none: plain XLA'}"
+  yield f"{'kernels':12}{', '.join(plan.kernels) or f'none: {plan.why_no_kernels}'}"
   yield f"{'compiled in':12}{plan.compile_seconds:.0f} s"
   yield f"{'FLOPs':12}{plan.flops:.3g} per step"
   yield ""

@@ -93,6 +93,7 @@ def plan_training(job: TrainingJob) -> Plan:
     },
     hbm_bytes=chip.hbm_bytes,
     kernels=(),
+    device_kind=job.devices[0].device_kind,
     collectives=(),
     compile_seconds=attempt.seconds,
     flops=None,
