@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -104,7 +103,7 @@ def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.n
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns how a parameter is split: by the table, less what does not divide.
+  """Returns how a parameter is split: by the table, less what does not divide (see `unsplit`).
 
   Args:
     path: "module/name".
@@ -114,19 +113,36 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   Raises:
     ValueError: not exactly one rule of the table matches.
   """
+  axes = _axes_of(path, shape)
+  return PartitionSpec(
+    *(
+      None if axis is not None and size % mesh.shape[axis] else axis
+      for size, axis in zip(shape, axes, strict=True)
+    )
+  )
+
+
+def unsplit(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> list[str]:
+  """Says in words what the table would split and every device holds whole instead.
+
+  Args:
+    params: arrays or shapes of a Haiku tree.
+    mesh: the mesh.
+  """
+  return [
+    f"{module}/{name}: {size} is not divisible by {axis}={mesh.shape[axis]}"
+    for module, arrays in params.items()
+    for name, array in arrays.items()
+    for size, axis in zip(array.shape, _axes_of(f"{module}/{name}", array.shape), strict=True)
+    if axis is not None and size % mesh.shape[axis]
+  ]
+
+
+def _axes_of(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
   matches = [spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)]
   if len(matches) != 1:
     raise ValueError(f"{len(matches)} sharding rules match parameter {path!r}, expected one")
-  axes: list[Any] = []
-  for size, axis in zip(shape, tuple(matches[0]) + (None,) * len(shape), strict=False):
-    if axis is not None and size % mesh.shape[axis]:
-      logging.info(
-        "%s: dimension %d is not divisible by %s=%d and is not split",
-        path, size, axis, mesh.shape[axis],
-      )  # fmt: skip
-      axis = None
-    axes.append(axis)
-  return PartitionSpec(*axes)
+  return tuple(matches[0]) + (None,) * (len(shape) - len(matches[0]))
 
 
 def parameter_shardings(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> dict:

@@ -84,6 +84,7 @@ def plan_training(job: TrainingJob) -> Plan:
         f"{job.options.remat}; parameters {job.options.param_dtype}, activations "
         f"{job.options.dtype}",
       ),
+      *(("not split", text) for text in sharding.unsplit(program.plan.params, mesh)),
     ),
     bytes_per_chip={
       "parameters": parameters,

@@ -163,6 +163,7 @@ class Run:
         f"{rows * steps * self.length:,} tokens per optimizer step",
         f"state       {state_bytes / 2**30:.2f} GiB per device (parameters and optimizer)",
         f"steps       {self.options.total_steps}",
+        *(f"not split   {text}" for text in sharding.unsplit(plan.params, self.mesh)),
       ]
     )
 
