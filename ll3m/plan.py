@@ -39,8 +39,8 @@ class PlanOptions:
   json: bool = flags.option(False, "Print one JSON object instead of a table.")
 
 
-for group, options_class in FLAG_GROUPS.items():
-  flags.define(group, options_class)
+for prefix, options_class in FLAG_GROUPS.items():
+  flags.define(prefix, options_class)
 flags.define("", PlanOptions)
 
 

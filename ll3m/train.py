@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ll3m.core import flags, sharding
+from ll3m.core import flags, processes, sharding
 from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.data import gin_settings
@@ -42,12 +42,22 @@ from ll3m.training.run import (
 from ll3m.training.setup import check_length, check_same_model, choose_model
 from ll3m.training.step import TrainState, make_eval_step
 
-for group, options_class in FLAG_GROUPS.items():
-  flags.define(group, options_class)
+for prefix, options_class in FLAG_GROUPS.items():
+  flags.define(prefix, options_class)
 
 
 def main() -> None:
-  """Trains."""
+  """Trains, on this host alone or together with others."""
+  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
+  settings = {}
+  for group, options in values.items():
+    settings |= flags.to_dict(options, group)
+  with processes.joined(values["jax_distributed"], settings):
+    run_to_the_end()
+
+
+def run_to_the_end() -> None:
+  """Reads what to train, prepares it and trains."""
   run = read_run()
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:

@@ -16,6 +16,7 @@ from ll3m.core import checkpoint as folders
 from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
+from ll3m.core.processes import ProcessesConfig
 from ll3m.core.run import (
   CheckpointerConfig,
   Position,
@@ -102,6 +103,7 @@ FLAG_GROUPS = {
   "tokenizer": TokenizerConfig,
   "train_dataset": DatasetConfig,
   "eval_dataset": DatasetConfig,
+  "jax_distributed": ProcessesConfig,
 }
 
 
