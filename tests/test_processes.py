@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -48,31 +47,23 @@ def start(*arguments: str, devices: int) -> subprocess.Popen:
   )  # fmt: skip
 
 
-def free_port() -> int:
-  """A port that is free and whose successor is too."""
-  while True:
-    with socket.socket() as first, socket.socket() as second:
-      first.bind(("", 0))
-      port = first.getsockname()[1]
-      try:
-        second.bind(("", port + 1))
-      except (OSError, OverflowError):
-        continue
-      return port
+@pytest.fixture(scope="module")
+def start_two(free_port):
+  """Returns a function that starts both processes of a run."""
 
+  def start_both(*arguments: str, others: list[str] | None = None) -> list[subprocess.Popen]:
+    """Args: flags; `others` are what the second process has besides."""
+    joined = [
+      f"--jax_distributed.coordinator_address=localhost:{free_port()}",
+      "--jax_distributed.num_processes=2",
+      f"--jax_distributed.timeout={TIMEOUT}",
+    ]
+    return [
+      start(*arguments, *joined, f"--jax_distributed.process_id={i}", *extra, devices=4)
+      for i, extra in enumerate(([], others or []))
+    ]
 
-def start_two(*arguments: str, others: list[str] | None = None) -> list[subprocess.Popen]:
-  """Starts both processes of a run; `others` are what the second one has besides."""
-  port = free_port()
-  joined = [
-    f"--jax_distributed.coordinator_address=localhost:{port}",
-    "--jax_distributed.num_processes=2",
-    f"--jax_distributed.timeout={TIMEOUT}",
-  ]
-  return [
-    start(*arguments, *joined, f"--jax_distributed.process_id={i}", *extra, devices=4)
-    for i, extra in enumerate(([], others or []))
-  ]
+  return start_both
 
 
 def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[tuple[int, str]]:
@@ -114,7 +105,7 @@ def alone(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(arguments, tmp_path_factory) -> Path:
+def together(arguments, start_two, tmp_path_factory) -> Path:
   """The output_dir of the first half of the same run, by two processes."""
   output = tmp_path_factory.mktemp("together")
   half = f"--total_steps={STEPS // 2}"
@@ -130,7 +121,9 @@ def test_two_processes_have_the_losses_of_one(alone, together):
   assert losses(together) == pytest.approx(expected[: STEPS // 2], abs=1e-6)
 
 
-def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(arguments, alone, together):
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+  arguments, start_two, alone, together
+):
   """Two processes with 8 devices, one with 2 and other axes, one with 1, and both again."""
   go_on = [*arguments, f"--logger.output_dir={together}"]
   step = STEPS // 2
@@ -145,7 +138,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(arguments, 
   assert losses(together) == pytest.approx(losses(alone), abs=2e-5)
 
 
-def test_other_flags_are_told_to_both(arguments, tmp_path):
+def test_other_flags_are_told_to_both(arguments, start_two, tmp_path):
   run = start_two(
     *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2", others=["--seed=7"]
   )
@@ -155,7 +148,7 @@ def test_other_flags_are_told_to_both(arguments, tmp_path):
     assert "error: process 1 on " in stderr.splitlines()[-1]
 
 
-def test_a_process_that_does_not_come_is_named(arguments, tmp_path):
+def test_a_process_that_does_not_come_is_named(arguments, free_port, tmp_path):
   port = free_port()
   run = start(
     *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2",
@@ -175,7 +168,9 @@ def test_a_process_that_does_not_come_is_named(arguments, tmp_path):
     (1, signal.SIGSTOP, f"has given no sign of life for {TIMEOUT} s"),
   ],
 )
-def test_a_process_that_dies_is_named_by_the_other(arguments, tmp_path, victim, number, reason):
+def test_a_process_that_dies_is_named_by_the_other(
+  arguments, start_two, tmp_path, victim, number, reason
+):
   run = start_two(*arguments, f"--logger.output_dir={tmp_path}", "--total_steps=100000")
   try:
     metrics = tmp_path / "metrics.jsonl"
