@@ -13,12 +13,13 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: the compiler is wanted, not a chip that is here
 
 from ll3m.core import flags
-from ll3m.data.config import DatasetConfig
+from ll3m.data import gin_settings
+from ll3m.data.config import refuse_unread
 from ll3m.hf.sources import open_source
 from ll3m.planning import decoding, remedies, report, topology, training
 from ll3m.planning.plan import Plan
-from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
-from ll3m.training.run import FLAG_GROUPS, TrainOptions
+from ll3m.training.optimizer import refuse_unchosen
+from ll3m.training.run import FLAG_GROUPS
 from ll3m.training.setup import check_length, choose_model
 
 
@@ -69,15 +70,17 @@ def main() -> None:
 
 
 def read_job(wanted: PlanOptions) -> training.TrainingJob:
-  """Reads the flags of training, as far as they matter here.
+  """Reads and checks the flags of training, but for what they would read from disk.
 
   Raises:
     ValueError: what is wrong, in one sentence.
   """
-  options = flags.read("", TrainOptions)
-  optimizer = flags.read("optimizer", OptimizerConfig)
+  groups = {prefix: flags.read(prefix, options) for prefix, options in FLAG_GROUPS.items()}
+  options, optimizer, dataset = (groups[prefix] for prefix in ("", "optimizer", "train_dataset"))
   refuse_unchosen(optimizer, "optimizer")
-  rows = flags.read("train_dataset", DatasetConfig).seqio_dataset
+  refuse_unread(dataset, "train_dataset")
+  gin_settings.apply(options, groups["tokenizer"])
+  rows = dataset.seqio_dataset
   source = None
   if not options.load_model_config and options.load_checkpoint:
     kind, _, path = options.load_checkpoint.partition("::")

@@ -28,7 +28,6 @@ from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
 from ll3m.training.program import make_program
 from ll3m.training.run import (
   FLAG_GROUPS,
-  LOAD_KINDS,
   Run,
   TrainOptions,
   check_settings,
@@ -171,11 +170,6 @@ def read_run() -> Run:
   refuse_unread(train_dataset, "train_dataset")
   eval_dataset = read_eval_dataset(options)
   kind, _, path = (options.load_checkpoint or "").partition("::")
-  if options.load_checkpoint and (kind not in LOAD_KINDS or not path):
-    raise ValueError(
-      f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
-      f"got {options.load_checkpoint!r}"
-    )
   mesh = sharding.make_mesh(options.mesh_dim)
   sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
   train_dataset.check(data_dir=options.data_dir, prefix="--train_dataset.")

@@ -128,6 +128,11 @@ class _Peer:
     with self._lock, contextlib.suppress(OSError):
       self._connection.sendall(text.encode())
 
+  def close(self) -> None:
+    """Ends the connection."""
+    self._file.close()
+    self._connection.close()
+
   def receive(self) -> dict[str, Any] | None:
     """Returns the next object; None if the connection has ended.
 
@@ -212,6 +217,7 @@ def _receive_all(port: int, count: int, timeout: float, mine: Mapping[str, Any])
   def refuse(reason: str) -> None:
     for peer in peers.values():
       peer.send({"error": reason})
+      peer.close()
     raise ValueError(reason)
 
   with socket.create_server(("", port)) as server:
@@ -226,9 +232,12 @@ def _receive_all(port: int, count: int, timeout: float, mine: Mapping[str, Any])
           f"{timeout} s"
         )
       peer = _Peer(connection, timeout)
-      theirs = peer.receive()
+      theirs = None
+      with contextlib.suppress(TimeoutError):
+        theirs = peer.receive()
       if theirs is None or not {"process", "host", "flags"} <= set(theirs):
-        continue  # a stranger
+        peer.close()  # a stranger
+        continue
       number = theirs["process"]
       peer.name = f"process {number} on {theirs['host']}"
       twice = number in peers
@@ -272,10 +281,10 @@ def _call(host: str, port: int, timeout: float, mine: Mapping[str, Any]) -> _Lin
     answer = peer.receive()
   except TimeoutError:
     answer = None
-  if answer is None:
-    raise ValueError(f"process 0 at {host}:{port} ended while the processes met")
-  if "error" in answer:
-    raise ValueError(answer["error"])
+  if answer is None or "error" in answer:
+    peer.close()
+    ended = {"error": f"process 0 at {host}:{port} ended while the processes met"}
+    raise ValueError((answer or ended)["error"])
   peer.name = answer["name"]
   connection.settimeout(timeout)
   return _Line([peer], timeout)

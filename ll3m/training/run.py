@@ -85,6 +85,12 @@ class TrainOptions(TrainModelOptions, GinConfig):
     ):
       if not getattr(self, name) >= least:
         raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+    kind, _, path = (self.load_checkpoint or "").partition("::")
+    if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
+      raise ValueError(
+        f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
+        f"got {self.load_checkpoint!r}"
+      )
     if self.save_milestone_freq and not (
       self.save_model_freq and self.save_milestone_freq % self.save_model_freq == 0
     ):
