@@ -25,8 +25,8 @@ def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan])
     if try_job(changed).fits:
       return f"it fits with {text}"
   return (
-    "none of full rematerialisation, smaller micro-steps, a bfloat16 accumulator and more fsdp "
-    "makes it fit: it needs more chips, or chips with more memory"
+    "none of full rematerialisation, smaller micro-steps and more fsdp makes it fit: it needs more "
+    "chips, or chips with more memory"
   )
 
 
