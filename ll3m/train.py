@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from ll3m.core import flags, sharding
+from ll3m.core import flags, processes, sharding
 from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
-from ll3m.core.dtypes import DTYPES
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.data import gin_settings
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_unread
@@ -25,9 +24,10 @@ from ll3m.hf.sources import open_source
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
-from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
+from ll3m.training.program import make_program
 from ll3m.training.run import (
-  LOAD_KINDS,
+  FLAG_GROUPS,
   Run,
   TrainOptions,
   check_settings,
@@ -38,46 +38,32 @@ from ll3m.training.run import (
   open_held_out,
   write_companions,
 )
-from ll3m.training.setup import (
-  build_model,
-  check_length,
-  check_same_model,
-  choose_model,
-  plan_state,
-)
-from ll3m.training.step import TrainState, make_eval_step, make_train_step
+from ll3m.training.setup import check_length, check_same_model, choose_model
+from ll3m.training.step import TrainState, make_eval_step
 
-flags.define("", TrainOptions)
-flags.define("optimizer", OptimizerConfig)
-flags.define("checkpointer", CheckpointerConfig)
-flags.define("logger", LoggerConfig)
-flags.define("tokenizer", TokenizerConfig)
-flags.define("train_dataset", DatasetConfig)
-flags.define("eval_dataset", DatasetConfig)
+for prefix, options_class in FLAG_GROUPS.items():
+  flags.define(prefix, options_class)
 
 
 def main() -> None:
-  """Trains."""
+  """Trains, on this host alone or together with others."""
+  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
+  settings = {}
+  for group, options in values.items():
+    settings |= flags.to_dict(options, group)
+  with processes.joined(values["jax_distributed"], settings):
+    run_to_the_end()
+
+
+def run_to_the_end() -> None:
+  """Reads what to train, prepares it and trains."""
   run = read_run()
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:
     print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
     return
-  optimizer = make_optimizer(run.optimizer, options.total_steps)
-  schedule = make_schedule(run.optimizer.chosen, options.total_steps)
-  model = build_model(run.config, run.mesh, dtype=options.dtype, remat=options.remat)
-  plan = plan_state(model, optimizer, run.mesh, param_dtype=options.param_dtype)
-  train_step = jax.jit(
-    make_train_step(
-      model,
-      optimizer,
-      schedule,
-      z_loss=options.z_loss,
-      accumulator_dtype=DTYPES[run.optimizer.accumulator_dtype],
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda x: x.sharding, plan.state), None),
-  )
+  program = make_program(options, run.optimizer, run.config, run.mesh)
+  plan, train_step = program.plan, program.step
   if options.dry_run:
     print(run.describe(plan))
     jax.eval_shape(train_step, plan.state, run.batch_shapes())
@@ -96,7 +82,7 @@ def main() -> None:
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     held_out = None
     if held_out_batches is not None:
-      held_out = held_out_evaluation(run, held_out_batches, jax.jit(make_eval_step(model)))
+      held_out = held_out_evaluation(run, held_out_batches, jax.jit(make_eval_step(program.model)))
     with Logger(
       run.logger,
       total_steps=options.total_steps,
@@ -178,16 +164,12 @@ def read_run() -> Run:
         f"--logger.output_dir={logger.output_dir} holds a converted model: give a folder of the "
         f"run's own"
       )
-  optimizer = read_optimizer()
+  optimizer = flags.read("optimizer", OptimizerConfig)
+  refuse_unchosen(optimizer, "optimizer")
   train_dataset = flags.read("train_dataset", DatasetConfig)
   refuse_unread(train_dataset, "train_dataset")
   eval_dataset = read_eval_dataset(options)
   kind, _, path = (options.load_checkpoint or "").partition("::")
-  if options.load_checkpoint and (kind not in LOAD_KINDS or not path):
-    raise ValueError(
-      f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
-      f"got {options.load_checkpoint!r}"
-    )
   mesh = sharding.make_mesh(options.mesh_dim)
   sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
   train_dataset.check(data_dir=options.data_dir, prefix="--train_dataset.")
@@ -241,19 +223,6 @@ def read_run() -> Run:
     tokenizer_config=tokenizer_config,
     mesh=mesh,
   )
-
-
-def read_optimizer() -> OptimizerConfig:
-  """Reads --optimizer.*.
-
-  Raises:
-    ValueError: a value makes no sense, or an option of another optimizer was given.
-  """
-  config = flags.read("optimizer", OptimizerConfig)
-  for group in (f.name for f in dataclasses.fields(config) if f.name.endswith("_optimizer")):
-    if getattr(config, group) is not config.chosen:
-      flags.refuse(f"optimizer.{group}", f"with --optimizer.type={config.type}")
-  return config
 
 
 def read_eval_dataset(options: TrainOptions) -> DatasetConfig:

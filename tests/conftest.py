@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,24 @@ def byte_tokenizer(tmp_path_factory) -> Path:
   }
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   return folder
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+  """Returns a function that finds a port which is free, and whose successor is too."""
+
+  def find() -> int:
+    while True:
+      with socket.socket() as first, socket.socket() as second:
+        first.bind(("", 0))
+        port = first.getsockname()[1]
+        try:
+          second.bind(("", port + 1))
+        except (OSError, OverflowError):
+          continue
+        return port
+
+  return find
 
 
 @pytest.fixture(scope="session")

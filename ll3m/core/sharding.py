@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import logging
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -65,7 +65,8 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
   """Arranges the devices in the mesh that `--mesh_dim` asks for.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or dp does not divide over the
+      slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = parse_mesh_dim(mesh_dim)
@@ -76,12 +77,33 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
       f"there are {len(devices)}"
     )
   shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-  arranged = mesh_utils.create_device_mesh(shape, devices=devices)
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+  """Returns how many slices of TPUs devices belong to; 1 for devices that know none."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Lays neighbours on the mesh where they are neighbours in the machine.
+
+  Slices of TPUs are joined by a network that is a hundred times slower than the links within
+  them: only dp, whose devices exchange nothing but gradients, may reach over it.
+  """
+  slices = num_slices(devices)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+  dp, *within = shape
+  if dp % slices:
+    raise ValueError(f"dp must be a multiple of the {slices} slices, got dp={dp}")
+  return mesh_utils.create_hybrid_device_mesh(
+    (dp // slices, *within), (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+  )
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns how a parameter is split: by the table, less what does not divide.
+  """Returns how a parameter is split: by the table, less what does not divide (see `unsplit`).
 
   Args:
     path: "module/name".
@@ -91,19 +113,36 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   Raises:
     ValueError: not exactly one rule of the table matches.
   """
+  axes = _axes_of(path, shape)
+  return PartitionSpec(
+    *(
+      None if axis is not None and size % mesh.shape[axis] else axis
+      for size, axis in zip(shape, axes, strict=True)
+    )
+  )
+
+
+def unsplit(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> list[str]:
+  """Says in words what the table would split and every device holds whole instead.
+
+  Args:
+    params: arrays or shapes of a Haiku tree.
+    mesh: the mesh.
+  """
+  return [
+    f"{module}/{name}: {size} is not divisible by {axis}={mesh.shape[axis]}"
+    for module, arrays in params.items()
+    for name, array in arrays.items()
+    for size, axis in zip(array.shape, _axes_of(f"{module}/{name}", array.shape), strict=True)
+    if axis is not None and size % mesh.shape[axis]
+  ]
+
+
+def _axes_of(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
   matches = [spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)]
   if len(matches) != 1:
     raise ValueError(f"{len(matches)} sharding rules match parameter {path!r}, expected one")
-  axes: list[Any] = []
-  for size, axis in zip(shape, tuple(matches[0]) + (None,) * len(shape), strict=False):
-    if axis is not None and size % mesh.shape[axis]:
-      logging.info(
-        "%s: dimension %d is not divisible by %s=%d and is not split",
-        path, size, axis, mesh.shape[axis],
-      )  # fmt: skip
-      axis = None
-    axes.append(axis)
-  return PartitionSpec(*axes)
+  return tuple(matches[0]) + (None,) * (len(shape) - len(matches[0]))
 
 
 def parameter_shardings(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> dict:

@@ -29,7 +29,7 @@ from ll3m.models.transformer import Embed, Params, block, logits
 from ll3m_kernels import flash_attention
 
 # Matrices that read the same input, and the one that they become.
-_JOINED = {
+JOINED = {
   "attention/query_key_value": ("attention/query", "attention/key", "attention/value"),
   "mlp/gate_up": ("mlp/gate", "mlp/up"),
 }
@@ -91,7 +91,7 @@ def make_decoder(
 
   @jax.jit
   def embed(ends, tokens):
-    return apply(ends, lambda tokens: Embed(config, dtype)(tokens), tokens)
+    return apply(ends, lambda tokens: Embed(config, dtype, kernels=kernels)(tokens), tokens)
 
   @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
   def prefill_layer(params, x, starts, cache_length):
@@ -166,7 +166,7 @@ def unstack(config: ModelConfig, params: Params, dtype: Any) -> Weights:
   prefix = "layers/"
   stacked = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
   groups = {module: (module,) for module in stacked}
-  for joined, members in _JOINED.items():
+  for joined, members in JOINED.items():
     if all(member in stacked for member in members):
       groups = {k: v for k, v in groups.items() if k not in members} | {joined: members}
   ends = {

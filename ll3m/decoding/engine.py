@@ -104,15 +104,13 @@ class Engine:
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     seeds = np.array(seeds, np.uint32)
     # The last token is not fed back: it needs no slot.
-    cache_length = _bucket(length + max_new_tokens - 1)
-    if self._config.sliding_window is not None:
-      cache_length = min(cache_length, self._config.sliding_window)
+    columns = cache_length(self._config, length + max_new_tokens - 1)
 
     def choose(hidden, column):
       return self._choose(self._weights.ends, hidden, seeds, column - starts, sampling=sampling)
 
     running = [True] * len(prompts)
-    hidden, cache = self._decoder.prefill(self._weights, padded, starts, cache_length)
+    hidden, cache = self._decoder.prefill(self._weights, padded, starts, columns)
     tokens = choose(hidden, length)
     for column in range(length, length + max_new_tokens):
       current = tokens
@@ -179,6 +177,12 @@ def check_request(
         f"prompt {number} has tokens from {min(prompt)} to {max(prompt)}; the model's vocabulary "
         f"is 0..{config.vocab_size - 1}"
       )
+
+
+def cache_length(config: ModelConfig, columns: int) -> int:
+  """Returns C, how many columns of keys and values are kept for a text of so many."""
+  length = _bucket(columns)
+  return length if config.sliding_window is None else min(length, config.sliding_window)
 
 
 def _bucket(length: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ll3m_kernels import Sharding
@@ -34,6 +34,19 @@ class Kernels:
       return x
     placement = NamedSharding(self.sharding.mesh, self.sharding.rows(x.ndim))
     return jax.lax.with_sharding_constraint(x, placement)
+
+  def whole_rows(self, table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """Gathers the rows of a table that is to be looked up in, split by rows over the heads' axis.
+
+    Left to itself the compiler moves the table between the devices of all axes, dp's included,
+    which may be joined by a slow network.
+    """
+    if self.sharding is None:
+      return table
+    divides = len(table) % self.sharding.head_shards == 0
+    spec = PartitionSpec(self.sharding.head_axis if divides else None, None)
+    placement = NamedSharding(self.sharding.mesh, spec)
+    return jax.lax.with_sharding_constraint(table, placement)
 
 
 # What suits the platform, on one device.

@@ -66,18 +66,20 @@ class Head(NamedTuple):
 class Embed(hk.Module):
   """The token embedding."""
 
-  def __init__(self, config: ModelConfig, dtype: Any, name: str = "embed"):
-    """Args: the config; dtype of the activations."""
+  def __init__(self, config: ModelConfig, dtype: Any, *, kernels: Kernels, name: str = "embed"):
+    """Args: the config; dtype of the activations; how they lie on a mesh."""
     super().__init__(name=name)
     self._config = config
     self._dtype = dtype
+    self._kernels = kernels
 
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Looks the tokens up."""
     config = self._config
     shape = (config.vocab_size, config.d_model)
     init = hk.initializers.TruncatedNormal(INIT_STDDEV)
-    x = hk.get_parameter("embedding", shape, init=init)[tokens].astype(self._dtype)
+    table = self._kernels.whole_rows(hk.get_parameter("embedding", shape, init=init))
+    x = table[tokens].astype(self._dtype)
     if config.scale_embeddings:
       x = x * jnp.asarray(config.d_model**0.5, self._dtype)
     return x
@@ -167,7 +169,7 @@ def make_model(
 
     if remat != "nothing":
       layer = hk.remat(layer, policy=REMAT_POLICIES[remat])
-    x = kernels.constrain(Embed(config, dtype)(tokens))
+    x = kernels.constrain(Embed(config, dtype, kernels=kernels)(tokens))
     x = hk.layer_stack(config.num_layers, name="layers")(layer)(x)
     if hk.running_init():
       _HeadParameters(config)()

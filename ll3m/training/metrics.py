@@ -1,23 +1,14 @@
 """From sums over tokens to the numbers that are logged."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 
+from ll3m.core import chips
 from ll3m.core.config import ModelConfig
 from ll3m.training.loss import Sums
 from ll3m.training.step import StepMetrics
-
-# Peak bf16 FLOP/s of one jax device (a core on v2 and v3, a chip since) by its device_kind.
-PEAK_FLOPS: Mapping[str, float] = {
-  "TPU v2": 22.5e12,
-  "TPU v3": 61.5e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-}
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
@@ -35,21 +26,28 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
   attention = config.d_model * config.head_dim * (heads + config.num_heads)
   feed_forward = (3 if config.gated_mlp else 2) * config.d_model * config.d_ff
   matrices = config.num_layers * (attention + feed_forward) + config.d_model * config.vocab_size
+  scores = 12 * config.num_layers * config.num_heads * config.head_dim
+  return 6 * matrices + scores * mean_keys(config, length)
+
+
+def mean_keys(config: ModelConfig, length: int) -> float:
+  """Returns how many keys a query of a row sees on average.
+
+  That is T / 2 within the first window, then the whole window.
+  """
   visible = min(length, config.sliding_window or length)
-  # Mean number of keys a query sees: T/2 within the first window, then the whole window.
-  mean_keys = visible * (1 - visible / (2 * length))
-  scores = 12 * config.num_layers * config.num_heads * config.head_dim * mean_keys
-  return 6 * matrices + scores
+  return visible * (1 - visible / (2 * length))
 
 
 def model_flop_utilisation(
   config: ModelConfig, length: int, tokens_per_second: float
 ) -> float | None:
   """Returns the share of the devices' peak, or None where the peak is not known."""
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  if peak is None:
+  chip = chips.of_device(jax.devices()[0])
+  if chip is None:
     return None
-  return tokens_per_second * flops_per_token(config, length) / (peak * jax.device_count())
+  peak = chip.peak_flops * jax.device_count()
+  return tokens_per_second * flops_per_token(config, length) / peak
 
 
 def ratios(sums: Sums) -> dict[str, float]:

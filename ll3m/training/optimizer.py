@@ -125,6 +125,21 @@ class OptimizerConfig:
     return getattr(self, f"{self.type}_optimizer")
 
 
+def refuse_unchosen(config: OptimizerConfig, prefix: str) -> None:
+  """Refuses flags that were given and belong to another optimizer than the chosen one.
+
+  Args:
+    config: the optimizer.
+    prefix: of its flags.
+
+  Raises:
+    ValueError: names the flag.
+  """
+  for group in (f.name for f in dataclasses.fields(config) if f.name.endswith("_optimizer")):
+    if getattr(config, group) is not config.chosen:
+      flags.refuse(f"{prefix}.{group}", f"with --{prefix}.type={config.type}")
+
+
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
   """Returns the learning rate of each optimizer step.
 

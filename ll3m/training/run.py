@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from ll3m.core import checkpoint as folders
 from ll3m.core import flags, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
+from ll3m.core.processes import ProcessesConfig
 from ll3m.core.run import (
   CheckpointerConfig,
   Position,
@@ -33,7 +33,7 @@ from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.setup import StatePlan, TrainModelOptions
+from ll3m.training.setup import StatePlan, TrainModelOptions, bytes_per_device
 from ll3m.training.step import TrainState
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
@@ -85,6 +85,12 @@ class TrainOptions(TrainModelOptions, GinConfig):
     ):
       if not getattr(self, name) >= least:
         raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+    kind, _, path = (self.load_checkpoint or "").partition("::")
+    if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
+      raise ValueError(
+        f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
+        f"got {self.load_checkpoint!r}"
+      )
     if self.save_milestone_freq and not (
       self.save_model_freq and self.save_milestone_freq % self.save_model_freq == 0
     ):
@@ -92,6 +98,19 @@ class TrainOptions(TrainModelOptions, GinConfig):
         f"--save_milestone_freq ({self.save_milestone_freq}) must be a multiple of "
         f"--save_model_freq ({self.save_model_freq}): milestones are checkpoints that are kept"
       )
+
+
+# The flags of a run, by what stands before the dot in their names.
+FLAG_GROUPS = {
+  "": TrainOptions,
+  "optimizer": OptimizerConfig,
+  "checkpointer": CheckpointerConfig,
+  "logger": LoggerConfig,
+  "tokenizer": TokenizerConfig,
+  "train_dataset": DatasetConfig,
+  "eval_dataset": DatasetConfig,
+  "jax_distributed": ProcessesConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +161,7 @@ class Run:
     """Returns what will be trained on what, in a few lines."""
     rows = self.train_dataset.seqio_dataset.batch_size
     steps = self.optimizer.accumulate_gradient_steps
-    state_bytes = sum(
-      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(plan.state)
-    )
+    state_bytes = bytes_per_device(plan.state)
     mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
     return "\n".join(
       [
@@ -155,6 +171,7 @@ class Run:
         f"{rows * steps * self.length:,} tokens per optimizer step",
         f"state       {state_bytes / 2**30:.2f} GiB per device (parameters and optimizer)",
         f"steps       {self.options.total_steps}",
+        *(f"not split   {text}" for text in sharding.unsplit(plan.params, self.mesh)),
       ]
     )
 

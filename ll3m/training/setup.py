@@ -1,6 +1,7 @@
 """What a run needs before its first step: the model's options, and the state on the devices."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -184,4 +185,11 @@ def plan_state(
     state=place(jax.eval_shape(start, shapes, rng_shape), all_shardings),
     init=jax.jit(init, out_shardings=shardings),
     start=jax.jit(start, out_shardings=all_shardings, donate_argnums=0),
+  )
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns what one device holds of arrays, given as shapes with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

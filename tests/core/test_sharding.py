@@ -66,6 +66,42 @@ def test_specs_follow_the_table_and_fall_back():
     spec("layers/new/w", (8, 8), mesh)
 
 
+def test_what_is_not_split_is_said():
+  mesh = sharding.make_mesh("2,2,2")
+  params = {
+    "embed": {"embedding": jax.ShapeDtypeStruct((11, 8), "float32")},
+    "layers/attention/query": {"w": jax.ShapeDtypeStruct((3, 8, 6), "float32")},
+    "layers/mlp/down": {"w": jax.ShapeDtypeStruct((3, 5, 7), "float32")},
+    "final_norm": {"scale": jax.ShapeDtypeStruct((7,), "float32")},
+  }
+  assert sharding.unsplit(params, mesh) == [
+    "embed/embedding: 11 is not divisible by mp=2",
+    "layers/mlp/down/w: 5 is not divisible by mp=2",
+    "layers/mlp/down/w: 7 is not divisible by fsdp=2",
+  ]
+
+
+class Slice:
+  """A device as jax's mesh utilities see it: two slices of 2 x 2 chips."""
+
+  platform, device_kind, core_on_chip, num_cores = "tpu", "TPU v5 lite", 0, 1
+
+  def __init__(self, index):
+    self.id, self.slice_index, self.process_index = index, index // 4, index // 4
+    self.coords = (index % 2, index // 2 % 2, 0)
+
+
+def test_only_dp_reaches_over_slices():
+  devices = [Slice(index) for index in range(8)]
+  mesh = sharding.make_mesh("-1,2,1", devices)
+  assert dict(mesh.shape) == {"dp": 4, "fsdp": 2, "mp": 1}
+  for row in mesh.devices.reshape(4, 2):
+    assert len({device.slice_index for device in row}) == 1
+  assert {device.slice_index for device in mesh.devices[:, 0, 0]} == {0, 1}
+  with pytest.raises(ValueError, match="dp must be a multiple of the 2 slices, got dp=1"):
+    sharding.make_mesh("1,4,2", devices)
+
+
 def test_rows_are_split_over_dp_and_fsdp():
   mesh = sharding.make_mesh("2,2,2")
   assert sharding.local_rows(mesh, 8) == list(range(8))  # one process has them all

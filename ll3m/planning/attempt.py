@@ -1,0 +1,58 @@
+"""One attempt to compile a program: what it takes of a device's memory, or that it is too much."""
+
+import dataclasses
+import re
+import time
+
+import jax
+
+from ll3m.planning import hlo
+
+# What the compiler writes of a program that is too large, early (before it schedules) or late.
+_NEEDED = re.compile(
+  r"required for HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+  """What came of compiling a program.
+
+  Attributes:
+    seconds: that it took.
+    used_bytes: of one device's main memory: arguments, results, temporaries and code. Where the
+      program does not fit it is the compiler's estimate, rounded.
+    module: the compiled module; None where the program does not fit.
+  """
+
+  seconds: float
+  used_bytes: int
+  module: hlo.Module | None
+
+
+def compile_program(lowered: jax.stages.Lowered) -> Attempt:
+  """Compiles a program that was lowered for devices that are not here.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler refuses it for another reason than memory.
+  """
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = _NEEDED.search(str(error))
+    if needed is None:
+      raise
+    number, unit = (part for part in needed.groups() if part is not None)
+    return Attempt(time.perf_counter() - start, int(float(number) * _UNITS[unit]), None)
+  seconds = time.perf_counter() - start
+  memory = compiled.memory_analysis()
+  used = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  return Attempt(seconds, used, hlo.parse(compiled.as_text()))

@@ -1,0 +1,150 @@
+"""What a compiled module computes and moves on one device, loops counted as often as they run."""
+
+import math
+import re
+
+import numpy as np
+
+from ll3m.planning.hlo import Computation, Instruction, Module
+
+# How many products of T x S x H a kernel makes, by the beginning of its name.
+_ATTENTION_PRODUCTS = {"flash_attention_forward": 2, "flash_attention_backward": 5}
+
+# Neither reads nor writes memory by itself, or its start has been counted.
+_FREE = frozenset(
+  (
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-start",
+    "async-update", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
+    "opt-barrier",
+  )
+)  # fmt: skip
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_ALLOCATES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+_READS_A_PART = ("dynamic-slice", "slice", "gather", "slice-start")
+
+
+def kernels(module: Module) -> tuple[str, ...]:
+  """Returns the names of the Pallas kernels that run, without the numbers that XLA gives them."""
+  return tuple(
+    sorted({i.name.split(".")[0] for _, i in module.instructions() if _KERNEL in i.attributes})
+  )
+
+
+def flops(module: Module, keys_per_query: float) -> float:
+  """Returns the floating-point operations of all matrix products on one device.
+
+  Args:
+    module: the compiled module.
+    keys_per_query: how many keys an attention kernel meets for a query, on average: what it skips
+      depends on the mask, of which the module says nothing.
+  """
+  total = 0.0
+  for name, instruction in module.instructions():
+    total += module.times[name] * _flops_of(instruction, module.computations[name], keys_per_query)
+  return total
+
+
+def _flops_of(instruction: Instruction, computation: Computation, keys_per_query: float) -> float:
+  attributes = instruction.attributes
+  if instruction.opcode == "dot":
+    left = computation[instruction.operands[0]].arrays[0].shape
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
+    sizes = [left[int(i)] for i in contracted.split(",") if i]
+    return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
+  if instruction.opcode == "convolution":
+    return 2.0 * _multiplications(instruction, computation)
+  if _KERNEL in attributes:
+    for name, products in _ATTENTION_PRODUCTS.items():
+      if instruction.name.startswith(name):
+        return 2.0 * products * math.prod(instruction.arrays[0].shape) * keys_per_query
+  return 0.0
+
+
+def _multiplications(instruction: Instruction, computation: Computation) -> int:
+  """Counts a convolution's multiplications, leaving out those with its padding.
+
+  The TPU's compiler writes every matrix product as one; batch dimensions become spatial ones that
+  are padded so that all but the diagonal falls outside.
+  """
+  left, right = (computation[name].arrays[0].shape for name in instruction.operands[:2])
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+  left, right, out = (
+    dict(zip(names, shape, strict=True))
+    for names, shape in zip(labels, (left, right, instruction.arrays[0].shape), strict=True)
+  )
+  window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+  fields = dict(field.split("=") for field in window[1].split()) if window else {}
+  count = out["b"] * out["f"] * right["i"]
+  for axis in (label for label in out if label.isdigit()):
+
+    def field(name: str, default: str, axis: int = int(axis)) -> str:
+      return fields[name].split("x")[axis] if name in fields else default
+
+    stride, dilation, gaps = (int(field(n, "1")) for n in ("stride", "rhs_dilate", "lhs_dilate"))
+    padding = int(field("pad", "0_0").split("_")[0])
+    reached = (
+      np.arange(out[axis])[:, None] * stride + np.arange(right[axis])[None] * dilation - padding
+    )
+    inside = (reached >= 0) & (reached <= (left[axis] - 1) * gaps) & (reached % gaps == 0)
+    count *= int(inside.sum())
+  return count
+
+
+def hbm_bytes(module: Module) -> float:
+  """Returns the bytes that one device reads from and writes to its main memory.
+
+  Within a fusion nothing goes to memory; of an array that is only sliced, what is sliced counts.
+  """
+  total = 0.0
+  for name, instruction in module.instructions():
+    if module.home[name] == name:
+      total += module.times[name] * _bytes_of(instruction, name, module)
+  return total
+
+
+def _bytes_of(instruction: Instruction, computation: str, module: Module) -> int:
+  opcode, around = instruction.opcode, module.computations[computation]
+  if opcode in _FREE or _ALLOCATES.search(instruction.attributes):
+    return 0
+  operands = [around[name] for name in instruction.operands]
+  if opcode == "fusion":
+    return _fusion_bytes(instruction, operands, module)
+  if opcode in ("copy-start", "slice-start"):  # the result is (to, from, ..) or ((from), to, ..)
+    to = instruction.arrays[0 if opcode == "copy-start" else 1]
+    return to.bytes * (to.in_hbm + (operands[0].hbm_bytes > 0))
+  if opcode == "dynamic-update-slice":
+    return 2 * operands[1].bytes * (operands[0].hbm_bytes > 0)
+  if opcode in _READS_A_PART:
+    return instruction.bytes * (operands[0].hbm_bytes > 0) + instruction.hbm_bytes
+  return sum(operand.hbm_bytes for operand in operands) + instruction.hbm_bytes
+
+
+def _fusion_bytes(instruction: Instruction, operands: list[Instruction], module: Module) -> int:
+  (inside,) = (module.computations[n] for how, n in instruction.called() if how == "calls")
+  users: dict[str, list[Instruction]] = {}
+  for inner in inside.values():
+    for operand in inner.operands:
+      users.setdefault(operand, []).append(inner)
+  total = 0
+  for inner in inside.values():
+    if inner.opcode == "parameter":
+      operand = operands[int(inner.attributes)]
+      total += min(_read_of(inner, inside, users), operand.hbm_bytes)
+    elif inner.opcode == "dynamic-update-slice" and instruction.hbm_bytes:
+      # It writes in place what it is given, not the whole array that is its result.
+      total += inside[inner.operands[1]].bytes - inner.bytes
+  return max(0, total + instruction.hbm_bytes)
+
+
+def _read_of(value: Instruction, inside: Computation, users: dict[str, list[Instruction]]) -> int:
+  """Returns how many bytes of a fusion's operand its instructions look at."""
+  read = 0
+  for user in users.get(value.name, []):
+    if user.opcode == "bitcast":
+      read += _read_of(user, inside, users)
+    elif user.opcode in _READS_A_PART:
+      read += user.bytes if user.operands[0] == value.name else value.bytes
+    elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
+      read += value.bytes
+  return read

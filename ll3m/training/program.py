@@ -1,0 +1,49 @@
+"""The compiled program of a training run: what `train` runs is what `plan` compiles."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from ll3m.core.config import ModelConfig
+from ll3m.core.dtypes import DTYPES
+from ll3m.models.transformer import Model
+from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from ll3m.training.run import TrainOptions
+from ll3m.training.setup import StatePlan, build_model, plan_state
+from ll3m.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A training step, ready to be compiled.
+
+  Attributes:
+    model: the decoder, for the mesh.
+    plan: shapes and shardings of the state.
+    step: (state, batch) -> (state, metrics), jitted; the state's memory is used again.
+  """
+
+  model: Model
+  plan: StatePlan
+  step: Callable
+
+
+def make_program(
+  options: TrainOptions, optimizer_config: OptimizerConfig, config: ModelConfig, mesh: Mesh
+) -> Program:
+  """Puts a run's training step together; no weights, no devices' memory."""
+  optimizer = make_optimizer(optimizer_config, options.total_steps)
+  schedule = make_schedule(optimizer_config.chosen, options.total_steps)
+  model = build_model(config, mesh, dtype=options.dtype, remat=options.remat)
+  plan = plan_state(model, optimizer, mesh, param_dtype=options.param_dtype)
+  step = make_train_step(
+    model,
+    optimizer,
+    schedule,
+    z_loss=options.z_loss,
+    accumulator_dtype=DTYPES[optimizer_config.accumulator_dtype],
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, plan.state)
+  return Program(model, plan, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))

@@ -1,0 +1,111 @@
+"""What the TPU's compiler makes of a training step on a mesh: kernels, and what must not be there.
+
+In a process of its own: libtpu, once loaded, changes what jax sees.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Sizes that stand for nothing else: a dimension tells what an array is.
+LENGTH, ROWS, VOCABULARY = 384, 4, 8320
+
+COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from ll3m import families
+from ll3m.core import sharding
+from ll3m.planning import costs, hlo, topology
+from ll3m.training.inputs import batch_shapes
+from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.program import make_program
+from ll3m.training.run import TrainOptions
+
+kind, length, rows, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
+config = families.get_preset("mistral_7b").config.replace(
+  vocab_size=vocabulary, d_model=512, d_ff=640, num_layers=3, num_heads=8, num_kv_heads=2,
+  head_dim=64, sliding_window=100, max_positions=length,
+)
+mesh = sharding.make_mesh("1,2,2", topology.devices("v5e:2x2"))
+options = TrainOptions(dtype="bf16", param_dtype="bf16", remat="full")
+program = make_program(options, OptimizerConfig(), config, mesh)
+batch = batch_shapes(mesh, 1, rows, length)
+if kind == "step":
+  lowered = program.step.lower(program.plan.state, batch)
+else:  # the same model with the logits that a training step must not have
+  def logits(params, tokens):
+    return program.model.logits(params, program.model.hidden(params, tokens))
+  tokens = batch_shapes(mesh, rows, length).inputs
+  lowered = jax.jit(logits).lower(program.plan.params, tokens)
+module = hlo.parse(lowered.compile().as_text())
+print(json.dumps({
+  "kernels": costs.kernels(module),
+  "gathered": [
+    [list(a.shape) for a in i.arrays]
+    for _, i in module.instructions() if i.opcode.startswith("all-gather")
+  ],
+  "shapes": sorted({a.shape for _, i in module.instructions() for a in i.arrays}),
+  "aliased": lowered.compile().memory_analysis().alias_size_in_bytes,
+  "state": sum(
+    x.sharding.shard_shape(x.shape) == () and 4 or
+    jnp.dtype(x.dtype).itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape))))
+    for x in jax.tree.leaves(program.plan.state)
+  ),
+}))
+"""
+
+
+def compiled(kind: str) -> dict:
+  done = subprocess.run(
+    [sys.executable, "-c", COMPILE, kind, *map(str, (LENGTH, ROWS, VOCABULARY))],
+    env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"} | _python_path(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def _python_path() -> dict[str, str]:
+  import os
+
+  return {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+
+
+def has_logits(shapes: list[list[int]]) -> bool:
+  """Whether an array holds a device's rows of tokens, or one row of them, for all of V's part."""
+  tokens = {LENGTH, ROWS * LENGTH, ROWS // 2 * LENGTH}
+  return any(tokens & set(shape) and {VOCABULARY, VOCABULARY // 2} & set(shape) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def step():
+  return compiled("step")
+
+
+def test_the_kernels_are_in_the_program(step):
+  assert set(step["kernels"]) == {
+    "flash_attention_forward", "flash_attention_backward", "norm_forward", "norm_backward",
+    "rotary_embedding", "rotary_embedding_inverse",
+  }  # fmt: skip
+
+
+def test_only_parameters_are_gathered(step):
+  """Neither keys and values nor any other activation: no gathered array has a dimension of T."""
+  assert step["gathered"]
+  for shapes in step["gathered"]:
+    for shape in shapes:
+      assert not {LENGTH, ROWS * LENGTH, ROWS // 2 * LENGTH} & set(shape), shape
+
+
+def test_there_are_no_logits(step):
+  assert not has_logits(step["shapes"])
+  assert has_logits(compiled("logits")["shapes"])  # they would be seen if there were
+
+
+def test_the_state_is_donated(step):
+  """The new state takes the old one's memory: all of it but what tiles add."""
+  assert step["aliased"] >= step["state"]

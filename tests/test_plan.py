@@ -1,0 +1,147 @@
+"""The plan command against the real TPU compiler, which needs no TPU."""
+
+import json
+
+import pytest
+
+from ll3m import families
+from ll3m.training.metrics import flops_per_token
+
+# Kept small: the sizes divide by no number that they should not.
+SIZES = {
+  "d_model": 512, "d_ff": 1024, "num_layers": 3, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64,
+}  # fmt: skip
+MODEL = (
+  "--load_model_config=llama2_7b",
+  "--update_model_config=" + ",".join(f"{k}={v}" for k, v in SIZES.items()),
+  "--dtype=bf16",
+  "--param_dtype=bf16",
+  "--train_dataset.seqio_dataset.task_feature_lengths=(256,)",
+)
+ROWS, STEPS, LENGTH = 8, 2, 256
+BATCH = (
+  f"--train_dataset.seqio_dataset.batch_size={ROWS}",
+  f"--optimizer.accumulate_gradient_steps={STEPS}",
+)
+KEYS = {
+  "fits", "hbm_bytes", "bytes_per_chip", "collectives", "compile_seconds", "flops", "step_seconds",
+  "tokens_per_second", "mfu", "largest_batch",
+}  # fmt: skip
+
+
+def matrices(config):
+  """How many parameters there are but for the norms'."""
+  heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+  layers = config.num_layers * config.d_model * (heads + 3 * config.d_ff)
+  return layers + 2 * config.d_model * config.vocab_size
+
+
+@pytest.fixture(scope="module")
+def config():
+  return families.get_preset("llama2_7b").config.replace(**SIZES)
+
+
+def test_a_training_step(run_command, config):
+  done = run_command("plan", "--topology=v5e:2x4", "--mesh_dim=-1,2,2", *MODEL, *BATCH, "--json")
+  assert done.returncode == 0, done.stderr
+  plan = json.loads(done.stdout)
+  assert set(plan) == KEYS
+  assert plan["fits"] and plan["largest_batch"] is None
+  held = plan["bytes_per_chip"]
+  assert set(held) == {"parameters", "optimizer", "temporaries", "headroom"}
+  assert sum(held.values()) == plan["hbm_bytes"] == int(15.75 * 2**30)
+  # All matrices are split over fsdp x mp = 4, norms are not; two moments, and counts of steps.
+  whole = matrices(config)
+  norms = (2 * config.num_layers + 1) * config.d_model
+  assert held["parameters"] == 2 * (whole // 4 + norms)
+  assert 0 <= held["optimizer"] - 2 * held["parameters"] < 64
+  # Two products of the loss are made twice: its logits, in the backward pass. Nothing else is.
+  tokens = ROWS * STEPS * LENGTH
+  recomputed = 2 * config.d_model * config.vocab_size * tokens
+  backward = 4 * config.num_layers * config.num_heads * config.head_dim * LENGTH / 2 / 2 * tokens
+  expected = flops_per_token(config, LENGTH) * tokens + recomputed + backward
+  assert plan["flops"] == pytest.approx(expected, rel=0.02)
+  sent = {(c["kind"], c["axis"]): c["bytes"] for c in plan["collectives"]}
+  # A device's part of the gradients goes around dp in each micro-step: 2 (n - 1) / n of its bytes.
+  assert sent["all-reduce", "dp"] == pytest.approx(STEPS * 2 * whole / 4, rel=0.01)
+  # Each layer's results of two products are summed over mp forwards, and two backwards.
+  rows = ROWS // 4 * LENGTH * config.d_model * 2
+  assert sent["all-reduce", "mp"] == pytest.approx(STEPS * config.num_layers * 4 * rows, rel=0.3)
+  assert set(plan["step_seconds"]) == {"compute", "hbm", "ici"}
+  slowest = max(plan["step_seconds"].values())
+  assert plan["step_seconds"]["compute"] == pytest.approx(plan["flops"] / 8 / 197e12)
+  assert plan["tokens_per_second"] == pytest.approx(tokens / slowest)
+  needed = flops_per_token(config, LENGTH) * tokens
+  assert plan["mfu"] == pytest.approx(needed / (slowest * 8 * 197e12))
+
+
+def test_slices_exchange_nothing_but_gradients(run_command):
+  done = run_command(
+    "plan", "--topology=v5e:2x2", "--num_slices=2", "--mesh_dim=-1,2,2", *MODEL, *BATCH
+  )
+  assert done.returncode == 0, done.stderr
+  assert "8 devices of TPU v5 lite on 8 chips, 2 slices" in done.stdout
+  network = [line.split()[:2] for line in done.stdout.splitlines() if "(network)" in line]
+  assert network == [["all-reduce", "dp"]]
+  assert "flash_attention_forward" in done.stdout
+
+
+def test_v3_runs_without_the_kernels_and_says_so(run_command):
+  done = run_command("plan", "--topology=v3:2x2", "--mesh_dim=2,2,2", *MODEL, *BATCH)
+  assert done.returncode == 0, done.stderr
+  assert "none: there are none for TPU v3, plain XLA runs" in done.stdout
+
+
+def test_what_does_not_fit_is_told_what_would_make_it_fit(run_command):
+  batch = "--train_dataset.seqio_dataset.batch_size=4096"
+  done = run_command("plan", "--topology=v5e:2x2", "--mesh_dim=-1,1,2", *MODEL, batch)
+  assert done.returncode == 0, done.stderr
+  (headroom,) = (line for line in done.stdout.splitlines() if "headroom" in line)
+  assert float(headroom.split()[1]) < 0
+  remat = done.stdout.partition("does not fit: it fits with --remat=")[2].strip()
+  assert done.stderr.splitlines()[-1].endswith(f"remat {remat}: fits")  # it was tried
+
+
+def test_decoding(run_command):
+  done = run_command(
+    "plan", "--topology=v5e:2x2", "--mesh_dim=1,1,4", "--load_model_config=llama2_7b",
+    "--dtype=bf16", "--train_dataset.seqio_dataset.task_feature_lengths=(2048,)", *BATCH[:1],
+    "--mode=decode", "--json",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  plan = json.loads(done.stdout)
+  assert set(plan) == KEYS
+  config = families.get_preset("llama2_7b").config
+  cache = 2 * config.num_layers * ROWS * 2048 * config.num_kv_heads * config.head_dim * 2
+  assert plan["bytes_per_chip"]["kv_cache"] == cache // 4
+  # Every weight but the embedding's rows, and every key and value, is read once for a token.
+  read = (matrices(config) - config.d_model * config.vocab_size) * 2 + cache
+  assert plan["step_seconds"]["hbm"] == pytest.approx(read / 4 / 819e9, rel=0.05)
+  assert plan["tokens_per_second"] == pytest.approx(ROWS / plan["step_seconds"]["hbm"])
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ([], "--topology must be given"),
+    (["--topology=v9:2x2"], "--topology expects a machine that libtpu knows, such as v5e:8x8"),
+    (["--topology=v5e:2x2", "--mesh_dim=3,1,1"], "--mesh_dim=3,1,1 needs 3 devices, there are 4"),
+    (["--topology=v5e:2x2", "--num_slices=0"], "--num_slices must be at least 1, got 0"),
+    (
+      ["--topology=v5e:2x2", "--num_slices=2", "--mesh_dim=1,8,1"],
+      "dp must be a multiple of the 2 slices, got dp=1",
+    ),
+    (
+      ["--topology=v5e:2x2", "--train_dataset.seqio_dataset.batch_size=6"],
+      "batch_size must be a multiple of dp x fsdp = 4, got 6",
+    ),
+    (
+      ["--topology=v5e:2x2", "--optimizer.lion_optimizer.lr=1"],
+      "--optimizer.lion_optimizer.lr has no effect with --optimizer.type=adamw",
+    ),
+  ],
+)
+def test_mistakes_are_told_in_a_sentence(run_command, flags, message):
+  done = run_command("plan", *MODEL, *flags)
+  assert done.returncode == 1
+  assert message in done.stderr.splitlines()[-1]

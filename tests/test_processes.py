@@ -1,0 +1,188 @@
+"""A run of two processes with four devices each, against one process with eight."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MODEL = (
+  "vocab_size=258,d_model=32,d_ff=48,num_layers=2,num_heads=4,num_kv_heads=2,head_dim=8,"
+  "max_positions=64"
+)
+STEPS = 10
+# Until a process is given up, in seconds; and what all may take to end after that.
+TIMEOUT, PATIENCE = 15, 60
+
+
+@pytest.fixture(scope="module")
+def arguments(byte_tokenizer) -> list[str]:
+  """A tiny model in float32 on a real mixture, two micro-steps, one checkpoint on the way."""
+  return [
+    "--load_model_config=smollm2_135m",
+    f"--update_model_config={MODEL}",
+    f"--tokenizer.path={byte_tokenizer}",
+    "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
+    "--train_dataset.seqio_dataset.batch_size=8",
+    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
+    "--train_dataset.seqio_dataset.num_shards=4",
+    "--optimizer.accumulate_gradient_steps=2",
+    "--optimizer.adamw_optimizer.lr=0.01",
+    "--optimizer.adamw_optimizer.lr_decay_steps=20",
+    "--save_model_freq=5",
+    "--log_freq=1",
+    "--logger.tensorboard=False",
+  ]
+
+
+def start(*arguments: str, devices: int) -> subprocess.Popen:
+  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  return subprocess.Popen(
+    [sys.executable, "-m", "ll3m.train", *arguments],
+    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start_two(free_port):
+  """Returns a function that starts both processes of a run."""
+
+  def start_both(*arguments: str, others: list[str] | None = None) -> list[subprocess.Popen]:
+    """Args: flags; `others` are what the second process has besides."""
+    joined = [
+      f"--jax_distributed.coordinator_address=localhost:{free_port()}",
+      "--jax_distributed.num_processes=2",
+      f"--jax_distributed.timeout={TIMEOUT}",
+    ]
+    return [
+      start(*arguments, *joined, f"--jax_distributed.process_id={i}", *extra, devices=4)
+      for i, extra in enumerate(([], others or []))
+    ]
+
+  return start_both
+
+
+def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[tuple[int, str]]:
+  """Waits for all; returns exit codes and last lines of stderr."""
+  results = []
+  try:
+    for process in processes:
+      _, stderr = process.communicate(timeout=seconds)
+      results.append((process.returncode, stderr))
+  finally:
+    for process in processes:
+      process.kill()
+  return results
+
+
+def losses(output: Path) -> list[float]:
+  records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+  return [record["loss"] for record in records if "loss" in record]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory) -> Path:
+  """The output_dir of ten steps of one process with eight devices."""
+  output = tmp_path_factory.mktemp("alone")
+  mesh = "--mesh_dim=2,2,2"
+  run = start(
+    *arguments, mesh, f"--logger.output_dir={output}", f"--total_steps={STEPS}", devices=8
+  )
+  ((code, stderr),) = finish(run)
+  assert code == 0, stderr
+  return output
+
+
+@pytest.fixture(scope="module")
+def together(arguments, start_two, tmp_path_factory) -> Path:
+  """The output_dir of the first half of the same run, by two processes."""
+  output = tmp_path_factory.mktemp("together")
+  half = f"--total_steps={STEPS // 2}"
+  run = start_two(*arguments, "--mesh_dim=2,2,2", f"--logger.output_dir={output}", half)
+  for code, stderr in finish(*run):
+    assert code == 0, stderr
+  return output
+
+
+def test_two_processes_have_the_losses_of_one(alone, together):
+  expected = losses(alone)
+  assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1
+  assert losses(together) == pytest.approx(expected[: STEPS // 2], abs=1e-6)
+
+
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+  arguments, start_two, alone, together
+):
+  """Two processes with 8 devices, one with 2 and other axes, one with 1, and both again."""
+  go_on = [*arguments, f"--logger.output_dir={together}"]
+  step = STEPS // 2
+  for devices, mesh in ((2, "1,1,2"), (1, "1,1,1")):
+    step += 1
+    run = start(*go_on, f"--mesh_dim={mesh}", f"--total_steps={step}", devices=devices)
+    ((code, stderr),) = finish(run)
+    assert code == 0, stderr
+    assert f"resuming from step {step - 1}" in stderr
+  for code, stderr in finish(*start_two(*go_on, "--mesh_dim=1,4,2", f"--total_steps={STEPS}")):
+    assert code == 0, stderr
+  assert losses(together) == pytest.approx(losses(alone), abs=2e-5)
+
+
+def test_other_flags_are_told_to_both(arguments, start_two, tmp_path):
+  run = start_two(
+    *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2", others=["--seed=7"]
+  )
+  for code, stderr in finish(*run, seconds=PATIENCE):
+    assert code == 1
+    assert "was started with --seed=7, process 0 with --seed=42" in stderr.splitlines()[-1]
+    assert "error: process 1 on " in stderr.splitlines()[-1]
+
+
+def test_a_process_that_does_not_come_is_named(arguments, free_port, tmp_path):
+  port = free_port()
+  run = start(
+    *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2",
+    f"--jax_distributed.coordinator_address=localhost:{port}", "--jax_distributed.num_processes=2",
+    "--jax_distributed.process_id=0", "--jax_distributed.timeout=2", devices=4,
+  )  # fmt: skip
+  ((code, stderr),) = finish(run, seconds=PATIENCE)
+  assert code == 1
+  assert stderr.splitlines()[-1] == "error: of 2 processes, process 1 did not come within 2 s"
+
+
+@pytest.mark.parametrize(
+  ("victim", "number", "reason"),
+  [
+    (1, signal.SIGKILL, "has died"),
+    (0, signal.SIGKILL, "has died"),
+    (1, signal.SIGSTOP, f"has given no sign of life for {TIMEOUT} s"),
+  ],
+)
+def test_a_process_that_dies_is_named_by_the_other(
+  arguments, start_two, tmp_path, victim, number, reason
+):
+  run = start_two(*arguments, f"--logger.output_dir={tmp_path}", "--total_steps=100000")
+  try:
+    metrics = tmp_path / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+    run[victim].send_signal(number)
+    ((code, stderr),) = finish(run[1 - victim], seconds=PATIENCE)
+  finally:
+    for process in run:
+      process.kill()
+    finish(run[victim])
+  assert code == 1
+  sentence = [line for line in stderr.splitlines() if line.startswith("error: ")]
+  assert len(sentence) == 1
+  assert sentence[0].startswith(f"error: process {victim} on ")
+  assert sentence[0].endswith(reason)

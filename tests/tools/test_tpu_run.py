@@ -1,0 +1,214 @@
+"""The launcher end to end, with a gcloud on PATH that runs each worker as a local process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Every worker has a home of its own below $WORKERS; all that is asked for is written down.
+GCLOUD = """#!{python}
+import json, os, shutil, subprocess, sys
+workers = [os.path.join(os.environ["WORKERS"], name) for name in ("0", "1")]
+arguments = sys.argv[1:]
+with open(os.path.join(os.environ["WORKERS"], "calls"), "a") as calls:
+  calls.write(json.dumps(arguments) + "\\n")
+assert arguments[:3] == ["compute", "tpus", "tpu-vm"], arguments
+verb, positional = arguments[3], [a for a in arguments[4:] if not a.startswith("--")]
+options = dict(a[2:].split("=", 1) for a in arguments[4:] if a.startswith("--"))
+assert options["zone"] == "here", options
+if positional[-1].split(":")[0] != "pod":
+  sys.exit("ERROR: there is no such TPU")
+chosen = workers if options.get("worker") == "all" else [workers[int(options.get("worker", 0))]]
+if verb == "describe":
+  print(json.dumps({{"networkEndpoints": [{{}}, {{}}]}}))
+elif verb == "scp":
+  for home in chosen:
+    shutil.copy(positional[0], os.path.join(home, positional[1].partition(":")[2]))
+elif verb == "ssh":
+  for home in chosen:
+    environment = os.environ | {{"HOME": home}}
+    done = subprocess.run(["sh", "-c", options["command"]], env=environment, cwd=home)
+    if done.returncode:
+      sys.exit(done.returncode)
+"""
+
+
+class Pod:
+  """Two workers, and the launcher's command line for them."""
+
+  def __init__(self, folder: Path):
+    self.workers, self.logs = folder / "workers", folder / "logs"
+    for name in ("0", "1"):
+      (self.workers / name).mkdir(parents=True)
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "gcloud").write_text(GCLOUD.format(python=sys.executable))
+    (tools / "gcloud").chmod(0o755)
+    path = f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    keep = {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "JAX_PLATFORMS")}
+    self.environment = keep | {"PATH": path, "WORKERS": str(self.workers)}
+
+  def start(self, *arguments: str, tpu: str = "pod") -> subprocess.Popen:
+    return subprocess.Popen(
+      [
+        sys.executable, "tools/tpu_run.py", "--tpu", tpu, "--zone=here", "--install=",
+        f"--output_dir={self.logs}", "--grace=5", *arguments,
+      ],
+      cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+  def run(self, *arguments: str, **options) -> tuple[int, str, str]:
+    process = self.start(*arguments, **options)
+    stdout, stderr = process.communicate(timeout=200)
+    return process.returncode, stdout, stderr
+
+  def groups(self) -> list[int]:
+    """The process groups of both workers' runs."""
+    files = [self.workers / name / "ll3m_run" / "pid" for name in ("0", "1")]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def is_alive(group: int) -> bool:
+  try:
+    os.killpg(group, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+@pytest.fixture
+def pod(tmp_path) -> Pod:
+  return Pod(tmp_path)
+
+
+@pytest.fixture
+def script(tmp_path):
+  """Returns a function that writes a script."""
+
+  def write(text: str) -> str:
+    path = tmp_path / "script.sh"
+    path.write_text(text)
+    return f"--script={path}"
+
+  return write
+
+
+def test_output_comes_with_the_workers_number_and_to_a_file(pod, script, tmp_path):
+  text = (
+    """echo "$GREETING from $LL3M_WORKER of $LL3M_WORKERS"; ls pyproject.toml ll3m/train.py >&2"""
+  )
+  code, stdout, stderr = pod.run(script(text), "--env=GREETING=it's me")
+  assert code == 0, stderr
+  for worker in (0, 1):
+    said = [f"it's me from {worker} of 2", "ll3m/train.py", "pyproject.toml"]
+    assert sorted(l for l in stdout.splitlines() if f"worker {worker}" in l) == sorted(
+      f"[worker {worker}] {line}" for line in said
+    )
+    assert sorted((pod.logs / "pod" / f"worker-{worker}.log").read_text().splitlines()) == said
+  calls = [json.loads(line) for line in (pod.workers / "calls").read_text().splitlines()]
+  assert {call[3] for call in calls} == {"describe", "scp", "ssh"}
+  assert sum(call[3] == "scp" for call in calls) == 1  # the archive, and nothing beside it
+
+
+def test_a_failure_stops_the_others_and_gives_its_exit_code(pod, script):
+  text = """trap 'echo saving; exit 9' TERM
+if [ "$LL3M_WORKER" = 1 ]; then sleep 1; exit 3; fi
+sleep 1000 & wait"""
+  code, stdout, stderr = pod.run(script(text))
+  assert code == 3, stderr
+  assert "worker 1 ended with exit code 3" in stderr
+  assert "[worker 0] saving" in stdout
+  assert not any(map(is_alive, pod.groups()))
+
+
+def test_ctrl_c_stops_all_workers(pod, script):
+  process = pod.start(script("echo started; sleep 1000"))
+  groups = pod.groups()
+  assert all(map(is_alive, groups))
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 130, stderr
+  assert not any(map(is_alive, groups))
+
+
+def test_a_detached_run_goes_on_is_told_of_and_ends_when_asked(pod, script):
+  assert "no run" in pod.run("--status")[1]
+  running = script("echo step 7; sleep 1000")
+  code, _, stderr = pod.run(running, "--detach")
+  assert code == 0, stderr
+  groups = pod.groups()
+  wait_for(lambda: "[worker 1] step 7" in pod.run("--status")[1])
+  assert "[worker 0] running" in pod.run("--status")[1]
+  code, _, stderr = pod.run(running)
+  assert code == 1
+  assert stderr == "error: a run is still going on on worker 0, 1 of pod: --stop ends it\n"
+  assert all(map(is_alive, groups))  # which was not touched
+  assert pod.run("--stop")[0] == 0
+  assert not any(map(is_alive, groups))
+  assert "[worker 0] stopped" in pod.run("--status")[1]
+
+
+def test_a_script_that_ignores_the_request_is_ended_after_the_grace(pod, script):
+  code, _, stderr = pod.run(script("trap '' TERM; sleep 1000; sleep 1000"), "--detach")
+  assert code == 0, stderr
+  groups = pod.groups()
+  assert pod.run("--stop")[0] == 0
+  wait_for(lambda: not any(map(is_alive, groups)), seconds=5)
+
+
+def test_two_workers_train_together(pod, script, byte_tokenizer, free_port):
+  model = "vocab_size=258,d_model=16,d_ff=24,num_layers=1,num_heads=2,num_kv_heads=1,head_dim=8"
+  text = f"""set -e
+export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
+export PYTHONPATH=$PWD:$PWD/kernels  # the code that was sent
+python -m ll3m.train --load_model_config=smollm2_135m --update_model_config={model} \
+  --tokenizer.path={byte_tokenizer} --total_steps=2 --log_freq=1 --logger.tensorboard=False \
+  --train_dataset.seqio_dataset.mixture_or_task_name=python_mixture \
+  --train_dataset.seqio_dataset.batch_size=4 --mesh_dim=2,2,1 \
+  --train_dataset.seqio_dataset.task_feature_lengths='(32,)' \
+  --logger.output_dir={pod.workers}/output \
+  --jax_distributed.coordinator_address=localhost:{free_port()} \
+  --jax_distributed.num_processes=$LL3M_WORKERS --jax_distributed.process_id=$LL3M_WORKER
+echo done $LL3M_WORKER"""
+  code, stdout, stderr = pod.run(script(text))
+  assert code == 0, stdout + stderr
+  assert "[worker 0] done 0" in stdout and "[worker 1] done 1" in stdout
+  assert "dp=2, fsdp=2, mp=1 (4 devices)" in stdout
+  assert len((pod.workers / "output" / "metrics.jsonl").read_text().splitlines()) == 2
+  assert (pod.workers / "output" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--status", "--stop"], "give at most one of --detach, --status and --stop"),
+    ([], "--script must be given"),
+    (["--script=/nowhere.sh"], "--script: there is no file /nowhere.sh"),
+    (["--status", "--env=A"], "--env expects NAME=VALUE, got 'A'"),
+  ],
+)
+def test_mistakes_are_told_before_anything_is_sent(pod, arguments, message):
+  code, _, stderr = pod.run(*arguments)
+  assert code == 1 and stderr == f"error: {message}\n"
+  assert not (pod.workers / "calls").exists()
+
+
+def test_what_gcloud_says_is_told(pod):
+  code, _, stderr = pod.run("--status", tpu="bod")
+  assert code == 1
+  assert stderr == "error: cannot describe bod: ERROR: there is no such TPU\n"

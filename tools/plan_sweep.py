@@ -1,0 +1,115 @@
+"""Plans Llama 2 7B over chips, lengths and batches, and draws how its cost grows.
+
+  python tools/plan_sweep.py --output_dir=docs
+
+Writes scaling.json, every case with what `ll3m.plan --json` says of it, and scaling.png. A case
+that scaling.json holds already is not planned again. Takes a minute or two per case.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ll3m.core import flags
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+  """Flags of the command."""
+
+  output_dir: str = flags.option("docs", "Folder of scaling.json and scaling.png.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One plan: a machine, and the rows and tokens of a step on it."""
+
+  topology: str
+  rows: int
+  length: int
+
+  @property
+  def chips(self) -> int:
+    """How many chips the machine has."""
+    rows, columns = self.topology.partition(":")[2].split("x")
+    return int(rows) * int(columns)
+
+  @property
+  def arguments(self) -> list[str]:
+    """The command's flags."""
+    return [
+      f"--topology={self.topology}",
+      "--mesh_dim=-1,2,4",
+      "--load_model_config=llama2_7b",
+      "--update_model_config=max_positions=32768",
+      "--dtype=bf16",
+      "--param_dtype=bf16",
+      "--remat=full",
+      f"--train_dataset.seqio_dataset.batch_size={self.rows}",
+      f"--train_dataset.seqio_dataset.task_feature_lengths=({self.length},)",
+    ]
+
+
+# What changes, and the cases in its order. A chip has as many tokens in each of the first and the
+# second; in the third it has more and more.
+SWEEPS = {
+  "chips": [
+    Case(f"v5e:{shape}", rows, 2048)
+    for shape, rows in (("4x4", 16), ("4x8", 32), ("8x8", 64), ("8x16", 128), ("16x16", 256))
+  ],
+  "length": [Case("v5e:8x8", 131_072 // length, length) for length in (1024, 2048, 4096, 8192)],
+  "rows": [Case("v5e:8x8", rows, 2048) for rows in (16, 32, 64, 128)],
+}
+
+
+def main() -> None:
+  """Plans what is missing, and draws."""
+  output = Path(flags.read("", SweepOptions).output_dir)
+  file = output / "scaling.json"
+  plans = json.loads(file.read_text()) if file.exists() else {}
+  for case in dict.fromkeys(case for cases in SWEEPS.values() for case in cases):
+    key = " ".join(case.arguments)
+    if key not in plans:
+      print(f"planning {case}", file=sys.stderr, flush=True)
+      command = [sys.executable, "-m", "ll3m.plan", *case.arguments, "--json"]
+      done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+      plans[key] = json.loads(done.stdout)
+      file.write_text(json.dumps(plans, indent=1) + "\n")
+  draw(plans, output / "scaling.png")
+
+
+def draw(plans: dict[str, dict], file: Path) -> None:
+  """Draws seconds per step and memory per chip of every sweep."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(2, len(SWEEPS), figsize=(11, 6), layout="constrained")
+  for (name, cases), (above, below) in zip(SWEEPS.items(), axes.T, strict=True):
+    x = [str(getattr(case, name)) for case in cases]
+    found = [plans[" ".join(case.arguments)] for case in cases]
+    for part in ("compute", "hbm", "ici"):
+      above.plot(x, [plan["step_seconds"][part] for plan in found], marker="o", label=part)
+    bottom = [0.0] * len(cases)
+    for part in ("parameters", "optimizer", "temporaries"):
+      heights = [plan["bytes_per_chip"][part] / 2**30 for plan in found]
+      below.bar(x, heights, bottom=bottom, label=part)
+      bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    below.axhline(found[0]["hbm_bytes"] / 2**30, color="black", linestyle=":")
+    above.set_title(f"over {name}")
+    above.set_ylim(bottom=0)
+    below.set_xlabel(name)
+  axes[0, 0].set_ylabel("seconds of a step, at least")
+  axes[1, 0].set_ylabel("GiB per chip")
+  axes[0, 0].legend()
+  axes[1, 0].legend()
+  figure.savefig(file, dpi=100)
+
+
+flags.define("", SweepOptions)
+
+if __name__ == "__main__":
+  flags.run(main)

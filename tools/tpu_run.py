@@ -1,0 +1,293 @@
+"""Runs a script on every worker of a TPU VM, through gcloud.
+
+  python tools/tpu_run.py --tpu=NAME --script=tools/recipes/llama2_7b_wikipedia.sh --zone=us-east5-a
+
+Sends the checkout's tracked files and the script, installs the pinned requirements, and starts the
+script on all workers with LL3M_WORKER (from 0) and LL3M_WORKERS set. Each worker's output is shown
+with its number before it, and kept in a file. If a worker fails, or on Ctrl-C, the others are
+stopped; the first failure's exit code is this program's. No credentials are sent: workers have
+their own.
+
+  --detach starts the script and returns; --status tells how it stands, --stop ends it.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ll3m.core import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# On a worker, below its home: the archive, `code`, and of the run `log`, `pid` and `exit`.
+_FOLDER = "ll3m_run"
+_SCRIPT = "tpu_run_script.sh"
+_INSTALL = "make --silent .venv/installed-train .venv/installed-tpu"
+
+# What a worker runs; its own shell expands nothing else. The run is a session of its own, whose
+# process group is what --stop ends: it outlives a lost connection, and nothing else is ended.
+_START = """set -eu
+cd "$HOME/{folder}"
+rm -f pid exit
+: > log
+mkdir -p code
+find code -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {{}} +
+tar -xzf code.tgz -C code
+cd code
+{install}
+export PATH="$PWD/.venv/bin:$PATH" LL3M_WORKER={worker} LL3M_WORKERS={workers}
+{exports}
+setsid bash -c 'echo $$ > ../pid; bash "$0"; echo $? > ../exit' {script} \\
+  > ../log 2>&1 < /dev/null &
+"""
+_FOLLOW = """tail --quiet --lines=+1 --sleep-interval=0.2 --pid=$! --follow ../log
+cat ../exit > /dev/null 2>&1 || exit 143
+exit "$(cat ../exit)"
+"""
+_BUSY = """cd "$HOME/{folder}" 2>/dev/null && [ -e pid ] || exit 0
+kill -0 -- "-$(cat pid)" 2>/dev/null && echo busy || true
+"""
+_STATUS = """cd "$HOME/{folder}" 2>/dev/null && [ -e pid ] || {{ echo "no run"; exit 0; }}
+if [ -e exit ]; then echo "ended with exit code $(cat exit)"
+elif kill -0 -- "-$(cat pid)" 2>/dev/null; then echo "running"
+else echo "stopped"; fi
+tail --lines=3 log
+"""
+_STOP = """cd "$HOME/{folder}" 2>/dev/null && [ -e pid ] || exit 0
+group="-$(cat pid)"
+for signal in TERM KILL; do
+  kill -s "$signal" -- "$group" 2>/dev/null || exit 0
+  for second in {grace}; do kill -0 -- "$group" 2>/dev/null || exit 0; sleep 1; done
+done
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+  """Flags of the command."""
+
+  tpu: str | None = flags.option(None, "Name of the TPU VM.")
+  script: str | None = flags.option(
+    None, "Bash script to run, in the checkout's folder on the worker."
+  )
+  zone: str | None = flags.option(None, "Zone of the TPU VM; gcloud's default otherwise.")
+  project: str | None = flags.option(None, "Project of the TPU VM; gcloud's default otherwise.")
+  env: tuple[str, ...] = flags.option(
+    (), "NAME=VALUE for the script; may be repeated.", repeated=True
+  )
+  install: str = flags.option(_INSTALL, "Command that installs requirements; empty for none.")
+  output_dir: str = flags.option("runs/tpu", "Folder of the workers' output, on this machine.")
+  detach: bool = flags.option(False, "Start the script and return.")
+  status: bool = flags.option(False, "Tell how the script stands on every worker.")
+  stop: bool = flags.option(False, "End the script on every worker.")
+  grace: int = flags.option(60, "Seconds that a script has to save and end when it is stopped.")
+
+  def __post_init__(self):
+    flags.require(self.tpu, "tpu")
+    if sum((self.detach, self.status, self.stop)) > 1:
+      raise ValueError("give at most one of --detach, --status and --stop")
+    if not (self.status or self.stop):
+      flags.require(self.script, "script")
+      if not Path(self.script).is_file():
+        raise ValueError(f"--script: there is no file {self.script}")
+    for item in self.env:
+      if not item.partition("=")[0].isidentifier() or "=" not in item:
+        raise ValueError(f"--env expects NAME=VALUE, got {item!r}")
+    if self.grace < 1:
+      raise ValueError(f"--grace must be at least 1, got {self.grace}")
+
+
+class Tpu:
+  """A TPU VM, as gcloud reaches it."""
+
+  def __init__(self, options: RunOptions):
+    """Args: which one, and where."""
+    self._name = options.tpu
+    self._where = [f"--{n}={v}" for n in ("zone", "project") if (v := getattr(options, n))]
+
+  def _command(self, verb: str, *arguments: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", "tpu-vm", verb, *arguments, *self._where]
+
+  def count_workers(self) -> int:
+    """Asks how many workers there are.
+
+    Raises:
+      ValueError: gcloud is missing, or says no.
+    """
+    try:
+      done = subprocess.run(
+        self._command("describe", self._name, "--format=json"), capture_output=True, text=True
+      )
+    except FileNotFoundError as error:
+      raise ValueError(
+        "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+      ) from error
+    if done.returncode:
+      raise ValueError(f"cannot describe {self._name}: {done.stderr}")
+    return len(json.loads(done.stdout)["networkEndpoints"])
+
+  def send(self, archive: Path) -> None:
+    """Copies the archive to every worker.
+
+    Raises:
+      ValueError: it does not arrive.
+    """
+    self.run("all", f'mkdir -p "$HOME/{_FOLDER}"')
+    target = f"{self._name}:{_FOLDER}/code.tgz"
+    done = subprocess.run(
+      self._command("scp", str(archive), target, "--worker=all"), capture_output=True, text=True
+    )
+    if done.returncode:
+      raise ValueError(f"cannot copy the code to {self._name}: {done.stderr}")
+
+  def run(self, worker: int | str, script: str) -> str:
+    """Runs a short script on a worker, or on all, and returns what it prints.
+
+    Raises:
+      ValueError: it fails.
+    """
+    done = subprocess.run(
+      self._ssh(worker, script), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+      raise ValueError(f"worker {worker} of {self._name}: {done.stderr or done.stdout}")
+    return done.stdout
+
+  def start(self, worker: int, script: str) -> subprocess.Popen:
+    """Starts a script on a worker; its output comes as text, both streams together."""
+    return subprocess.Popen(
+      self._ssh(worker, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True, errors="replace",
+      start_new_session=True,  # Ctrl-C is for this program alone, which then stops the run
+    )  # fmt: skip
+
+  def _ssh(self, worker: int | str, script: str) -> list[str]:
+    return self._command(
+      "ssh", self._name, f"--worker={worker}", f"--command=bash -c {shlex.quote(script)}"
+    )
+
+
+def main() -> None:
+  """Does what the flags ask for."""
+  options = flags.read("", RunOptions)
+  tpu = Tpu(options)
+  workers = range(tpu.count_workers())
+  if options.stop:
+    stop(tpu, workers, options)
+  elif options.status:
+    for worker in workers:
+      _show(worker, tpu.run(worker, _STATUS.format(folder=_FOLDER)).splitlines(), None)
+  else:
+    # Before anything is sent: what a failed start would stop is a run that is not its own.
+    if busy := [w for w in workers if tpu.run(w, _BUSY.format(folder=_FOLDER)).strip()]:
+      raise ValueError(
+        f"a run is still going on on worker {', '.join(map(str, busy))} of {options.tpu}: --stop "
+        f"ends it"
+      )
+    with tempfile.TemporaryDirectory() as folder:
+      tpu.send(pack(Path(folder) / "code.tgz", options.script))
+    scripts = [_start_script(options, worker, len(workers)) for worker in workers]
+    code = run_all(tpu, scripts, options)
+    if code:
+      sys.exit(code)
+
+
+def pack(archive: Path, script: str) -> Path:
+  """Writes the checkout's tracked files, as they are now, and the script into an archive."""
+  listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
+  with tarfile.open(archive, "w:gz") as tar:
+    for name in {*filter(None, listed.stdout.decode().split("\0"))} - {_SCRIPT}:
+      if (ROOT / name).exists():  # else deleted, and not yet committed
+        tar.add(ROOT / name, arcname=name)
+    tar.add(script, arcname=_SCRIPT)
+  return archive
+
+
+def run_all(tpu: Tpu, scripts: Sequence[str], options: RunOptions) -> int:
+  """Runs a script on each worker and shows what they write.
+
+  Returns:
+    0, or the exit code of the first that failed.
+  """
+  log_dir = Path(options.output_dir) / options.tpu
+  log_dir.mkdir(parents=True, exist_ok=True)
+  failures: list[int] = []
+  changed = threading.Condition()
+  ended = 0
+
+  def follow(worker: int, process: subprocess.Popen) -> None:
+    nonlocal ended
+    with open(log_dir / f"worker-{worker}.log", "w") as file:
+      _show(worker, process.stdout, file)
+    code = process.wait()
+    with changed:
+      ended += 1
+      if code:
+        failures.append(code)
+        print(f"worker {worker} ended with exit code {code}", file=sys.stderr, flush=True)
+      changed.notify()
+
+  processes = [tpu.start(worker, script) for worker, script in enumerate(scripts)]
+  for worker, process in enumerate(processes):
+    threading.Thread(target=follow, args=(worker, process), daemon=True).start()
+  try:
+    with changed:
+      while ended < len(processes) and not failures:
+        changed.wait()
+  except KeyboardInterrupt:
+    print("stopping all workers", file=sys.stderr, flush=True)
+    stop(tpu, range(len(scripts)), options)
+    return 130
+  if failures and not options.detach:
+    stop(tpu, range(len(scripts)), options)
+  for process in processes:
+    process.wait()
+  return failures[0] if failures else 0
+
+
+def stop(tpu: Tpu, workers: Sequence[int], options: RunOptions) -> None:
+  """Ends the run on all workers at once: asks, and after the grace ends what is left of it."""
+  seconds = " ".join(map(str, range(options.grace)))
+  script = _STOP.format(folder=_FOLDER, grace=seconds)
+  threads = [threading.Thread(target=tpu.run, args=(worker, script)) for worker in workers]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+
+
+def _start_script(options: RunOptions, worker: int, workers: int) -> str:
+  exports = []
+  for item in options.env:
+    name, _, value = item.partition("=")
+    exports.append(f"export {name}={shlex.quote(value)}")
+  start = _START.format(
+    folder=_FOLDER,
+    install=options.install,
+    worker=worker,
+    workers=workers,
+    exports="\n".join(exports),
+    script=_SCRIPT,
+  )
+  return start if options.detach else start + _FOLLOW
+
+
+def _show(worker: int, lines, file) -> None:
+  for line in lines:
+    text = line.rstrip("\n")
+    print(f"[worker {worker}] {text}", flush=True)
+    if file is not None:
+      print(text, file=file, flush=True)
+
+
+flags.define("", RunOptions)
+
+if __name__ == "__main__":
+  flags.run(main)
