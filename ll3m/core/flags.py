@@ -58,6 +58,15 @@ def group(cls: type) -> Any:
   return dataclasses.field(default_factory=cls)
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+  """The option of every command that reads checkpoints."""
+
+  verify: bool = option(
+    True, "Compare a checkpoint's files with the checksums that were saved with it."
+  )
+
+
 class _LiteralTupleParser(absl_flags.ArgumentParser):
   """Parses a tuple written as a Python literal: "('targets', )" or "(2048,)"."""
 
@@ -233,6 +242,8 @@ def run(main: Callable[[], None]) -> None:
   def guarded_main(_: Sequence[str]) -> None:
     if not given("verbosity"):  # the libraries' progress reports are not the user's
       logging.set_verbosity(logging.INFO if _DEBUG.value else logging.WARNING)
+    if not _DEBUG.value:
+      logging.get_absl_handler().addFilter(_without_traceback)
     try:
       main()
     except Exception as error:  # the boundary between library errors and the person who typed
@@ -243,6 +254,12 @@ def run(main: Callable[[], None]) -> None:
       _exit_with(InterruptedError("interrupted"), status=130)
 
   app.run(guarded_main, flags_parser=guarded_parse)
+
+
+def _without_traceback(record: Any) -> bool:
+  """Leaves of what a library logs the sentence."""
+  record.exc_info = record.exc_text = None
+  return True
 
 
 def _exit_with(error: Exception, status: int) -> typing.NoReturn:

@@ -35,6 +35,7 @@ from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.setup import StatePlan, TrainModelOptions
 from ll3m.training.step import TrainState
+from ll3m.training.stopping import StopRequest
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
@@ -269,9 +270,12 @@ def open_held_out(run: Run) -> Any:
 
 
 def held_out_evaluation(
-  run: Run, stream: Any, eval_step: Callable[..., Any]
+  run: Run, stream: Any, eval_step: Callable[..., Any], stop: StopRequest
 ) -> Callable[[Any], dict[str, float]]:
-  """Returns parameters -> record of an evaluation; the batches are read once and kept."""
+  """Returns parameters -> record of an evaluation; the batches are read once and kept.
+
+  What it returns raises `Stopped` between two batches if it was asked to stop.
+  """
 
   @functools.cache
   def batches() -> list[Batch]:
@@ -285,6 +289,7 @@ def held_out_evaluation(
       steps=run.options.eval_steps,
       mesh=run.mesh,
       skipped=stream.skipped,
+      on_batch=stop.check,
     )
     return {f"eval_{name}": value for name, value in values.items()}
 
