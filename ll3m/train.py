@@ -27,6 +27,7 @@ from ll3m.hf.sources import open_source
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
+from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from ll3m.training.run import (
   LOAD_KINDS,
@@ -138,6 +139,8 @@ def train(
   options, step = run.options, int(state.step)
   rng = np.asarray(state.rng).tolist()
   settings = fixed_settings(options, run.optimizer, run.train_dataset)
+  watch = NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps)
+  under_way: tuple | None = None
   pending: list = []
   since = time.perf_counter()
 
@@ -170,10 +173,11 @@ def train(
   while step < options.total_steps:
     batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
     state, step_metrics = train_step(state, to_devices(batch, run.mesh))
-    if pending:  # one step is always under way while the next batch is read
-      jax.block_until_ready(pending[-1])
-    pending.append(step_metrics)
+    if under_way:  # one step is always under way while the next batch is read
+      watch.look(*under_way)
     step += 1
+    under_way = (step, step_metrics, batch)
+    pending.append(step_metrics)
     last = step == options.total_steps
     checkpoints.check()
     try:
@@ -192,6 +196,8 @@ def train(
         log()
       save()
       return False
+  if under_way:
+    watch.look(*under_way)
   return True
 
 

@@ -27,6 +27,9 @@ _REPEATED = "repeated"
 # --help lists the flags of the module sys.argv[0]: the command, whose table all of these are.
 _COMMAND = {"module_name": sys.argv[0]}
 
+# Errors whose message is all that the person who typed needs.
+_EXPLAINED = (ValueError, NotImplementedError, OSError, FloatingPointError, absl_flags.Error)
+
 _DEBUG = absl_flags.DEFINE_bool("debug", False, "Show the full traceback of an error.", **_COMMAND)
 
 
@@ -264,7 +267,7 @@ def _without_traceback(record: Any) -> bool:
 
 def _exit_with(error: Exception, status: int) -> typing.NoReturn:
   sentence = " ".join(str(error).split()) or type(error).__name__
-  if not isinstance(error, ValueError | NotImplementedError | OSError | absl_flags.Error):
+  if not isinstance(error, _EXPLAINED):
     sentence = f"{type(error).__name__}: {sentence} (--debug shows the traceback)"
   sys.stdout.flush()
   print(f"error: {sentence}", file=sys.stderr, flush=True)

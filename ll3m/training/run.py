@@ -63,6 +63,9 @@ class TrainOptions(TrainModelOptions, GinConfig):
   save_milestone_freq: int = flags.option(
     0, "Checkpoints at multiples of this are never deleted; 0 for none."
   )
+  max_nonfinite_steps: int = flags.option(
+    5, "End the run when loss or gradient are not finite in this many steps in a row."
+  )
   eval_steps: int = flags.option(0, "Batches of an evaluation; 0 for no evaluation.")
   eval_freq: int = flags.option(
     0, "Optimizer steps between evaluations; 0 for the first and last step only."
@@ -80,6 +83,7 @@ class TrainOptions(TrainModelOptions, GinConfig):
       ("log_freq", 1),
       ("save_model_freq", 0),
       ("save_milestone_freq", 0),
+      ("max_nonfinite_steps", 1),
       ("eval_steps", 0),
       ("eval_freq", 0),
       ("z_loss", 0),
