@@ -18,8 +18,9 @@ from etils import epath
 from ll3m.core import checkpoint, digests, parameter_store
 from ll3m.core.progress import byte_bar
 from ll3m.hf.mapping import parameter_shapes
+from ll3m.hf.matching import listing
 from ll3m.hf.model_files import HfModel
-from ll3m.hf.tensors import read_part
+from ll3m.hf.tensors import all_finite, read_part
 
 # Says that a folder is ours and was not finished, so that a second attempt may replace it.
 UNFINISHED = "ll3m.unfinished"
@@ -38,7 +39,11 @@ class Conversion(NamedTuple):
 
 
 def convert_model(
-  model: HfModel, output: epath.PathLike, dtype: np.dtype | None = None
+  model: HfModel,
+  output: epath.PathLike,
+  dtype: np.dtype | None = None,
+  *,
+  allow_nonfinite: bool = False,
 ) -> Conversion:
   """Converts a model, piece by piece, with a progress bar on stderr.
 
@@ -46,13 +51,14 @@ def convert_model(
     model: what to convert; its tensors have been checked.
     output: the folder to make; local or gs://.
     dtype: to cast every parameter to; None keeps each as it is.
+    allow_nonfinite: take NaN and infinities as they are.
 
   Returns:
     Counts for the report.
 
   Raises:
-    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, or
-      a value does not fit the dtype.
+    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, a
+      value does not fit the dtype, or tensors hold NaN or infinities.
   """
   start = time.perf_counter()
   output = epath.Path(output)
@@ -65,12 +71,15 @@ def convert_model(
   model.save_companions(output)
 
   writer = parameter_store.ParameterWriter(output / checkpoint.PARAMS, shapes, dtypes, stacked)
+  nonfinite: set[str] = set()
   with byte_bar(nbytes, "convert") as bar:
 
     def convert_tensor(name: str) -> None:
       spec = model.specs[name]
       for rows, values in _pieces(model, writer, name, dtypes[spec.ours]):
         writer.write(spec.ours, spec.layer, rows, values)
+        if not allow_nonfinite and not all_finite(values):
+          nonfinite.add(name)
         bar.update(values.nbytes)
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -81,6 +90,11 @@ def convert_model(
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
+  if nonfinite:
+    raise ValueError(
+      f"{model.path} holds NaN or infinities {listing(sorted(nonfinite))}; "
+      f"--allow_nonfinite converts them all the same"
+    )
   writer.finish()
   manifest = json.dumps(checkpoint.model_meta(model.family.name, model.config), indent=1) + "\n"
   _write_digests(output, writer, manifest)
