@@ -4,13 +4,17 @@ PY := .venv/bin/python
 RUN_DIR ?= runs/demo
 BENCH_DIR ?= runs/bench
 
-.PHONY: demo test bench tpu-check cycles lint format clean
+.PHONY: demo test soak bench tpu-check cycles lint format clean
 
 demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
 
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# The fault suite with 20 repetitions of what is left to chance.
+soak: .venv/installed-test
+	LL3M_SOAK=1 $(PY) -m pytest tests/faults -n 2 --dist loadfile
 
 # Validates, times and reports. More of pytest-benchmark: make bench BENCH=--benchmark-compare
 # The tests' options are left out: checking annotations at run time takes time.

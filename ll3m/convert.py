@@ -31,6 +31,9 @@ class ConvertConfig:
     "Type of the written parameters; keep leaves them as they are (dequantised GGUF: f32).",
     choices=("keep", *STORED),
   )
+  allow_nonfinite: bool = flags.option(
+    False, "Convert weights that hold NaN or infinities too, instead of refusing them."
+  )
 
   def __post_init__(self):
     flags.require(self.checkpoint_dir, "checkpoint_dir")
@@ -53,7 +56,9 @@ def main() -> None:
 
   output = config.output_dir or config.output_file
   model = open_model(config.checkpoint_dir, config.checkpoint_type, config.model)
-  done = convert_model(model, output, DTYPES.get(config.dtype))
+  done = convert_model(
+    model, output, DTYPES.get(config.dtype), allow_nonfinite=config.allow_nonfinite
+  )
   if model.ignored:
     print(f"ignored {len(model.ignored)} tensors that are not parameters:")
     print("\n".join(f"  {name}" for name in model.ignored))

@@ -51,7 +51,7 @@ def main() -> None:
   dataset = flags.read("eval_dataset", DatasetConfig)
   refuse_unread(dataset, "eval_dataset")
   dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
-  source = open_source(options.checkpoint)
+  source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
   check_length(dataset.seqio_dataset.length, config)
   mesh = sharding.make_mesh(options.mesh_dim)

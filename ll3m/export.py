@@ -10,7 +10,7 @@ from ll3m.core.dtypes import DTYPES, STORED
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(flags.VerifyConfig):
   """What to export, and how."""
 
   checkpoint: str | None = flags.option(
@@ -44,7 +44,7 @@ def main() -> None:
       f"--checkpoint must be a converted folder or a run, got {config.checkpoint}, which is a "
       f"Hugging Face folder already"
     )
-  checkpoint = open_checkpoint(config.checkpoint)
+  checkpoint = open_checkpoint(config.checkpoint, verify=config.verify)
   done = export_model(
     checkpoint,
     config.output_dir,

@@ -19,7 +19,7 @@ from ll3m.data.unusable import Unusable, require_unicode
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(flags.VerifyConfig):
   """What to continue, with which model, and how."""
 
   checkpoint: str | None = flags.option(
@@ -75,7 +75,7 @@ def main() -> None:
 
   sampling = Sampling(config.temperature, config.top_k, config.top_p)
   texts = _read_prompts(config)
-  source = open_source(config.checkpoint)
+  source = open_source(config.checkpoint, verify=config.verify)
   tokenizer = load_tokenizer(
     flags.read("tokenizer", TokenizerConfig),
     checkpoint_dir=source.tokenizer_dir,

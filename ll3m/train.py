@@ -5,6 +5,7 @@ the same output_dir goes on where it stopped, to the bit, without what it was lo
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from etils import epath
 
 from ll3m.core import flags, processes, sharding
 from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
+from ll3m.core.claim import claim
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.data import gin_settings
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_unread
@@ -24,6 +26,7 @@ from ll3m.hf.sources import open_source
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
+from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
 from ll3m.training.program import make_program
 from ll3m.training.run import (
@@ -40,6 +43,7 @@ from ll3m.training.run import (
 )
 from ll3m.training.setup import check_length, check_same_model, choose_model
 from ll3m.training.step import TrainState, make_eval_step
+from ll3m.training.stopping import EXIT_CODE, Stopped, StopRequest
 
 for prefix, options_class in FLAG_GROUPS.items():
   flags.define(prefix, options_class)
@@ -70,29 +74,38 @@ def run_to_the_end() -> None:
     print("the training step traces; nothing was trained (--dry_run)")
     return
   say(run.describe(plan))
-  with RunCheckpoints(
-    run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
-  ) as checkpoints:
+  with (
+    claim(run.logger.output_dir),
+    StopRequest() as stop,
+    RunCheckpoints(
+      run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
+    ) as checkpoints,
+  ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
     # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
     state = initial_state(run, plan, checkpoints)
+    checkpoints.set_aside_after(run.resumed.step if run.resumed else 0)
     write_companions(run)
     start = time.perf_counter()
     train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     held_out = None
     if held_out_batches is not None:
-      held_out = held_out_evaluation(run, held_out_batches, jax.jit(make_eval_step(program.model)))
+      evaluate = jax.jit(make_eval_step(program.model))
+      held_out = held_out_evaluation(run, held_out_batches, evaluate, stop)
     with Logger(
       run.logger,
       total_steps=options.total_steps,
       first_step=int(state.step),
       flag_values=run.settings(),
     ) as logger:
-      train(run, state, batches, train_step, held_out, checkpoints, logger)
+      finished = train(run, state, batches, train_step, held_out, checkpoints, logger, stop)
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := describe(stream.skipped)):
       say(f"{name}_dataset: {skipped}")
+  if not finished:
+    say("stopped by SIGTERM; the same command goes on from here")
+    sys.exit(EXIT_CODE)
 
 
 def train(
@@ -103,49 +116,76 @@ def train(
   held_out: Callable[[Any], dict[str, float]] | None,
   checkpoints: RunCheckpoints,
   logger: Logger,
-) -> None:
-  """Steps from where the state stands to the end of the run."""
+  stop: StopRequest,
+) -> bool:
+  """Steps from where the state stands to the end of the run.
+
+  Returns:
+    Whether it came there; if not, it was asked to stop and has saved the step it had reached.
+  """
   options, step = run.options, int(state.step)
   rng = np.asarray(state.rng).tolist()
   settings = fixed_settings(options, run.optimizer, run.train_dataset)
-  if held_out and step == 0:
-    logger.log(0, held_out(state.params))
+  watch = NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps)
+  under_way: tuple | None = None
   pending: list = []
   since = time.perf_counter()
+
+  def log() -> None:
+    nonlocal pending, since
+    logger.log(
+      step,
+      metrics.summarise(
+        jax.device_get(pending),
+        seconds=time.perf_counter() - since,
+        config=run.config,
+        length=run.length,
+      ),
+    )
+    pending, since = [], time.perf_counter()
+
+  def save() -> None:
+    checkpoints.save(
+      step,
+      params=state.params,
+      opt_state=state.opt_state,
+      meta=model_meta(run.family.name, run.config)
+      | {"step": step, "rng": rng, "settings": settings},
+      dataset=batches.state(),
+    )
+
+  if held_out and step == 0:
+    logger.log(0, held_out(state.params))
+  stop.defer()
   while step < options.total_steps:
     batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
     state, step_metrics = train_step(state, to_devices(batch, run.mesh))
-    if pending:  # one step is always under way while the next batch is read
-      jax.block_until_ready(pending[-1])
-    pending.append(step_metrics)
+    if under_way:  # one step is always under way while the next batch is read
+      watch.look(*under_way)
     step += 1
+    under_way = (step, step_metrics, batch)
+    pending.append(step_metrics)
     last = step == options.total_steps
-    if step % options.log_freq == 0 or last:
-      host = jax.device_get(pending)
-      logger.log(
-        step,
-        metrics.summarise(
-          host,
-          seconds=time.perf_counter() - since,
-          config=run.config,
-          length=run.length,
-        ),
-      )
-      pending, since = [], time.perf_counter()
-    logger.advance(step)
-    pause = time.perf_counter()
-    if held_out and (last or (options.eval_freq and step % options.eval_freq == 0)):
-      logger.log(step, held_out(state.params))
-    if last or (options.save_model_freq and step % options.save_model_freq == 0):
-      checkpoints.save(
-        step,
-        params=state.params,
-        opt_state=state.opt_state,
-        meta=model_meta(run.family.name, run.config)
-        | {"step": step, "rng": rng, "settings": settings},
-        dataset=batches.state(),
-      )
-    since += time.perf_counter() - pause  # tokens/s is the training's
+    checkpoints.check()
+    try:
+      stop.check(step)
+      if step % options.log_freq == 0 or last:
+        log()
+      logger.advance(step)
+      pause = time.perf_counter()
+      if held_out and (last or (options.eval_freq and step % options.eval_freq == 0)):
+        logger.log(step, held_out(state.params))
+      if last or (options.save_model_freq and step % options.save_model_freq == 0):
+        save()
+      since += time.perf_counter() - pause  # tokens/s is the training's
+    except Stopped:
+      if pending:
+        log()
+      save()
+      return False
+  if under_way:
+    watch.look(*under_way)
+  return True
 
 
 def read_run() -> Run:
@@ -179,19 +219,19 @@ def read_run() -> Run:
   resumed = source = None
   dataset_state = {}
   if logger.output_dir and finished_steps(logger.output_dir):
-    resumed = open_checkpoint(logger.output_dir)
+    resumed = open_checkpoint(logger.output_dir, verify=options.verify)
     if resumed.step < options.total_steps:
       check_settings(resumed, settings)
-      dataset_state = restore_dataset_state(resumed.path)
+      dataset_state = restore_dataset_state(resumed.path, verify=False)
   elif options.load_checkpoint:
-    source = open_source(options.load_checkpoint if kind == "hf" else path)
+    source = open_source(options.load_checkpoint if kind == "hf" else path, verify=options.verify)
     if kind.startswith("trainstate") and source.step is None:
       raise ValueError(f"--load_checkpoint={kind}:: needs a training run, {path} is none")
     if kind == "trainstate":
       settings.pop("train_dataset.seqio_dataset.num_shards")  # other data may follow
-      check_settings(open_checkpoint(source.path), settings)
+      check_settings(open_checkpoint(source.path, verify=False), settings)
   if resumed is None and options.load_dataset_state:
-    dataset_state = restore_dataset_state(options.load_dataset_state)
+    dataset_state = restore_dataset_state(options.load_dataset_state, verify=options.verify)
   family, config = choose_model(options, resumed or source)
   if resumed is not None:  # in all fields: what is trained does not change under way
     check_same_model(config, resumed.config)

@@ -126,7 +126,7 @@ def test_a_run_leaves_what_it_promises(finished):
   for record in training:
     assert set(record) == {
       "step", "loss", "z_loss", "accuracy", "learning_rate", "gradient_norm", "parameter_norm",
-      "tokens_per_second", "step_seconds",
+      "tokens_per_second", "step_seconds", "skipped_steps",
     }  # fmt: skip
     assert all(np.isfinite(list(record.values())))
   assert abs(training[0]["loss"] - np.log(258)) < 0.3  # random parameters know nothing

@@ -49,7 +49,10 @@ def download(options: DownloadOptions, output: Path) -> None:
   import huggingface_hub
 
   api = huggingface_hub.HfApi(token=options.access_token)
-  names = api.list_repo_files(options.repo_id, revision=options.revision)
+  # Not list_repo_files, which would wait for ever for a server that does not answer.
+  timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+  info = api.model_info(options.repo_id, revision=options.revision, timeout=timeout)
+  names = [file.rfilename for file in info.siblings]
   # Repositories hold other copies of the weights in sub-folders and for other programs.
   top = [name for name in names if "/" not in name]
   weights = next((kind for kind in _WEIGHTS if any(name.endswith(kind[1:]) for name in top)), None)

@@ -9,6 +9,7 @@ Three kinds of folder hold a model:
 * a run's output_dir: `checkpoints/<step>/` beside `tokenizer/` and `hf/`; its latest finished step
   stands for it.
 
+A converted folder and a step folder also hold `digests.json`, the checksums of their files.
 Paths may be remote (gs://); Orbax and etils read and write them alike.
 """
 
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from ll3m.core import digests
 from ll3m.core.config import ModelConfig
 
 FORMAT = 1
@@ -68,33 +70,37 @@ class Checkpoint:
     return self.path / PARAMS
 
 
-def open_checkpoint(path: epath.PathLike) -> Checkpoint:
+def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
   """Finds the model in a converted folder, a run's output_dir or one step folder.
 
   Args:
-    path: the folder. Of a run, the latest good step is taken (see above).
+    path: the folder. Of a run, the latest good step is taken; each that is passed over is told.
+    verify: compare all its files with their checksums.
 
   Returns:
-    What is known of it without reading any weight.
+    What is known of it without making arrays of its weights.
 
   Raises:
     FileNotFoundError: there is no such folder.
-    ValueError: the folder holds no complete model.
+    ValueError: the folder holds no complete model, or a damaged one.
   """
   path = absolute(path)
   if not path.is_dir():
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if not (path / STEPS).is_dir():
-    return _open(path)
+    return _open(path, verify)
+  reasons = []
   for step in reversed(finished_steps(path)):
     try:
-      return _open(path / STEPS / str(step))
+      return _open(path / STEPS / str(step), verify)
     except ValueError as error:
       logging.warning("step %d of %s is passed over: %s", step, path, error)
-  raise ValueError(f"not a complete checkpoint: {path} holds no finished step")
+      reasons.append(str(error))
+  latest = f"; the latest: {reasons[0]}" if reasons else ""
+  raise ValueError(f"not a complete checkpoint: {path} holds no good step{latest}")
 
 
-def _open(path: epath.Path) -> Checkpoint:
+def _open(path: epath.Path, verify: bool) -> Checkpoint:
   """Opens a converted folder or one step folder."""
   if path.parent.name == STEPS or (path / META).is_dir():
     home, manifest = path.parent.parent, path / META / "metadata"
@@ -111,6 +117,8 @@ def _open(path: epath.Path) -> Checkpoint:
     raise ValueError(f"not a complete checkpoint: {manifest} lacks {', '.join(sorted(lacking))}")
   if not (path / PARAMS).is_dir():
     raise ValueError(f"not a complete checkpoint: {path} has no {PARAMS}/")
+  if verify:
+    digests.check(path)
   return Checkpoint(
     path=path,
     family=meta["family"],

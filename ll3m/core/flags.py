@@ -27,6 +27,9 @@ _REPEATED = "repeated"
 # --help lists the flags of the module sys.argv[0]: the command, whose table all of these are.
 _COMMAND = {"module_name": sys.argv[0]}
 
+# Errors whose message is all that the person who typed needs.
+_EXPLAINED = (ValueError, NotImplementedError, OSError, FloatingPointError, absl_flags.Error)
+
 _DEBUG = absl_flags.DEFINE_bool("debug", False, "Show the full traceback of an error.", **_COMMAND)
 
 
@@ -56,6 +59,15 @@ def option(
 def group(cls: type) -> Any:
   """Declares a field that holds a nested dataclass of options (a dotted prefix)."""
   return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+  """The option of every command that reads checkpoints."""
+
+  verify: bool = option(
+    True, "Compare a checkpoint's files with the checksums that were saved with it."
+  )
 
 
 class _LiteralTupleParser(absl_flags.ArgumentParser):
@@ -233,6 +245,8 @@ def run(main: Callable[[], None]) -> None:
   def guarded_main(_: Sequence[str]) -> None:
     if not given("verbosity"):  # the libraries' progress reports are not the user's
       logging.set_verbosity(logging.INFO if _DEBUG.value else logging.WARNING)
+    if not _DEBUG.value:
+      logging.get_absl_handler().addFilter(_without_traceback)
     try:
       main()
     except Exception as error:  # the boundary between library errors and the person who typed
@@ -245,9 +259,15 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded_main, flags_parser=guarded_parse)
 
 
+def _without_traceback(record: Any) -> bool:
+  """Leaves of what a library logs the sentence."""
+  record.exc_info = record.exc_text = None
+  return True
+
+
 def _exit_with(error: Exception, status: int) -> typing.NoReturn:
   sentence = " ".join(str(error).split()) or type(error).__name__
-  if not isinstance(error, ValueError | NotImplementedError | OSError | absl_flags.Error):
+  if not isinstance(error, _EXPLAINED):
     sentence = f"{type(error).__name__}: {sentence} (--debug shows the traceback)"
   sys.stdout.flush()
   print(f"error: {sentence}", file=sys.stderr, flush=True)

@@ -8,13 +8,14 @@ slices. So this module writes the files that Orbax's PyTree handler restores (za
 import contextlib
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
+
+from ll3m.core import digests
 
 # A large layer is cut into chunks of about this size, so that converting needs little memory.
 CHUNK_BYTES = 64 * 2**20
@@ -24,7 +25,11 @@ _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 
 
 class ParameterWriter:
-  """Writes the parameters of a model, each slice as one or more chunks of a zarr array."""
+  """Writes the parameters of a model, each slice as one or more chunks of a zarr array.
+
+  Attributes:
+    digests: of every chunk written so far, by its path in the folder.
+  """
 
   def __init__(
     self,
@@ -48,6 +53,7 @@ class ParameterWriter:
     self._stacked = dict(stacked)
     self._rows: dict[str, int] = {}
     self._arrays: dict[str, ts.TensorStore] = {}
+    self.digests: dict[str, digests.Digest] = {}
     for path, shape in shapes.items():
       layer_shape = shape[1:] if stacked[path] else shape
       row_bytes = math.prod(layer_shape[1:]) * dtypes[path].itemsize
@@ -101,10 +107,13 @@ class ParameterWriter:
     height = self._rows[path]
     place = [layer] * (layer is not None) + [rows.start // height] + [0] * (values.ndim - 1)
     data = values.reshape(-1).view(np.uint8).data
-    with (self._folder(path) / ".".join(map(str, place))).open("wb") as file:
+    # zarr's chunks all have the same size; the last one reaches beyond the array.
+    padding = bytes(values[:1].nbytes * (height - len(values)))
+    chunk = self._folder(path) / ".".join(map(str, place))
+    with chunk.open("wb") as file:
       file.write(bytes(data) if self._remote else data)  # remote files take nothing but bytes
-      # zarr's chunks all have the same size; the last one reaches beyond the array.
-      file.write(bytes(values[:1].nbytes * (height - len(values))))
+      file.write(padding)
+    self.digests[f"{chunk.parent.name}/{chunk.name}"] = digests.of((data, padding))
 
   def finish(self) -> None:
     """Writes the metadata that lets Orbax restore the arrays as a nested dict."""
@@ -174,11 +183,6 @@ def read_slices(array: ts.TensorStore) -> Iterator[tuple[slice, np.ndarray]]:
   for start in range(0, array.shape[0], block):
     part = slice(start, min(start + block, array.shape[0]))
     yield part, array[part].read().result()
-
-
-def checksum(values: np.ndarray, previous: int = 0) -> int:
-  """Continues the CRC-32 of an array's bytes in C order."""
-  return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8), previous)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,24 @@
 """The checkpoints of a training run: saved asynchronously, kept by policy, restored exactly."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ll3m.core import checkpoint as folders
-from ll3m.core import flags
+from ll3m.core import digests, flags
 from ll3m.core.checkpoint import BytesRestore, BytesSave, flatten, nest
+
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's, which it writes once more when all else is done
+DAMAGED = "damaged"  # where steps go that cannot be gone on from, beside `checkpoints/`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,7 @@ class RunCheckpoints:
       milestone_steps: checkpoints at multiples of this are never deleted; 0 for none.
     """
     self._config = config
+    self._saving = 0  # the step that is, or was last, being saved
     policies = [ocp.checkpoint_managers.LatestN(config.max_to_keep)]
     if milestone_steps:
       policies.append(ocp.checkpoint_managers.EveryNSteps(milestone_steps))
@@ -68,6 +76,7 @@ class RunCheckpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
       ),
       item_handlers={
         folders.PARAMS: ocp.PyTreeCheckpointHandler(),
@@ -82,8 +91,18 @@ class RunCheckpoints:
 
   def __exit__(self, kind: Any, *exception: Any) -> None:
     if kind is None:
-      self._manager.wait_until_finished()
+      with self._explaining():
+        self._manager.wait_until_finished()
     self._manager.close()
+
+  def check(self) -> None:
+    """Demands that what is saved in the background goes well so far.
+
+    Raises:
+      OSError: it does not.
+    """
+    with self._explaining():
+      self._manager.check_for_errors()
 
   def save(
     self,
@@ -97,9 +116,8 @@ class RunCheckpoints:
     """Starts saving a step; returns once the arrays are copied out.
 
     Raises:
-      Exception: what went wrong in the save before, which ran in the background.
+      OSError: it cannot be saved, or the save before, which ran in the background, went wrong.
     """
-    self._manager.check_for_errors()
     items = {
       folders.PARAMS: ocp.args.PyTreeSave(nest(params)),
       folders.META: ocp.args.JsonSave(dict(meta)),
@@ -107,20 +125,70 @@ class RunCheckpoints:
     if self._config.save_optimizer_state:
       items[folders.OPTIMIZER] = ocp.args.PyTreeSave(_leaves(opt_state))
       items[folders.DATASET] = BytesSave(dict(dataset))
-    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    with self._explaining():
+      self._manager.wait_until_finished()  # with the save before, so that its error is its own
+    self._saving = step
+    with self._explaining():
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  @contextlib.contextmanager
+  def _explaining(self) -> Iterator[None]:
+    """Says of an error which step it cost.
+
+    Raises:
+      OSError: instead of whatever was raised.
+    """
+    try:
+      yield
+    except Exception as error:
+      reason = str(error).strip().partition("\n")[0].partition(" [")[0] or type(error).__name__
+      raise OSError(
+        f"step {self._saving} could not be saved in {self._manager.directory}: {reason}; the steps "
+        f"before it are untouched"
+      ) from error
+
+  def _seal(self) -> None:
+    """Adds the digests to the step that was saved; Orbax calls this before the step counts."""
+    if jax.process_index():
+      return
+    step = str(self._saving)
+    for folder in self._manager.directory.iterdir():
+      # Object stores cannot rename: there, a step has its own name from the beginning.
+      if folder.name == step or folder.name.startswith(f"{step}{ocp.utils.TMP_DIR_SUFFIX}"):
+        digests.write(folder, leave_out=[_TIMES])
 
   def restore(self, step: int, *, params: Any, opt_state: Any) -> Position:
-    """Restores a step of this output_dir to go on from; see `restore_step`.
+    """Restores a step of this output_dir to go on from; see `restore_step`."""
+    return restore_step(self._manager.directory / str(step), params=params, opt_state=opt_state)
 
-    Later steps, which are there only if they are damaged (`open_checkpoint`), are deleted: they
-    will be made again, and Orbax saves no step twice.
+  def set_aside_after(self, step: int) -> None:
+    """Moves the steps after this one, from which a run does not go on, to output_dir/damaged.
+
+    They will be made again, and Orbax saves no step twice.
+
+    Raises:
+      FileExistsError: one of them is good: another job has just saved it.
     """
-    path = self._manager.directory / str(step)
-    position = restore_step(path, params=params, opt_state=opt_state)
-    for later in self._manager.all_steps():
-      if later > step:
-        self._manager.delete(later)
-    return position
+    later = [found for found in self._manager.all_steps() if found > step]
+    for damaged in later:
+      with contextlib.suppress(ValueError):
+        folders.open_checkpoint(self._manager.directory / str(damaged))
+        raise FileExistsError(
+          f"step {damaged} was saved by another job after this one had looked for it; start again"
+        )
+      if not jax.process_index():
+        self._set_aside(damaged)
+    if later and jax.process_count() > 1:
+      multihost_utils.sync_global_devices("damaged steps are set aside")
+    self._manager.reload()
+
+  def _set_aside(self, step: int) -> None:
+    home = self._manager.directory.parent / DAMAGED
+    home.mkdir(exist_ok=True)
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+    place = next(home / name for name in names if not (home / name).exists())
+    (self._manager.directory / str(step)).rename(place)
+    logging.warning("the damaged step %d was moved to %s", step, place)
 
 
 def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
@@ -135,7 +203,7 @@ def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
     ValueError: the step was saved without what resuming needs or for another model or optimizer,
       or its arrays are damaged.
   """
-  opened = folders.open_checkpoint(path)
+  opened = folders.open_checkpoint(path, verify=False)  # whoever chose the step has done so
   path = opened.path
   require_resumable(path)
   reader = ocp.PyTreeCheckpointHandler()
@@ -165,13 +233,13 @@ def require_resumable(path: epath.Path) -> None:
     )
 
 
-def restore_dataset_state(path: epath.PathLike) -> dict[str, bytes]:
+def restore_dataset_state(path: epath.PathLike, *, verify: bool = True) -> dict[str, bytes]:
   """Reads only the position in the data, from a step folder or a run's output_dir.
 
   Raises:
-    ValueError: it was not saved there.
+    ValueError: it was not saved there, or the step is damaged.
   """
-  path = folders.open_checkpoint(path).path / folders.DATASET
+  path = folders.open_checkpoint(path, verify=verify).path / folders.DATASET
   if not path.is_dir():
     raise ValueError(f"no data position was saved at {path.parent}")
   return folders.BytesHandler().restore(path, BytesRestore())

@@ -1,7 +1,8 @@
 """Writes a published model as a folder of ours, with memory that does not grow with the model.
 
 The folder holds `params/` (stacked over layers, as Orbax reads it), `tokenizer/` and `hf/` (the
-source's config files), and, written last, the manifest without which it is not a checkpoint.
+source's config files), `digests.json` (checksums of all its files) and, written last, the manifest
+without which it is not a checkpoint.
 """
 
 import json
@@ -14,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from ll3m.core import checkpoint, parameter_store
+from ll3m.core import checkpoint, digests, parameter_store
 from ll3m.core.progress import byte_bar
 from ll3m.hf.mapping import parameter_shapes
+from ll3m.hf.matching import listing
 from ll3m.hf.model_files import HfModel
-from ll3m.hf.tensors import read_part
+from ll3m.hf.tensors import all_finite, read_part
 
 # Says that a folder is ours and was not finished, so that a second attempt may replace it.
 UNFINISHED = "ll3m.unfinished"
@@ -37,7 +39,11 @@ class Conversion(NamedTuple):
 
 
 def convert_model(
-  model: HfModel, output: epath.PathLike, dtype: np.dtype | None = None
+  model: HfModel,
+  output: epath.PathLike,
+  dtype: np.dtype | None = None,
+  *,
+  allow_nonfinite: bool = False,
 ) -> Conversion:
   """Converts a model, piece by piece, with a progress bar on stderr.
 
@@ -45,13 +51,14 @@ def convert_model(
     model: what to convert; its tensors have been checked.
     output: the folder to make; local or gs://.
     dtype: to cast every parameter to; None keeps each as it is.
+    allow_nonfinite: take NaN and infinities as they are.
 
   Returns:
     Counts for the report.
 
   Raises:
-    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, or
-      a value does not fit the dtype.
+    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, a
+      value does not fit the dtype, or tensors hold NaN or infinities.
   """
   start = time.perf_counter()
   output = epath.Path(output)
@@ -64,16 +71,16 @@ def convert_model(
   model.save_companions(output)
 
   writer = parameter_store.ParameterWriter(output / checkpoint.PARAMS, shapes, dtypes, stacked)
-  digests = {path: [0] * (shape[0] if stacked[path] else 1) for path, shape in shapes.items()}
+  nonfinite: set[str] = set()
   with byte_bar(nbytes, "convert") as bar:
 
     def convert_tensor(name: str) -> None:
-      spec, digest = model.specs[name], 0
+      spec = model.specs[name]
       for rows, values in _pieces(model, writer, name, dtypes[spec.ours]):
-        digest = parameter_store.checksum(values, digest)
         writer.write(spec.ours, spec.layer, rows, values)
+        if not allow_nonfinite and not all_finite(values):
+          nonfinite.add(name)
         bar.update(values.nbytes)
-      digests[spec.ours][spec.layer or 0] = digest
 
     with ThreadPoolExecutor(_THREADS) as pool:
       jobs = [pool.submit(convert_tensor, name) for name in model.specs]
@@ -83,10 +90,16 @@ def convert_model(
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
+  if nonfinite:
+    raise ValueError(
+      f"{model.path} holds NaN or infinities {listing(sorted(nonfinite))}; "
+      f"--allow_nonfinite converts them all the same"
+    )
   writer.finish()
-  meta = checkpoint.model_meta(model.family.name, model.config) | {"digests": digests}
+  manifest = json.dumps(checkpoint.model_meta(model.family.name, model.config), indent=1) + "\n"
+  _write_digests(output, writer, manifest)
   # Renaming is atomic: there is no moment at which half a manifest could be read.
-  (output / UNFINISHED).write_text(json.dumps(meta, indent=1) + "\n")
+  (output / UNFINISHED).write_text(manifest)
   (output / UNFINISHED).rename(output / checkpoint.MANIFEST)
   return Conversion(len(model.specs), sum(counts.values()), nbytes, time.perf_counter() - start)
 
@@ -116,6 +129,15 @@ def prepare_output(output: epath.Path, nbytes: int) -> None:
         f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
       )
   (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
+
+
+def _write_digests(
+  output: epath.Path, writer: parameter_store.ParameterWriter, manifest: str
+) -> None:
+  """Writes the checksums of what was meant to be written, where this is known."""
+  known = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}
+  known[checkpoint.MANIFEST] = digests.of([manifest.encode()])
+  digests.write(output, known, leave_out=[UNFINISHED])
 
 
 def _pieces(

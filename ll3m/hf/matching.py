@@ -25,7 +25,11 @@ class Match(NamedTuple):
 
 
 def match_tensors(
-  family: Family, config: ModelConfig, tensors: Mapping[str, LazyTensor], origin: str
+  family: Family,
+  config: ModelConfig,
+  tensors: Mapping[str, LazyTensor],
+  origin: str,
+  problems: Sequence[str] = (),
 ) -> Match:
   """Pairs every parameter with its tensor.
 
@@ -34,14 +38,15 @@ def match_tensors(
     config: the architecture that the checkpoint claims to be.
     tensors: what it holds.
     origin: how to call the checkpoint in messages.
+    problems: what is wrong with it already, to be told with the rest.
 
   Raises:
     ValueError: everything that is missing, extra, or of a wrong shape or dtype, in one sentence.
   """
   specs = expected_tensors(family.rules, config)
-  problems = []
+  problems = list(problems)
   if missing := [name for name in specs if name not in tensors]:
-    problems.append(f"missing {_listing(missing)}")
+    problems.append(f"missing {listing(missing)}")
   extra = [name for name in tensors if name not in specs]
   buffers = [n for n in extra if any(re.fullmatch(p, n) for p in family.ignored_buffers)]
   ignored = list(buffers)
@@ -52,7 +57,7 @@ def match_tensors(
       problems.append(f"{head} differs from {embedding}, though the config ties them")
     ignored.append(head)
   if unknown := [name for name in extra if name not in ignored]:
-    problems.append(f"not expected {_listing(unknown)}")
+    problems.append(f"not expected {listing(unknown)}")
   wrong = []
   for name in specs:
     if name in tensors and tensors[name].shape != specs[name].shape:
@@ -60,7 +65,7 @@ def match_tensors(
     elif name in tensors and tensors[name].dtype not in DTYPES.values():
       wrong.append(f"{name} (expected a floating-point dtype, got {tensors[name].dtype})")
   if wrong:
-    problems.append(f"wrong shape or dtype {_listing(wrong)}")
+    problems.append(f"wrong shape or dtype {listing(wrong)}")
   if problems:
     raise ValueError(
       f"{origin} does not fit its {family.name} config of {config.num_layers} layers: "
@@ -91,10 +96,11 @@ def check_parameters(
     if wanted.get(path) != found.get(path)
   ]
   if wrong:
-    raise ValueError(f"{origin} does not fit its config {_listing(wrong)}")
+    raise ValueError(f"{origin} does not fit its config {listing(wrong)}")
 
 
-def _listing(names: Sequence[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+  """Returns how many names there are, and the first of them."""
   more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
   return f"({len(names)}): {', '.join(names[:_LISTED])}{more}"
 

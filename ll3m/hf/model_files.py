@@ -16,7 +16,7 @@ from ll3m.core.config import ModelConfig
 from ll3m.hf import torch_bin, weights
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec
-from ll3m.hf.matching import match_tensors
+from ll3m.hf.matching import listing, match_tensors
 from ll3m.hf.tensors import LazyTensor
 
 CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
@@ -106,6 +106,7 @@ def open_model(
   if not path.exists():
     raise FileNotFoundError(f"no such file or folder: {path}")
   expected = families.get_preset(preset) if preset else None
+  problems: list[str] = []
   kind = checkpoint_type or detect_type(path)
   if kind == "gguf":
     from ll3m.hf import gguf  # slow to import, seldom needed
@@ -115,6 +116,7 @@ def open_model(
     config_files = {CONFIG_NAME: (json.dumps(hf_config, indent=2) + "\n").encode()}
     tokenizer_files = file.tokenizer_files
   else:
+    _refuse_links_out(path)
     config_files = {
       name: (path / name).read_bytes()
       for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
@@ -127,9 +129,9 @@ def open_model(
       for file in sorted(path.glob(pattern))
       if file.is_file()
     }
-    tensors = _read_headers(path, kind)
+    tensors, problems = _read_headers(path, kind)
   found = _resolve(expected, hf_config, path)
-  match = match_tensors(*found, tensors, str(path))
+  match = match_tensors(*found, tensors, str(path), problems)
   return HfModel(
     path, kind, *found, match.specs, match.tensors, match.ignored, config_files, tokenizer_files
   )
@@ -150,6 +152,23 @@ def detect_type(path: Path) -> str:
     if any(path.glob(pattern)):
       return kind
   raise FileNotFoundError(f"{path} holds no *.safetensors, *.bin or *.gguf file")
+
+
+def _refuse_links_out(folder: Path) -> None:
+  """Demands that what a folder holds lies in it, or in the cache of the hub that it belongs to.
+
+  Raises:
+    ValueError: a link leads elsewhere: a folder from somewhere must not read files of ours.
+  """
+  homes = [folder.resolve()]
+  if homes[0].parent.name == "snapshots":  # the hub's cache keeps each file once, beside
+    homes.append(homes[0].parents[1] / "blobs")
+  for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+    target = file.resolve()
+    if file.is_symlink() and not any(target.is_relative_to(home) for home in homes):
+      raise ValueError(
+        f"{file} is a link out of its folder, to {target}; only what lies in it is read"
+      )
 
 
 def _find_gguf(path: Path) -> Path:
@@ -198,15 +217,15 @@ def _resolve(
   return found
 
 
-def _read_headers(path: Path, kind: str) -> dict[str, LazyTensor]:
-  """Describes the tensors of all files of a checkpoint."""
+def _read_headers(path: Path, kind: str) -> tuple[dict[str, LazyTensor], list[str]]:
+  """Describes the tensors of all files of a checkpoint, and what files and index contradict."""
   module, read, suffix = {
     "safetensors": (weights, weights.read_safetensors, "safetensors"),
     "pt": (torch_bin, torch_bin.read_torch_bin, "bin"),
   }[kind]
   index = path / module.INDEX_NAME
   if (path / module.SINGLE_NAME).is_file():
-    return read(path / module.SINGLE_NAME)
+    return read(path / module.SINGLE_NAME), []
   if not index.is_file():
     files = sorted(path.glob(f"*.{suffix}"))
     if len(files) != 1:
@@ -214,21 +233,25 @@ def _read_headers(path: Path, kind: str) -> dict[str, LazyTensor]:
         f"{path} has neither {module.SINGLE_NAME} nor {module.INDEX_NAME}, and "
         f"{len(files)} *.{suffix} files"
       )
-    return read(files[0])
+    return read(files[0]), []
   tensors: dict[str, LazyTensor] = {}
+  held: dict[str, set[str]] = {}  # the names of the tensors in each file
+  problems = []
   weight_map = _parse_index(index)
   for name in sorted(set(weight_map.values())):
-    file = path / name
-    if not file.is_file():
-      raise FileNotFoundError(f"{index} names {name}, which is not there")
-    found = read(file)
-    if twice := tensors.keys() & found.keys():
-      raise ValueError(f"{file} repeats tensors of another file: {', '.join(sorted(twice))}")
+    if not (path / name).is_file():
+      problems.append(f"{index.name} names {name}, which is not there")
+      continue
+    found = read(path / name)
+    if twice := sorted(tensors.keys() & found.keys()):
+      problems.append(f"{name} repeats tensors of another file {listing(twice)}")
     tensors |= found
-  misplaced = [n for n, f in weight_map.items() if n not in tensors or tensors[n].source.name != f]
-  if misplaced:
-    raise ValueError(f"{index} names tensors that its files lack: {', '.join(misplaced)}")
-  return tensors
+    held[name] = set(found)
+  if misplaced := [n for n, file in weight_map.items() if n not in held.get(file, {n})]:
+    problems.append(f"{index.name} names tensors that its files lack {listing(misplaced)}")
+  if beside := [name for name in tensors if name not in weight_map]:
+    problems.append(f"{index.name} does not name tensors of its files {listing(beside)}")
+  return tensors, problems
 
 
 def _parse_index(index: Path) -> dict[str, str]:

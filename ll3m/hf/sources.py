@@ -48,21 +48,22 @@ class ModelSource:
   save_companions: Callable[[epath.Path], None]
 
 
-def open_source(name: str) -> ModelSource:
+def open_source(name: str, *, verify: bool = True) -> ModelSource:
   """Opens a model without reading its weights.
 
   Args:
     name: `hf::DIR` for a published folder, or the path of a converted folder, a run's output_dir
       or one step folder.
+    verify: compare the files of what is ours with the checksums that were saved with them.
 
   Raises:
     FileNotFoundError: no such folder.
-    ValueError: not a complete model.
+    ValueError: not a complete model, or a damaged one.
     NotImplementedError: a format that has to be converted first.
   """
   if name.startswith(_HF_PREFIX):
     return _open_published(name.removeprefix(_HF_PREFIX))
-  found = checkpoint.open_checkpoint(name)
+  found = checkpoint.open_checkpoint(name, verify=verify)
   return ModelSource(
     path=found.path,
     family=found.family,

@@ -13,6 +13,7 @@ Index = tuple[slice, ...]
 # Transposing 16 rows at a time keeps the lines being written in the cache: 2.8 GB/s for bf16
 # where numpy's own strided copy reaches 0.3 (one core of the machine that the demo runs on).
 _TRANSPOSE_ROWS = 16
+_LOOKED_AT = 2**16  # values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,24 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
         f"{float(ml_dtypes.finfo(dtype).max):.4g}; use another --dtype"
       )
   return result
+
+
+def all_finite(values: np.ndarray) -> bool:
+  """Says whether floating-point values hold neither NaN nor infinity.
+
+  It looks at the bits, in pieces that stay in the cache: NumPy's own test of bfloat16 is slow.
+  """
+  info = ml_dtypes.finfo(values.dtype)
+  if values.dtype.itemsize == 1 or info.bits not in (16, 32, 64):
+    return bool(np.isfinite(values.astype(np.float32)).all())
+  bits = np.dtype(f"u{values.dtype.itemsize}")
+  sign = bits.type(1 << (info.bits - 1))
+  infinity = np.array(np.inf, values.dtype).view(bits)
+  flat = values.reshape(-1).view(bits)
+  return all(
+    ((flat[start : start + _LOOKED_AT] & ~sign) < infinity).all()
+    for start in range(0, flat.size, _LOOKED_AT)
+  )
 
 
 def _copy_transposed(values: np.ndarray, result: np.ndarray) -> None:

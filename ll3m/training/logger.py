@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,9 @@ class Logger:
   """Writes the records of a run; use as a context manager.
 
   Every record is one line of metrics.jsonl and one point of each curve elsewhere. When a run
-  resumes at a step, the records after it are dropped: they will be made again.
+  resumes at a step, the records after it are dropped: they will be made again. What only shows the
+  records elsewhere (TensorBoard, Weights & Biases, the plot) may fail: that is said once, and the
+  run goes on without it.
   """
 
   def __init__(
@@ -60,9 +62,10 @@ class Logger:
   ):
     """Args: options; the run's last and first step; the flags' values, for the record."""
     self._quiet = jax.process_index() != 0
-    self._sinks = contextlib.ExitStack()
+    self._sinks: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
+    self._closing = contextlib.ExitStack()
     self._records: list[dict[str, Any]] = []
-    self._writer = self._wandb = self._bar = None
+    self._bar = None
     self._total_steps = total_steps
     if self._quiet:
       return
@@ -74,36 +77,25 @@ class Logger:
     self._rewrite()
     (self._dir / FLAGS).write_text(json.dumps(dict(flag_values), indent=2) + "\n")
     if config.tensorboard:
-      from tensorboardX import SummaryWriter
-
-      self._writer = SummaryWriter(
-        os.fspath(self._dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
-      )
-      self._sinks.callback(self._writer.close)
+      with self._optional("TensorBoard"):
+        self._open_tensorboard(first_step)
     if config.online:
-      import wandb
-
-      self._wandb = wandb.init(
-        project=config.project,
-        id=config.experiment_id or self._experiment_id(resume=first_step > 0),
-        resume="allow",
-        dir=os.fspath(self._dir),
-        config=dict(flag_values),
-      )
-      self._sinks.callback(self._wandb.finish)
+      with self._optional("Weights & Biases"):
+        self._open_wandb(config, flag_values, resume=first_step > 0)
     if sys.stderr.isatty():
       self._bar = tqdm(
         total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr
       )
-      self._sinks.callback(self._bar.close)
+      self._closing.callback(self._bar.close)
 
   def __enter__(self) -> "Logger":
     return self
 
   def __exit__(self, *exception: Any) -> None:
     if not self._quiet:
-      plot_losses(self._records, self._dir / CURVE)
-    self._sinks.close()
+      with self._optional("the plot"):
+        plot_losses(self._records, self._dir / CURVE)
+    self._closing.close()
 
   def advance(self, step: int) -> None:
     """Moves the progress bar."""
@@ -116,11 +108,9 @@ class Logger:
       return
     self._records.append({"step": step} | dict(record))
     self._append(self._records[-1])
-    if self._writer is not None:
-      for name, value in record.items():
-        self._writer.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(dict(record), step=step)
+    for name, sink in list(self._sinks.items()):
+      with self._optional(name):
+        sink(step, record)
     self._show(step, record)
 
   def say(self, text: str) -> None:
@@ -129,6 +119,55 @@ class Logger:
       self._bar.write(text, file=sys.stderr)
     else:
       say(text)
+
+  @contextlib.contextmanager
+  def _optional(self, name: str) -> Iterator[None]:
+    """Goes on without a sink that fails."""
+    try:
+      yield
+    except Exception as error:  # whatever a foreign library or its server makes of it
+      self._sinks.pop(name, None)
+      reason = " ".join(str(error).split()) or type(error).__name__
+      self.say(f"{name} is left out from here on: {reason}")
+
+  def _open_tensorboard(self, first_step: int) -> None:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(
+      os.fspath(self._dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+    )
+
+    def log(step: int, record: Mapping[str, float]) -> None:
+      for name, value in record.items():
+        writer.add_scalar(name, value, step)
+
+    self._add_sink("TensorBoard", log, writer.close)
+
+  def _open_wandb(
+    self, config: LoggerConfig, flag_values: Mapping[str, Any], *, resume: bool
+  ) -> None:
+    import wandb
+
+    run = wandb.init(
+      project=config.project,
+      id=config.experiment_id or self._experiment_id(resume=resume),
+      resume="allow",
+      dir=os.fspath(self._dir),
+      config=dict(flag_values),
+    )
+    self._add_sink(
+      "Weights & Biases", lambda step, record: run.log(dict(record), step=step), run.finish
+    )
+
+  def _add_sink(
+    self, name: str, log: Callable[[int, Mapping[str, float]], None], close: Callable[[], None]
+  ) -> None:
+    def close_safely() -> None:
+      with self._optional(name):
+        close()
+
+    self._sinks[name] = log
+    self._closing.callback(close_safely)
 
   def _experiment_id(self, *, resume: bool) -> str:
     """Returns the run's id in Weights & Biases: a new one, or that of the run that is resumed."""
@@ -143,6 +182,8 @@ class Logger:
         f"step {step}/{self._total_steps}  eval loss {record['eval_loss']:.4f}  "
         f"perplexity {record['eval_perplexity']:.2f}  accuracy {record['eval_accuracy']:.4f}"
       )
+    elif "loss" not in record:
+      self.say(f"step {step}/{self._total_steps}  no step had a finite loss and gradient")
     elif self._bar is not None:
       self._bar.set_postfix_str(
         f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"

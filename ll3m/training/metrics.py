@@ -76,6 +76,7 @@ def summarise(
 
   Args:
     steps: on the host; losses are averaged over all their tokens, norms are the last step's.
+      Those that were skipped are counted, and else left out.
     seconds: that they took.
     config: the architecture.
     length: T, tokens per row.
@@ -83,16 +84,19 @@ def summarise(
   Returns:
     The record: see `docs/metrics.md` for its keys.
   """
-  sums = add([step.sums for step in steps])
-  last = steps[-1]
-  tokens_per_second = float(sums.tokens) / seconds if seconds > 0 else 0.0
-  record = ratios(sums) | {
-    "learning_rate": float(last.learning_rate),
-    "gradient_norm": float(last.gradient_norm),
-    "parameter_norm": float(last.parameter_norm),
+  applied = [step for step in steps if not step.skipped]
+  tokens = sum(float(step.sums.tokens) for step in steps)
+  tokens_per_second = tokens / seconds if seconds > 0 else 0.0
+  record = {
+    "learning_rate": float(steps[-1].learning_rate),
+    "parameter_norm": float(steps[-1].parameter_norm),
+    "skipped_steps": float(len(steps) - len(applied)),
     "tokens_per_second": tokens_per_second,
     "step_seconds": seconds / len(steps),
   }
+  if applied:
+    record |= ratios(add([step.sums for step in applied]))
+    record["gradient_norm"] = float(applied[-1].gradient_norm)
   utilisation = model_flop_utilisation(config, length, tokens_per_second)
   return record if utilisation is None else record | {"mfu": utilisation}
 

@@ -35,6 +35,7 @@ from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.setup import StatePlan, TrainModelOptions, bytes_per_device
 from ll3m.training.step import TrainState
+from ll3m.training.stopping import StopRequest
 
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
@@ -62,6 +63,9 @@ class TrainOptions(TrainModelOptions, GinConfig):
   save_milestone_freq: int = flags.option(
     0, "Checkpoints at multiples of this are never deleted; 0 for none."
   )
+  max_nonfinite_steps: int = flags.option(
+    5, "End the run when loss or gradient are not finite in this many steps in a row."
+  )
   eval_steps: int = flags.option(0, "Batches of an evaluation; 0 for no evaluation.")
   eval_freq: int = flags.option(
     0, "Optimizer steps between evaluations; 0 for the first and last step only."
@@ -79,6 +83,7 @@ class TrainOptions(TrainModelOptions, GinConfig):
       ("log_freq", 1),
       ("save_model_freq", 0),
       ("save_milestone_freq", 0),
+      ("max_nonfinite_steps", 1),
       ("eval_steps", 0),
       ("eval_freq", 0),
       ("z_loss", 0),
@@ -286,9 +291,12 @@ def open_held_out(run: Run) -> Any:
 
 
 def held_out_evaluation(
-  run: Run, stream: Any, eval_step: Callable[..., Any]
+  run: Run, stream: Any, eval_step: Callable[..., Any], stop: StopRequest
 ) -> Callable[[Any], dict[str, float]]:
-  """Returns parameters -> record of an evaluation; the batches are read once and kept."""
+  """Returns parameters -> record of an evaluation; the batches are read once and kept.
+
+  What it returns raises `Stopped` between two batches if it was asked to stop.
+  """
 
   @functools.cache
   def batches() -> list[Batch]:
@@ -302,6 +310,7 @@ def held_out_evaluation(
       steps=run.options.eval_steps,
       mesh=run.mesh,
       skipped=stream.skipped,
+      on_batch=stop.check,
     )
     return {f"eval_{name}": value for name, value in values.items()}
 

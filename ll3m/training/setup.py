@@ -24,7 +24,7 @@ Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(flags.VerifyConfig):
   """Flags about the model that training and evaluation share."""
 
   load_model_config: str | None = flags.option(

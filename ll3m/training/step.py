@@ -41,12 +41,14 @@ class StepMetrics(NamedTuple):
     gradient_norm: global norm, before clipping.
     parameter_norm: global norm, after the update.
     learning_rate: that the update used.
+    skipped: 1 if loss or gradient were not finite and nothing was updated, else 0.
   """
 
   sums: Sums
   gradient_norm: Float[Array, ""]
   parameter_norm: Float[Array, ""]
   learning_rate: Float[Array, ""]
+  skipped: Float[Array, ""]
 
 
 def make_train_step(
@@ -62,6 +64,9 @@ def make_train_step(
   The gradient is that of the mean loss over all tokens of all micro-steps: each micro-step's
   summed loss is divided by the total before differentiating. Averaging the micro-steps' means, as
   `optax.MultiSteps` does, gives another gradient when they hold different numbers of tokens.
+
+  A step whose loss or gradient is not finite leaves parameters and optimizer as they are, to the
+  bit. (`optax.apply_if_finite` applies such an update after a number of them.)
 
   Args:
     model: the decoder.
@@ -96,12 +101,18 @@ def make_train_step(
     # A batch without a single target has no loss and no gradient, not 0 / 0.
     total = jnp.maximum(jnp.sum(batch.mask), 1.0)
     gradients, sums = accumulate(state.params, batch, total)
-    params, opt_state = apply(optimizer, gradients, state.opt_state, state.params)
+    gradient_norm = _norm(gradients)
+    finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss + sums.z_loss)
+    updated = apply(optimizer, gradients, state.opt_state, state.params)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+    )
     metrics = StepMetrics(
       sums=sums,
-      gradient_norm=_norm(gradients),
+      gradient_norm=gradient_norm,
       parameter_norm=_norm(params),
       learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+      skipped=1.0 - finite.astype(jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 

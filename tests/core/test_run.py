@@ -103,7 +103,7 @@ def test_incomplete_folders_are_refused(tmp_path):
   with pytest.raises(ValueError, match="not a complete checkpoint: .* has no ll3m.json"):
     checkpoint.open_checkpoint(tmp_path)
   (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-  with pytest.raises(ValueError, match="not a complete checkpoint: .* holds no finished step"):
+  with pytest.raises(ValueError, match="not a complete checkpoint: .* holds no good step"):
     checkpoint.open_checkpoint(tmp_path)
   (tmp_path / "ll3m.json").write_text('{"format": 1')
   (tmp_path / "checkpoints" / "5").rmdir()
@@ -133,7 +133,8 @@ def test_damaged_arrays_are_one_short_sentence(tmp_path, item, damage):
       chunk.unlink()
   reads = [lambda: restore_step(step, params=like(params), opt_state=like(state))]
   if item == "params":
-    reads.append(lambda: checkpoint.restore_params(checkpoint.open_checkpoint(tmp_path)))
+    opened = checkpoint.open_checkpoint(tmp_path, verify=False)
+    reads.append(lambda: checkpoint.restore_params(opened))
   for read in reads:
     with pytest.raises(ValueError, match=f"^cannot read {step / item}: ") as error:
       read()
@@ -157,7 +158,14 @@ def test_a_step_that_cannot_be_opened_is_passed_over_loudly(tmp_path, caplog, da
   # A run that goes on from the step before makes the damaged one again.
   with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
     saved.restore(1, params=like(PARAMS), opt_state=like(STATE))
+    saved.set_aside_after(1)
     save(saved, 2)
+  assert (tmp_path / "damaged" / "2" / "params").is_dir()
+  with (
+    RunCheckpoints(tmp_path, CheckpointerConfig()) as saved,
+    pytest.raises(FileExistsError, match="step 2 was saved by another job"),
+  ):
+    saved.set_aside_after(1)
   assert checkpoint.open_checkpoint(tmp_path).step == 2
 
 

@@ -118,7 +118,7 @@ def test_token_ids_come_from_the_tokenizer_where_no_config_travelled(
   (tmp_path / "scratch" / "tokenizer").mkdir()
   for name, content in open_model(smollm2_gguf).tokenizer_files.items():
     (tmp_path / "scratch" / "tokenizer" / name).write_bytes(content())
-  exporting.export_model(checkpoint.open_checkpoint(tmp_path / "scratch"), output)
+  exporting.export_model(checkpoint.open_checkpoint(tmp_path / "scratch", verify=False), output)
   config = json.loads((output / "config.json").read_text())
   tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
   assert {key: config[key] for key in tokens} == tokens
@@ -129,11 +129,6 @@ def test_token_ids_come_from_the_tokenizer_where_no_config_travelled(
 def test_a_damaged_checkpoint_is_not_exported(make_tiny, convert, output, tmp_path):
   found = convert(make_tiny())
   chunk = tmp_path / "converted" / "params" / "layers.mlp.up.w" / "1.0.0"
-  data = bytearray(chunk.read_bytes())
-  data[5] ^= 4
-  chunk.write_bytes(bytes(data))
-  with pytest.raises(ValueError, match=r"damaged checkpoint .* layers/mlp/up/w of layer 1 has"):
-    exporting.export_model(found, output)
   chunk.unlink()
   with pytest.raises(ValueError, match=r"damaged checkpoint .* cannot read layers/mlp/up/w"):
     exporting.export_model(found, output)
@@ -147,7 +142,7 @@ def test_parameters_must_be_those_of_the_config(make_tiny, convert, output, tmp_
   meta["config"]["d_ff"] = 21
   meta["config"]["tie_embeddings"] = True
   manifest.write_text(json.dumps(meta))
-  found = checkpoint.open_checkpoint(tmp_path / "converted")
+  found = checkpoint.open_checkpoint(tmp_path / "converted", verify=False)
   with pytest.raises(
     ValueError, match=r"head/w \(expected none, got .*mlp/up/w \(expected \(3, 12"
   ):

@@ -56,13 +56,17 @@ def test_shards_outside_the_folder_are_refused(make_tiny, file):
 def test_index_and_shards_must_agree(make_tiny):
   tiny = make_tiny()
   shard(tiny, **{"model.norm.weight": "a.safetensors"})
-  with pytest.raises(ValueError, match="names tensors that its files lack: model.norm.weight"):
+  with pytest.raises(
+    ValueError, match=r"names tensors that its files lack \(1\): model.norm.weight"
+  ):
     open_model(tiny.folder)
   shutil.copy(tiny.folder / "a.safetensors", tiny.folder / "b.safetensors")
-  with pytest.raises(ValueError, match=r"b.safetensors repeats tensors of another file: lm_head"):
+  with pytest.raises(
+    ValueError, match=r"b.safetensors repeats tensors of another file \(5\): lm_head"
+  ):
     open_model(tiny.folder)
   (tiny.folder / "b.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match=r"names b.safetensors, which is not there"):
+  with pytest.raises(ValueError, match=r"names b.safetensors, which is not there; .*missing \("):
     open_model(tiny.folder)
   (tiny.folder / INDEX).write_text("{}")
   with pytest.raises(ValueError, match="is not an index of weights"):

@@ -40,13 +40,14 @@ def test_records_weigh_by_tokens():
   few = Sums(*map(np.float32, (10.0, 1.0, 1.0, 2.0, 4.0)))
   many = Sums(*map(np.float32, (20.0, 2.0, 5.0, 8.0, 10.0)))
   steps = [
-    StepMetrics(sums, *map(np.float32, (n, 2 * n, 3 * n))) for sums, n in ((few, 1), (many, 2))
+    StepMetrics(sums, *map(np.float32, (n, 2 * n, 3 * n, 0))) for sums, n in ((few, 1), (many, 2))
   ]
   config = families.get_preset("llama2_7b").config
   record = metrics.summarise(steps, seconds=4.0, config=config, length=16)
   assert record == {
     "loss": 3.0, "z_loss": 0.3, "accuracy": 0.6, "gradient_norm": 2.0, "parameter_norm": 4.0,
     "learning_rate": 6.0, "tokens_per_second": 3.5, "step_seconds": 2.0,
+    "skipped_steps": 0.0,
   }  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""The tiny run that the faults befall."""
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.causing import Job
+
+MODEL = (
+  "vocab_size=258,d_model=16,d_ff=24,num_layers=2,num_heads=2,num_kv_heads=1,head_dim=8,"
+  "max_positions=64"
+)
+WORDS = ("the", "disk", "was", "full", "and", "nobody", "saw", "which", "bit", "had", "turned")
+
+
+@pytest.fixture(scope="session")
+def chance() -> random.Random:
+  seed = int(os.environ.get("LL3M_FAULT_SEED", time.time_ns() % 10**6))
+  print(f"LL3M_FAULT_SEED={seed}")
+  return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+  """A JSONL file of 400 documents of about 100 bytes, none like another."""
+  draw = random.Random(0)
+  path = tmp_path_factory.mktemp("text") / "text.jsonl"
+  lines = (" ".join(draw.choices(WORDS, k=20)) for _ in range(400))
+  path.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+  return path
+
+
+@pytest.fixture(scope="session")
+def arguments(byte_tokenizer, text) -> list[str]:
+  """A tiny model on the text; 64 tokens a step."""
+  return [
+    "--load_model_config=smollm2_135m",
+    f"--update_model_config={MODEL}",
+    f"--tokenizer.path={byte_tokenizer}",
+    "--train_dataset.type=json",
+    f"--train_dataset.json_dataset.path={text}",
+    "--train_dataset.seqio_dataset.batch_size=2",
+    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
+    "--train_dataset.seqio_dataset.num_shards=2",
+    "--optimizer.adamw_optimizer.lr=0.01",
+    "--logger.tensorboard=False",
+  ]
+
+
+@pytest.fixture(scope="session")
+def start(arguments) -> Callable[..., Job]:
+  """Starts a training run: (output, *more arguments, file_limit=None) -> Job."""
+  return lambda output, *more, **options: Job([*arguments, *more], output, **options)
+
+
+@pytest.fixture(scope="session")
+def finished(start, tmp_path_factory) -> Path:
+  """The output_dir of a run of 30 steps with the checkpoints 10, 20 and 30; to be copied."""
+  output = tmp_path_factory.mktemp("runs") / "finished"
+  more = ("--total_steps=30", "--save_model_freq=10", "--checkpointer.max_to_keep=3")
+  with start(output, *more) as job:
+    assert job.end() == 0, job.said()
+  return output
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+  """A copy of the finished run, to be damaged."""
+  return shutil.copytree(finished, tmp_path / "copy")

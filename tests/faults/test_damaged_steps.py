@@ -1,0 +1,118 @@
+"""Steps that the disk did not keep as they were written."""
+
+import os
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ll3m.core import checkpoint, digests
+from tests.faults.causing import REPETITIONS, delete, files, flip, truncate
+
+# Of these, nothing is read: neither the model nor the run depends on them.
+UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def arrays(step) -> dict[str, bytes]:
+  """Every array of a step as Orbax reads it, not we."""
+  found = {}
+  for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
+    reader = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(
+      lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
+      reader.metadata(step / item).tree,
+      is_leaf=lambda leaf: hasattr(leaf, "shape"),
+    )
+    tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    found |= {
+      item + jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves
+    }
+  return found
+
+
+@pytest.mark.parametrize("fault", [flip, truncate, delete])
+def test_whichever_file_is_damaged_the_step_before_is_opened(copy, chance, caplog, fault):
+  step = copy / "checkpoints" / "30"
+  whole = files(step)
+  assert len(whole) > 20
+  for name in whole:
+    for _ in range(1 if fault is delete else REPETITIONS):
+      caplog.clear()
+      fault(step / name, chance)
+      opened = checkpoint.open_checkpoint(copy)
+      if name in UNREAD:
+        assert opened.step == 30
+      elif name == digests.FILE and fault is delete:
+        assert opened.step == 30 and "it is taken as it is" in caplog.text
+      else:
+        assert opened.step == 20, name
+        assert f"step 30 of {copy} is passed over: " in caplog.text
+        with pytest.raises(ValueError, match="checkpoint"):
+          checkpoint.open_checkpoint(step)
+      (step / name).write_bytes(whole[name])
+  assert checkpoint.open_checkpoint(copy).step == 30
+
+
+def test_one_flipped_bit_in_the_weights_is_silent_without_digests(copy):
+  """Why there are digests: Orbax and TensorStore read the damaged array and say nothing."""
+  step = copy / "checkpoints" / "30"
+  before, silent = arrays(step), 0
+  chunks = [f for f in (step / "params").rglob("d/*") if f.stat().st_size > 4000]
+  for chunk in chunks:
+    whole = chunk.read_bytes()
+    for place in range(100, len(whole), len(whole) // 40):
+      data = bytearray(whole)
+      data[place] ^= 1
+      chunk.write_bytes(data)
+      try:
+        silent += arrays(step) != before
+      except Exception:  # some places are looked at
+        continue
+      with pytest.raises(ValueError, match=f"{chunk.name} has another checksum"):
+        checkpoint.open_checkpoint(step)
+    chunk.write_bytes(whole)
+  assert silent
+
+
+def test_all_steps_damaged_is_an_error_and_nothing_is_touched(copy, chance, run_command, arguments):
+  for step in (10, 20, 30):
+    flip(copy / "checkpoints" / str(step) / "meta" / "metadata", chance)
+  before = files(copy)
+  more = ("--total_steps=40", f"--logger.output_dir={copy}")
+  done = run_command("train", *arguments, *more)
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith(
+    f"error: not a complete checkpoint: {copy} holds no good step; the latest: "
+  )
+  assert files(copy) == before
+
+
+def test_a_run_goes_on_from_the_step_before_and_comes_to_the_same_end(
+  start, copy, finished, tmp_path, chance
+):
+  shutil.rmtree(copy / "checkpoints" / "20")  # two in a row: one damaged, one gone
+  chunk = max((copy / "checkpoints" / "30" / "optimizer").rglob("d/*"), key=os.path.getsize)
+  flip(chunk, chance)
+  damaged = files(copy / "checkpoints" / "30")
+  with start(copy, "--total_steps=30", "--save_model_freq=10") as job:
+    assert job.end() == 0, job.said()
+  assert f"step 30 of {copy} is passed over: damaged checkpoint" in job.said()
+  assert "resuming from step 10" in job.said()
+  assert f"the damaged step 30 was moved to {copy / 'damaged' / '30'}" in job.said()
+  assert files(copy / "damaged" / "30") == damaged  # nothing is deleted, not even this
+  assert arrays(copy / "checkpoints" / "30") == arrays(finished / "checkpoints" / "30")
+
+
+def test_verification_can_be_left_out(copy, chance, run_command):
+  chunk = max((copy / "checkpoints" / "30" / "optimizer").rglob("d/*"), key=os.path.getsize)
+  flip(chunk, chance)
+  output = copy.parent / "exported"
+  arguments = (f"--checkpoint={copy / 'checkpoints' / '30'}", f"--output_dir={output}")
+  done = run_command("export", *arguments)
+  assert done.returncode == 1 and not output.exists()
+  assert f"damaged checkpoint {copy}/checkpoints/30: optimizer/" in done.stderr.splitlines()[-1]
+  done = run_command("export", *arguments, "--verify=False")
+  assert done.returncode == 0, done.stderr

@@ -1,0 +1,204 @@
+"""Training runs that are killed, asked to stop, or started twice."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ll3m.core import checkpoint
+from ll3m.training import stopping
+from tests.faults.causing import REPETITIONS, SOAK, files
+from tests.faults.test_damaged_steps import arrays
+
+# A save takes about as long as 20 steps: there is always one under way.
+TOTAL = 3000 if SOAK else 1000
+OFTEN = (f"--total_steps={TOTAL}", "--log_freq=20", "--save_model_freq=20")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory) -> Path:
+  output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+  with start(output, *OFTEN) as job:
+    assert job.end(300) == 0, job.said()
+  return output
+
+
+def assert_same_end(output: Path, expected: Path) -> None:
+  """The same arrays to the bit, and losses as if nothing had happened."""
+  last = Path("checkpoints") / str(TOTAL)
+  assert arrays(output / last) == arrays(expected / last)
+
+
+def saving(output: Path) -> bool:
+  return any(output.glob("checkpoints/*tmp*"))
+
+
+def test_killed_while_it_saves_the_run_comes_to_the_same_end(
+  start, uninterrupted, tmp_path, chance
+):
+  """Killed, at random moments of a save, until it is done."""
+  output, reached = tmp_path / "killed", 0
+  for _ in range(REPETITIONS):
+    with start(output, *OFTEN) as job:
+      job.wait_for(lambda job=job: "compiled" in job.said())
+      job.wait_for(lambda: checkpoint.finished_steps(output))
+      # Let it get somewhere, then strike within a save.
+      time.sleep(chance.uniform(0, 0.5))
+      job.wait_for(lambda: saving(output))
+      time.sleep(chance.uniform(0, 0.04))
+      job.signal(signal.SIGKILL)
+      assert job.end() == -signal.SIGKILL, job.said()
+    opened = checkpoint.open_checkpoint(output)  # verified: the last good step loads
+    arrays(opened.path)
+    assert opened.step >= reached
+    assert f"resuming from step {reached}" in job.said() or not reached
+    reached = opened.step
+  assert reached < TOTAL
+  with start(output, *OFTEN) as job:
+    assert job.end() == 0, job.said()
+  assert f"resuming from step {reached}" in job.said()
+  assert_same_end(output, uninterrupted)
+  assert not saving(output)  # what the kills left is cleared away
+
+
+def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
+  start, uninterrupted, tmp_path, text
+):
+  output = tmp_path / "stopped"
+  held_out = (
+    "--eval_steps=350",
+    "--eval_freq=200",
+    "--eval_dataset.type=json",
+    f"--eval_dataset.json_dataset.path={text}",
+    "--eval_dataset.seqio_dataset.num_shards=1",
+  )
+  rarely = (f"--total_steps={TOTAL}", "--log_freq=10", "--save_model_freq=0")
+
+  def stop(job, *, within: float, saves: int = 1) -> str:
+    before = checkpoint.finished_steps(output)
+    job.signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert job.end(60) == stopping.EXIT_CODE, job.said()
+    assert time.monotonic() - asked < within
+    assert "Traceback" not in job.said()
+    saved = set(checkpoint.finished_steps(output)) - set(before)
+    assert len(saved) == saves
+    return job.said()
+
+  # While it compiles, which nothing on the main thread can interrupt: there is nothing to save.
+  with start(output, *rarely) as job:
+    job.wait_for(lambda: (output / "tokenizer" / "tokenizer.json").exists())
+    time.sleep(0.3)
+    said = stop(job, within=2, saves=0)
+  assert "compiled" not in said and "stopped by SIGTERM before the first step" in said
+
+  # During the steps, and twice.
+  with start(output, *rarely) as job:
+    job.wait_for(lambda: "step 10/" in job.said())
+    job.signal(signal.SIGTERM)
+    said = stop(job, within=10)
+  assert said.splitlines()[-1] == "stopped by SIGTERM; the same command goes on from here"
+  stopped_at = checkpoint.open_checkpoint(output).step
+  assert 10 < stopped_at < TOTAL
+
+  # During an evaluation, which is not waited for.
+  with start(output, *rarely, *held_out) as job:
+    step = (stopped_at // 200 + 1) * 200
+    job.wait_for(lambda: f"step {step}/{TOTAL}  loss" in job.said())
+    said = stop(job, within=10)
+  assert f"step {step}/{TOTAL}  eval loss" not in said
+  assert checkpoint.open_checkpoint(output).step == step
+
+  # While it saves: that save is finished, and the step that was reached by then is another.
+  with start(output, *OFTEN) as job:
+    job.wait_for(lambda: "compiled" in job.said())
+    job.wait_for(lambda: saving(output))
+    stop(job, within=10, saves=2)
+
+  with start(output, *OFTEN) as job:
+    assert job.end(300) == 0, job.said()
+  assert_same_end(output, uninterrupted)
+
+
+def test_a_second_job_in_the_same_folder_is_refused(start, arguments, run_command, tmp_path):
+  output = tmp_path / "run"
+  with start(output, "--total_steps=1000000") as job:
+    job.wait_for(lambda: "compiled" in job.said())
+    other = run_command("train", *arguments, "--total_steps=5", f"--logger.output_dir={output}")
+    assert other.returncode == 1
+    assert f"error: another job writes to {output} (process " in other.stderr.splitlines()[-1]
+    assert job.running()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_steps_before(start, copy, tmp_path):
+  """The error comes from the background, between two saves, and is not waited for."""
+  before = files(copy / "checkpoints")
+  size = max(file.stat().st_size for file in (copy / "checkpoints").rglob("*.state"))
+  more = ("--total_steps=1000000", "--save_model_freq=40", "--checkpointer.max_to_keep=1")
+  with start(copy, *more, file_limit=size - 1000) as job:
+    assert job.end() == 1, job.said()
+  last = job.said().splitlines()[-1]
+  assert last.startswith(f"error: step 40 could not be saved in {copy}/checkpoints: ")
+  assert "File too large" in last and "Traceback" not in job.said()
+  after = files(copy / "checkpoints")
+  assert {name: after.get(name) for name in before} == before
+  assert checkpoint.open_checkpoint(copy).step == 30
+  with start(copy, "--total_steps=41") as job:  # with room again, it goes on
+    assert job.end() == 0, job.said()
+  assert "resuming from step 30" in job.said()
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    (
+      ["--update_model_config=vocab_size=300"],
+      "another model: vocab_size is 258 in the checkpoint",
+    ),
+    (
+      ["--optimizer.adamw_optimizer.lr=0.1", "--param_dtype=bf16"],
+      "it was saved with --param_dtype=float32, asked for bfloat16",
+    ),
+  ],
+)
+def test_another_jobs_folder_is_refused_and_not_touched(
+  copy, arguments, run_command, changes, sentence
+):
+  (copy / "checkpoints" / "35.orbax-checkpoint-tmp").mkdir()
+  (copy / "checkpoints" / "notes.txt").write_text("mine")
+  (copy / "checkpoints" / "best").mkdir()
+  (copy / "notes.txt").write_text("mine")
+  before = files(copy)
+  kept = [flag for flag in arguments if not flag.startswith(changes[0].partition("=")[0])]
+  flags = (*kept, *changes, "--total_steps=40", f"--logger.output_dir={copy}")
+  done = run_command("train", *flags)
+  assert done.returncode == 1
+  assert sentence in done.stderr.splitlines()[-1]
+  assert files(copy) == before
+
+
+def test_foreign_files_are_left_alone(start, copy):
+  (copy / "checkpoints" / "notes.txt").write_text("mine")
+  (copy / "checkpoints" / "best").mkdir()
+  (copy / "checkpoints" / "best" / "x").write_text("mine")
+  (copy / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()  # what a killed job leaves
+  with start(copy, "--total_steps=31") as job:
+    assert job.end() == 0, job.said()
+  assert (copy / "checkpoints" / "notes.txt").read_text() == "mine"
+  assert (copy / "checkpoints" / "best" / "x").read_text() == "mine"
+  assert checkpoint.finished_steps(copy)[-1] == 31
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
+  arguments, run_command, tmp_path
+):
+  (tmp_path / "file").write_text("")
+  started = time.monotonic()
+  flag = f"--logger.output_dir={tmp_path / 'file' / 'run'}"
+  done = run_command("train", *arguments, "--total_steps=1", flag)
+  assert done.returncode == 1
+  assert str(tmp_path / "file") in done.stderr.splitlines()[-1]
+  assert "compiled" not in done.stderr and time.monotonic() - started < 15
+  shutil.rmtree(tmp_path)

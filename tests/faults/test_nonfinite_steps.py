@@ -1,0 +1,130 @@
+"""Losses and gradients that are not finite."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ll3m import families
+from ll3m.data.batch import Batch
+from ll3m.models.transformer import make_model
+from ll3m.training import metrics
+from ll3m.training.optimizer import OptimizerConfig, make_optimizer
+from ll3m.training.step import init_state, make_train_step
+from tests.faults.causing import files
+from tests.faults.test_damaged_steps import arrays
+
+CONFIG = families.get_preset("llama2_7b").config.replace(
+  vocab_size=31, d_model=8, d_ff=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
+  max_positions=16,
+)  # fmt: skip
+POISON = 7  # the token whose embedding is not finite
+
+
+def batch(seed: int, poison: tuple[int, int, int] | None = None, micro_steps: int = 2) -> Batch:
+  tokens = np.random.default_rng(seed).integers(8, 31, (micro_steps, 2, 9), dtype=np.int32)
+  if poison:
+    tokens[poison] = POISON
+  shape = (micro_steps, 2, 8)
+  return Batch(
+    inputs=tokens[..., :-1],
+    targets=tokens[..., 1:],
+    mask=np.ones(shape, np.float32),
+    segment_ids=np.ones(shape, np.int32),
+    positions=np.broadcast_to(np.arange(8, dtype=np.int32), shape).copy(),
+  )
+
+
+@pytest.mark.parametrize(
+  ("optimizer", "value"),
+  [("adamw", np.nan), ("adafactor", np.inf), ("lion", -np.inf), ("sgd", np.nan)],
+)
+def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been(optimizer, value):
+  model = make_model(CONFIG)
+  rule = make_optimizer(OptimizerConfig(type=optimizer), 10)
+  params = model.init(jax.random.key(0))
+  row = params["embed"]["embedding"].at[POISON].set(value)
+  params["embed"] = {"embedding": row}
+  step = jax.jit(make_train_step(model, rule, lambda step: 0.1))
+  start = init_state(params, rule, jnp.zeros(2, jnp.uint32))
+
+  def run(*batches):
+    state, skipped = start, []
+    for each in batches:
+      state, outcome = step(state, each)
+      skipped.append(float(outcome.skipped))
+    return state, skipped
+
+  bad = [batch(1, poison=(0, 0, 2)), batch(2, poison=(1, 1, 7)), batch(3, poison=(1, 0, 0))]
+  state, skipped = run(batch(4), *bad, batch(5))
+  assert skipped == [0, 1, 1, 1, 0]
+  assert int(state.step) == 5
+  clean, _ = run(batch(4), batch(5))
+  for name in ("params", "opt_state"):
+    ours, theirs = (jax.tree.leaves(getattr(s, name)) for s in (state, clean))
+    assert [x.tobytes() for x in map(np.asarray, ours)] == [
+      x.tobytes() for x in map(np.asarray, theirs)
+    ]
+  # A clean step does change something.
+  assert any(
+    np.asarray(a).tobytes() != np.asarray(b).tobytes()
+    for a, b in zip(jax.tree.leaves(clean.params), jax.tree.leaves(start.params), strict=True)
+  )
+
+
+def test_records_count_them_and_average_the_others():
+  model = make_model(CONFIG)
+  rule = optax.sgd(0.0)
+  params = model.init(jax.random.key(0))
+  params["embed"] = {"embedding": params["embed"]["embedding"].at[POISON].set(np.nan)}
+  step = jax.jit(make_train_step(model, rule, lambda step: 0.1))
+  state = init_state(params, rule, jnp.zeros(2, jnp.uint32))
+  outcomes = {
+    name: jax.device_get(step(state, each)[1])
+    for name, each in {"a": batch(1), "bad": batch(2, poison=(0, 0, 0)), "b": batch(3)}.items()
+  }
+
+  def summary(*names):
+    return metrics.summarise(
+      [outcomes[name] for name in names], seconds=1.0, config=CONFIG, length=8
+    )
+
+  mixed, clean = summary("a", "bad", "b"), summary("a", "b")
+  assert mixed["skipped_steps"] == 1 and clean["skipped_steps"] == 0
+  for name in ("loss", "accuracy", "gradient_norm"):
+    assert mixed[name] == clean[name] and np.isfinite(mixed[name])
+  assert mixed["tokens_per_second"] == 1.5 * clean["tokens_per_second"]
+  only = summary("bad")
+  assert "loss" not in only and "gradient_norm" not in only and only["skipped_steps"] == 1
+
+
+def test_a_run_that_diverges_ends_and_says_with_what(start, tmp_path, text):
+  """A learning rate at which the second step overflows; every step is saved."""
+  output = tmp_path / "run"
+  more = ("--total_steps=50", "--save_model_freq=1", "--log_freq=1", "--max_nonfinite_steps=3",
+          "--checkpointer.max_to_keep=9", "--optimizer.accumulate_gradient_steps=2")  # fmt: skip
+  with start(output, *more, "--optimizer.adamw_optimizer.lr=1e30") as job:
+    assert job.end() == 1, job.said()
+  last = job.said().splitlines()[-1]
+  assert last.startswith(
+    "error: the loss or gradient of 3 steps in a row (2 to 4) was not finite; the parameters are "
+    "those of step 1; "
+  )
+  assert "Traceback" not in job.said()
+  assert "step 2/50  no step had a finite loss and gradient" in job.said()
+  first, *others = [arrays(output / "checkpoints" / str(step)) for step in (1, 2, 3)]
+  assert others == [first, first]
+  # The documents of each of the three steps: 2 micro-steps of 2 rows, one segment or more in each.
+  written = files(output / "nonfinite")
+  assert sorted(written) == [f"step_{step}.process_0.jsonl" for step in (2, 3, 4)]
+  known = text.read_text()
+  for content in written.values():
+    records = [json.loads(line) for line in content.decode().splitlines()]
+    assert {(r["micro_step"], r["row"]) for r in records} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert all(record["text"].strip() in known for record in records)
+  lines = (output / "metrics.jsonl").read_text().splitlines()
+  counts = [json.loads(line)["skipped_steps"] for line in lines]
+  assert counts[:3] == [0, 1, 1]
