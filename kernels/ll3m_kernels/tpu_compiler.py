@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 
 from ll3m_kernels import dispatch
 
@@ -48,7 +49,10 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def compile_for(
-  generation: str, function: Callable[..., Any], *arrays: jax.ShapeDtypeStruct
+  generation: str,
+  function: Callable[..., Any],
+  *arrays: jax.ShapeDtypeStruct,
+  row_major: bool = False,
 ) -> jax.stages.Compiled:
   """Compiles a function for one device of a generation.
 
@@ -56,6 +60,8 @@ def compile_for(
     generation: "v4", "v5e", "v5p", "v6e" or "tpu7x".
     function: traced for that generation, so that kernels are laid out for it.
     *arrays: shapes and dtypes of its arguments.
+    row_major: arguments and results lie in memory as kernels take and leave them, the last axis
+      along the lanes. The compiler's own choice is another one for axes that do not fill these.
 
   Raises:
     ValueError: unknown generation.
@@ -63,8 +69,16 @@ def compile_for(
   """
   with dispatch.target(generation):
     place = jax.sharding.SingleDeviceSharding(devices(_TOPOLOGIES[generation])[0])
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays]
-    return jax.jit(function).lower(*placed).compile()
+
+    def placed(x):
+      layout = Format(Layout(tuple(range(len(x.shape)))), place) if row_major else place
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    arrays = [placed(x) for x in arrays]
+    results = None
+    if row_major:
+      results = jax.tree.map(lambda x: placed(x).format, jax.eval_shape(function, *arrays))
+    return jax.jit(function, out_shardings=results).lower(*arrays).compile()
 
 
 def vmem_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
