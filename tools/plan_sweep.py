@@ -2,8 +2,8 @@
 
   python tools/plan_sweep.py --output_dir=docs
 
-Writes scaling.json, every case with what `ll3m.plan --json` says of it, and scaling.png. A case
-that scaling.json holds already is not planned again. Takes a minute or two per case.
+Writes scaling.json, for every case some of what `ll3m.plan --json` says of it, and scaling.png. A
+case that scaling.json holds already is not planned again. Takes a minute or two per case.
 """
 
 import dataclasses
@@ -52,6 +52,9 @@ class Case:
     ]
 
 
+# What of a step's seconds is drawn: what it computes, and what it sends.
+_PARTS = ("compute", "ici")
+
 # What changes, and the cases in its order. A chip has as many tokens in each of the first and the
 # second; in the third it has more and more.
 SWEEPS = {
@@ -75,7 +78,10 @@ def main() -> None:
       print(f"planning {case}", file=sys.stderr, flush=True)
       command = [sys.executable, "-m", "ll3m.plan", *case.arguments, "--json"]
       done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-      plans[key] = json.loads(done.stdout)
+      plan = json.loads(done.stdout)
+      plans[key] = {name: plan[name] for name in ("hbm_bytes", "bytes_per_chip")} | {
+        "step_seconds": {part: plan["step_seconds"][part] for part in _PARTS}
+      }
       file.write_text(json.dumps(plans, indent=1) + "\n")
   draw(plans, output / "scaling.png")
 
@@ -91,7 +97,7 @@ def draw(plans: dict[str, dict], file: Path) -> None:
   for (name, cases), (above, below) in zip(SWEEPS.items(), axes.T, strict=True):
     x = [str(getattr(case, name)) for case in cases]
     found = [plans[" ".join(case.arguments)] for case in cases]
-    for part in ("compute", "hbm", "ici"):
+    for part in _PARTS:
       above.plot(x, [plan["step_seconds"][part] for plan in found], marker="o", label=part)
     bottom = [0.0] * len(cases)
     for part in ("parameters", "optimizer", "temporaries"):

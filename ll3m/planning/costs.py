@@ -121,30 +121,50 @@ def _bytes_of(instruction: Instruction, computation: str, module: Module) -> int
 
 
 def _fusion_bytes(instruction: Instruction, operands: list[Instruction], module: Module) -> int:
-  (inside,) = (module.computations[n] for how, n in instruction.called() if how == "calls")
-  users: dict[str, list[Instruction]] = {}
-  for inner in inside.values():
-    for operand in inner.operands:
-      users.setdefault(operand, []).append(inner)
-  total = 0
+  inside = _inside(instruction, module)
+  total = instruction.hbm_bytes
   for inner in inside.values():
     if inner.opcode == "parameter":
       operand = operands[int(inner.attributes)]
-      total += min(_read_of(inner, inside, users), operand.hbm_bytes)
+      total += min(_read_of(inner, inside, module), operand.hbm_bytes)
     elif inner.opcode == "dynamic-update-slice" and instruction.hbm_bytes:
       # It writes in place what it is given, not the whole array that is its result.
       total += inside[inner.operands[1]].bytes - inner.bytes
-  return max(0, total + instruction.hbm_bytes)
+  return max(0, total)
 
 
-def _read_of(value: Instruction, inside: Computation, users: dict[str, list[Instruction]]) -> int:
-  """Returns how many bytes of a fusion's operand its instructions look at."""
+def _inside(fusion: Instruction, module: Module) -> Computation:
+  (name,) = (callee for how, callee in fusion.called() if how == "calls")
+  return module.computations[name]
+
+
+def _read_of(value: Instruction, inside: Computation, module: Module) -> int:
+  """Returns how many bytes of a fusion's operand its instructions look at, fusions in it too."""
   read = 0
-  for user in users.get(value.name, []):
-    if user.opcode == "bitcast":
-      read += _read_of(user, inside, users)
-    elif user.opcode in _READS_A_PART:
-      read += user.bytes if user.operands[0] == value.name else value.bytes
-    elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-      read += value.bytes
+  for user in inside.values():
+    for position, name in enumerate(user.operands):
+      if name != value.name:
+        continue
+      if user.opcode == "bitcast":
+        read += _read_of(user, inside, module)
+      elif user.opcode in _READS_A_PART:
+        read += user.bytes if position == 0 else value.bytes
+      elif user.opcode == "fusion":
+        read += _read_by_nested(user, position, module)
+      elif user.opcode != "dynamic-update-slice" or position != 0:
+        read += value.bytes
   return read
+
+
+def _read_by_nested(fusion: Instruction, position: int, module: Module) -> int:
+  """Returns how many bytes of one operand a fusion within a fusion looks at."""
+  inside = _inside(fusion, module)
+  read = sum(
+    _read_of(inner, inside, module)
+    for inner in inside.values()
+    if inner.opcode == "parameter" and int(inner.attributes) == position
+  )
+  # Where every element of the result comes from one of the operand's, no more than it are read:
+  # of a slice of something computed, the rest is not.
+  is_elementwise = not any(i.opcode in ("reduce", "convolution", "dot") for i in inside.values())
+  return min(read, fusion.bytes) if is_elementwise else read

@@ -4,6 +4,7 @@ In a process of its own: libtpu, once loaded, changes what jax sees.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -70,8 +71,6 @@ def compiled(kind: str) -> dict:
 
 
 def _python_path() -> dict[str, str]:
-  import os
-
   return {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 

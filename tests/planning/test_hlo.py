@@ -47,6 +47,37 @@ def test_a_slice_of_a_stack_is_all_that_is_read():
   assert 2 * stack_once < found < 6 * stack_once  # beside it x is read and written
 
 
+NESTED = """HloModule jit_step
+%slices (w: f32[64,256], i: s32[]) -> f32[1,256] {
+  %w = f32[64,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[1,256]{1,0} dynamic-slice(%w, %i, %i), dynamic_slice_sizes={1,256}
+}
+
+%doubles (x: f32[1,256]) -> f32[1,256] {
+  %x = f32[1,256]{1,0} parameter(0)
+  ROOT %y = f32[1,256]{1,0} add(%x, %x)
+}
+
+%outer (p: f32[64,256], q: s32[]) -> f32[1,256] {
+  %p = f32[64,256]{1,0} parameter(0)
+  %q = s32[] parameter(1)
+  %n = f32[1,256]{1,0} fusion(%p, %q), kind=kLoop, calls=%slices
+  ROOT %m = f32[1,256]{1,0} fusion(%n), kind=kLoop, calls=%doubles
+}
+
+ENTRY %main (a: f32[64,256], b: s32[]) -> f32[1,256] {
+  %a = f32[64,256]{1,0} parameter(0)
+  %b = s32[]{:S(6)} parameter(1)
+  ROOT %o = f32[1,256]{1,0} fusion(%a, %b), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_a_slice_in_a_fusion_within_a_fusion_is_all_that_is_read():
+  assert costs.hbm_bytes(hlo.parse(NESTED)) == 2 * 256 * 4
+
+
 # What the TPU's compiler makes of products; the last one is a batch of eight: its windows are
 # padded so that all but the diagonal lies outside.
 CONVOLUTIONS = {
