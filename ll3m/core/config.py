@@ -169,7 +169,15 @@ def _check_names(fields: dict[str, Any]) -> None:
 def _whole_numbers_as_floats(fields: dict[str, Any]) -> dict[str, Any]:
   """Turns 10000 into 10000.0 where a float is due: JSON and users write both."""
   floats = {f.name for f in dataclasses.fields(ModelConfig) if f.type is float}
-  return {k: float(v) if k in floats and type(v) is int else v for k, v in fields.items()}
+  converted = {}
+  for name, value in fields.items():
+    try:
+      converted[name] = float(value) if name in floats and type(value) is int else value
+    except OverflowError:
+      raise ValueError(
+        f"{name} must be finite, got a number of {len(hex(value)) * 4} bits"
+      ) from None
+  return converted
 
 
 def _has_type(value: Any, expected: Any) -> bool:
