@@ -9,6 +9,10 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
+_MOST = 2**31 - 1  # sizes are counted in int32
+_MOST_LAYERS = 2**12  # each has names of its own; a damaged number must not fill the memory
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Architecture of a decoder; a field exists only where two families differ or a user sets it.
@@ -70,6 +74,9 @@ class ModelConfig:
     ):  # fmt: skip
       if getattr(self, name) <= 0:
         raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+      most = _MOST_LAYERS if name == "num_layers" else _MOST
+      if getattr(self, name) > most:
+        raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}"[:200])
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
