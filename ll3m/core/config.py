@@ -9,6 +9,10 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
+_MOST = 2**31 - 1  # sizes are counted in int32
+_MOST_LAYERS = 2**12  # each has names of its own; a damaged number must not fill the memory
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Architecture of a decoder; a field exists only where two families differ or a user sets it.
@@ -70,6 +74,9 @@ class ModelConfig:
     ):  # fmt: skip
       if getattr(self, name) <= 0:
         raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+      most = _MOST_LAYERS if name == "num_layers" else _MOST
+      if getattr(self, name) > most:
+        raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}"[:200])
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -169,7 +176,15 @@ def _check_names(fields: dict[str, Any]) -> None:
 def _whole_numbers_as_floats(fields: dict[str, Any]) -> dict[str, Any]:
   """Turns 10000 into 10000.0 where a float is due: JSON and users write both."""
   floats = {f.name for f in dataclasses.fields(ModelConfig) if f.type is float}
-  return {k: float(v) if k in floats and type(v) is int else v for k, v in fields.items()}
+  converted = {}
+  for name, value in fields.items():
+    try:
+      converted[name] = float(value) if name in floats and type(value) is int else value
+    except OverflowError:
+      raise ValueError(
+        f"{name} must be finite, got a number of {len(hex(value)) * 4} bits"
+      ) from None
+  return converted
 
 
 def _has_type(value: Any, expected: Any) -> bool:

@@ -119,7 +119,8 @@ def _define_one(name: str, annotation: Any, field: dataclasses.Field) -> None:
   elif base is bool:
     absl_flags.DEFINE_bool(name, default, text, **_COMMAND)
   elif base is int:
-    absl_flags.DEFINE_integer(name, default, text, **_COMMAND)
+    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # more fits no counter of jax's
+    absl_flags.DEFINE_integer(name, default, text, **bounds, **_COMMAND)
   elif base is float:
     absl_flags.DEFINE_float(name, default, text, **_COMMAND)
   elif base is str:

@@ -16,6 +16,9 @@ TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
 SPLITS = ("train", "validation")
 
 
+_MOST = 2**20  # rows and shards are lists in memory
+
+
 @dataclasses.dataclass(frozen=True)
 class SeqioDatasetConfig:
   """What is read with `type=seqio`, and how the stream is cut, whatever its type."""
@@ -58,6 +61,8 @@ class SeqioDatasetConfig:
     for name in ("batch_size", "num_shards"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+      if getattr(self, name) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {getattr(self, name)}")
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(

@@ -143,7 +143,7 @@ class Family:
   def _activation(self, hf: Mapping[str, Any]) -> str:
     # Gemma's files of 2024 have both keys, and the second one is right.
     name = hf.get("hidden_activation") or hf.get("hidden_act") or next(iter(self.activations))
-    if name not in self.activations:
+    if not isinstance(name, str) or name not in self.activations:
       raise NotImplementedError(
         f"config.json has the activation {name!r}; {self.name} models here support "
         f"{', '.join(self.activations)}"

@@ -74,10 +74,12 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _describe(path: Path, name: str, entry: Any, base: int) -> tuple[LazyTensor, int]:
   try:
-    code, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
+    code, shape = str(entry["dtype"]), tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}: the header's entry for {name} is not understood") from error
+  if not all(type(n) is int for n in (begin, end, *shape)):
+    raise ValueError(f"{path}: the header's entry for {name} is not understood")
   if code not in _DTYPES:
     raise NotImplementedError(f"{path}: {name} has the dtype {code}, which is not supported")
   dtype = np.dtype(_DTYPES[code])

