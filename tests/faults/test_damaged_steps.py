@@ -1,5 +1,6 @@
 """Steps that the disk did not keep as they were written."""
 
+import gc
 import os
 import shutil
 
@@ -56,6 +57,8 @@ def test_whichever_file_is_damaged_the_step_before_is_opened(copy, chance, caplo
   assert checkpoint.open_checkpoint(copy).step == 30
 
 
+# A restoration that Orbax gives up leaves what it had begun to the garbage collector, which complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_flipped_bit_in_the_weights_is_silent_without_digests(copy):
   """Why there are digests: Orbax and TensorStore read the damaged array and say nothing."""
   step = copy / "checkpoints" / "30"
@@ -74,6 +77,7 @@ def test_one_flipped_bit_in_the_weights_is_silent_without_digests(copy):
       with pytest.raises(ValueError, match=f"{chunk.name} has another checksum"):
         checkpoint.open_checkpoint(step)
     chunk.write_bytes(whole)
+  gc.collect()  # here, and not in a test that comes later
   assert silent
 
 

@@ -121,7 +121,7 @@ class _Scaling(enum.Enum):
     SCORES: into the scores: slower, but it takes a soft cap, and a scale that turns their order.
     QUERIES: into float32 queries.
     HALVES: into bfloat16 queries, each of which becomes the sum of two: [high, low] meets [k, k],
-      which costs nothing where the matrix unit is at least twice as deep as the head dim.
+      which costs nothing where they fill registers and the matrix unit is deep enough for both.
   """
 
   EXPONENTS = enum.auto()
@@ -141,7 +141,8 @@ def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
     return _Scaling.SCORES
   if dtype == jnp.float32:
     return _Scaling.QUERIES
-  if 2 * head_dim <= dispatch.generation().matrix_unit:
+  # Halves that do not fill whole registers would be shifted: 2 to 4% more cycles than late scaling.
+  if head_dim % LANES == 0 and 2 * head_dim <= dispatch.generation().matrix_unit:
     return _Scaling.HALVES
   return _Scaling.EXPONENTS
 

@@ -102,7 +102,7 @@ def check(operation, arrays, generation="v5e", params: dict[str, Any] | None = N
 def small_blocks(monkeypatch):
   """Cuts small arrays into many blocks: of 32 rows, two tiles of a chunk each."""
   monkeypatch.setattr(blocks, "_LEAST_BLOCK_BYTES", 1)
-  monkeypatch.setattr(blocks, "_BLOCK_BYTES", 32 * 100 * 2)
+  monkeypatch.setattr(blocks, "RULE", blocks.RULE._replace(block_bytes=32 * 100 * 2))
   monkeypatch.setattr(blocks, "_MOST_ROWS", 16)
   monkeypatch.setattr(blocks, "_STEPS", 1)
 
