@@ -57,7 +57,7 @@ def test_whichever_file_is_damaged_the_step_before_is_opened(copy, chance, caplo
   assert checkpoint.open_checkpoint(copy).step == 30
 
 
-# A restoration that Orbax gives up leaves what it had begun to the garbage collector, which complains.
+# What Orbax had begun when it gives up is left to the garbage collector, which complains.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_flipped_bit_in_the_weights_is_silent_without_digests(copy):
   """Why there are digests: Orbax and TensorStore read the damaged array and say nothing."""
