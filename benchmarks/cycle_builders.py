@@ -16,9 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from benchmarks import tpu_cases
+from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.tiling import LANES, up
-
-_MIB = 2**20
 
 
 def attention(
@@ -182,7 +181,7 @@ def _copy(reads: int, writes: int, rows: int) -> Callable[..., Any]:
       out_specs=[spec] * writes,
       out_shape=[arrays[0]] * writes,
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel",), vmem_limit_bytes=60 * _MIB
+        dimension_semantics=("parallel",), vmem_limit_bytes=60 * MIB
       ),
       name="copy",
     )(*arrays)

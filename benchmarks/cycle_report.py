@@ -8,6 +8,8 @@ from typing import NamedTuple
 from benchmarks.cycle_rows import Pass, Row
 from ll3m_kernels.tuning.estimates import CHIPS, Chip, Kernel
 
+NOT_PRICED, NOT_COMPARABLE = "not priced", "not comparable"
+
 # What the estimator found of one function, or why it found nothing.
 Result = list[Kernel] | str
 
@@ -18,12 +20,14 @@ class Price(NamedTuple):
   Attributes:
     estimate: cycles by the compiler's simulation; None if there is none to be told.
     cycles: the larger of the estimate and of what HBM alone needs; None likewise.
-    problem: why there are none: "not priced: ..." or "not comparable: ...".
+    problem: "not priced", where there is no estimate, or "not comparable", where it is no result.
+    reason: for that.
   """
 
-  estimate: int | None
-  cycles: float | None
+  estimate: int | None = None
+  cycles: float | None = None
   problem: str = ""
+  reason: str = ""
 
 
 class Figure(NamedTuple):
@@ -39,7 +43,6 @@ class Figure(NamedTuple):
     is_memory_bound: by bytes.
     share: of the roofline that is reached; of the peak FLOPs where they are the bound.
     peers: by name.
-    defect: why this is not a result; empty if it is.
   """
 
   group: str
@@ -51,7 +54,6 @@ class Figure(NamedTuple):
   is_memory_bound: bool
   share: float
   peers: dict[str, Price]
-  defect: str
 
 
 def figures_of(
@@ -85,7 +87,6 @@ def figures_of(
         peer.name: judge(chip, part, peers[part.name, peer.name], peer.kernels, peer.times)
         for peer in part.peers
       },
-      price.problem,
     )
 
 
@@ -101,17 +102,19 @@ def judge(chip: Chip, part: Pass, tried: Sequence[Result], kernels: slice, times
   """
   priced = [result[kernels] for result in tried if not isinstance(result, str)]
   if not priced:
-    return Price(None, None, f"not priced: {next(r for r in tried if isinstance(r, str))}")
+    return Price(problem=NOT_PRICED, reason=next(r for r in tried if isinstance(r, str)))
   if not priced[0]:
-    return Price(None, None, "not priced: there is no kernel in it")
+    return Price(problem=NOT_PRICED, reason="there is no kernel in it")
   best = [min(column, key=lambda kernel: kernel.cycles) for column in zip(*priced, strict=True)]
   if any(kernel.follows_data for kernel in best):
-    return Price(None, None, "not comparable: what it runs or fetches depends on run-time tables")
+    return Price(problem=NOT_COMPARABLE, reason="data decide what it runs or fetches")
   if part.flops and times * sum(kernel.product_flops or 0 for kernel in best) < part.flops:
-    return Price(None, None, "not comparable: fewer products were simulated than it has to do")
+    return Price(problem=NOT_COMPARABLE, reason="fewer products were simulated than it has to do")
   estimate = times * sum(kernel.cycles for kernel in best)
   if estimate < part.flops / chip.flops:
-    return Price(None, None, f"not comparable: {estimate:,} cycles are fewer than the peak allows")
+    return Price(
+      problem=NOT_COMPARABLE, reason=f"{estimate:,} cycles are fewer than the peak allows"
+    )
   return Price(estimate, max(estimate, part.hbm_bytes / chip.hbm_bytes))
 
 
@@ -153,7 +156,7 @@ def markdown(figures: Sequence[Figure]) -> str:
     for figure in chosen:
       cells = [figure.name, figure.pass_name, figure.generation]
       if figure.ours.estimate is None:
-        cells += [figure.defect, ""]
+        cells += [f"{figure.ours.problem}: {figure.ours.reason}", ""]
       else:
         bound = f"{figure.roofline:,.0f}" if is_memory_bound else f"{figure.share:.1%}"
         cells += [f"{figure.ours.estimate:,}", bound]
@@ -161,7 +164,7 @@ def markdown(figures: Sequence[Figure]) -> str:
       lines.append("| " + " | ".join(cells) + " |")
     parts += [f"## {group}", "\n".join(lines)]
   problems = {
-    f"- {figure.name}, {figure.pass_name}, {figure.generation}, {name}: {price.problem}"
+    f"- {figure.name}, {figure.pass_name}, {figure.generation}, {name}: {price.reason}"
     for figure in figures
     for name, price in figure.peers.items()
     if price.problem
@@ -176,7 +179,7 @@ def _ratio(figure: Figure, peer: Price | None) -> str:
   if peer is None:
     return ""
   if peer.problem:
-    return peer.problem.partition(":")[0]
+    return peer.problem
   if figure.ours.estimate is None:
     return ""
   if figure.is_memory_bound:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-MODEL = (
-  "vocab_size=258,d_model=32,d_ff=48,num_layers=2,num_heads=4,num_kv_heads=2,head_dim=8,"
-  "max_positions=64"
-)
+from tests import tiny_runs
+
 STEPS = 10
 # Until a process is given up, in seconds; and what all may take to end after that.
 TIMEOUT, PATIENCE = 15, 60
@@ -23,15 +21,9 @@ TIMEOUT, PATIENCE = 15, 60
 def arguments(byte_tokenizer) -> list[str]:
   """A tiny model in float32 on a real mixture, two micro-steps, one checkpoint on the way."""
   return [
-    "--load_model_config=smollm2_135m",
-    f"--update_model_config={MODEL}",
-    f"--tokenizer.path={byte_tokenizer}",
+    *tiny_runs.flags(byte_tokenizer, rows=8, shards=4, heads=4),
     "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
-    "--train_dataset.seqio_dataset.batch_size=8",
-    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
-    "--train_dataset.seqio_dataset.num_shards=4",
     "--optimizer.accumulate_gradient_steps=2",
-    "--optimizer.adamw_optimizer.lr=0.01",
     "--optimizer.adamw_optimizer.lr_decay_steps=20",
     "--save_model_freq=5",
     "--log_freq=1",

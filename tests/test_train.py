@@ -19,31 +19,22 @@ from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.training import logger
+from tests import tiny_runs
 
 TOTAL = 40
-MODEL = (
-  "vocab_size=258,d_model=16,d_ff=24,num_layers=2,num_heads=2,num_kv_heads=1,head_dim=8,"
-  "max_positions=64"
-)
 
 
 @pytest.fixture(scope="session")
 def arguments(byte_tokenizer) -> list[str]:
   """A tiny model on a real mixture; two micro-steps, evaluation and checkpoints on the way."""
   return [
-    "--load_model_config=smollm2_135m",
-    f"--update_model_config={MODEL}",
-    f"--tokenizer.path={byte_tokenizer}",
+    *tiny_runs.flags(byte_tokenizer, rows=2, shards=3),
     "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
-    "--train_dataset.seqio_dataset.batch_size=2",
-    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
-    "--train_dataset.seqio_dataset.num_shards=3",
     f"--total_steps={TOTAL}",
     "--save_model_freq=10",
     "--log_freq=1",
     "--eval_steps=2",
     "--optimizer.accumulate_gradient_steps=2",
-    "--optimizer.adamw_optimizer.lr=0.01",
     "--z_loss=1e-4",
   ]
 
@@ -63,25 +54,6 @@ def finished(arguments, run_command, tmp_path_factory) -> Path:
   assert done.returncode == 0, done.stderr
   (output / "stderr.txt").write_text(done.stderr)
   return output
-
-
-def everything(step: Path) -> dict[str, np.ndarray]:
-  """Every array of a step folder, as Orbax reads it."""
-  import jax
-  import orbax.checkpoint as ocp
-
-  arrays = {}
-  for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
-    reader = ocp.PyTreeCheckpointHandler()
-    as_numpy = jax.tree.map(
-      lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
-      reader.metadata(step / item).tree,
-      is_leaf=lambda leaf: hasattr(leaf, "shape"),
-    )
-    tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    arrays |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-  return arrays
 
 
 def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
@@ -105,9 +77,9 @@ def assert_same(step: Path, other: Path, tokenizer: Path) -> None:
   The saved positions themselves may differ: tf.data puts what its threads happened to have read
   ahead into them.
   """
-  ours, theirs = everything(step), everything(other)
+  ours, theirs = tiny_runs.arrays(step), tiny_runs.arrays(other)
   assert ours.keys() == theirs.keys()
-  assert not [n for n in ours if ours[n].tobytes() != theirs[n].tobytes()]
+  assert not [name for name in ours if ours[name] != theirs[name]]
   expected = next_batches(step, tokenizer)
   assert len({batch.inputs.tobytes() for batch in expected}) == len(expected)
   np.testing.assert_equal(next_batches(other, tokenizer), expected)

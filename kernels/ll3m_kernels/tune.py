@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     print("tune: needs tqdm and libtpu: pip install 'll3m[tpu]'", file=sys.stderr)
     return 1
   failed = 0
+  print(f"estimates are kept in {options.estimates}, results in {output}", file=sys.stderr)
   with tqdm(unit="estimate") as bar:
     search = Search(
       Ledger(options.estimates), workers=options.workers, seconds=options.seconds, report=bar.update
@@ -66,7 +67,6 @@ def main(argv: list[str] | None = None) -> int:
         for kernel, c in found.cycles.items()
       )
       bar.write(f"{options.op} {_text(shape)}: {found.limits}: {gains}")
-  print(f"wrote {output}", file=sys.stderr)
   return 1 if failed else 0
 
 

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import cycle_report
 from benchmarks.cycle_rows import Pass, Peer, Row, rows
 from benchmarks.tpu_cycles import CyclesConfig, all_tasks, our_task, peer_tasks
+from ll3m.core import chips
+from ll3m_kernels.dispatch import GENERATIONS
 from ll3m_kernels.tuning.estimates import CHIPS, Kernel
 
 CHIP = CHIPS["v5e"]
@@ -48,14 +50,14 @@ def test_heads_are_counted_for_all():
     ([kernel(999)], "not comparable: 999 cycles are fewer than the peak allows"),
     ([kernel(1250, 999.0 * CHIP.flops)], "not comparable: fewer products"),
     ([kernel(1250, None)], "not comparable: fewer products"),
-    ([kernel(1250, follows_data=True)], "not comparable: what it runs"),
+    ([kernel(1250, follows_data=True)], "not comparable: data decide"),
     ("it aborted", "not priced: it aborted"),
     ([], "not priced: there is no kernel"),
   ],
 )
 def test_what_is_no_result(tried, reason):
   price = judge(tried)
-  assert price.problem.startswith(reason)
+  assert f"{price.problem}: {price.reason}".startswith(reason)
   assert price.cycles is None and price.estimate is None
 
 
@@ -83,11 +85,11 @@ def test_the_report(tmp_path):
   text = cycle_report.write(found, tmp_path)
   assert "| shape | forward | v5e | 1,250 | 80.0% | 2.00 |" in text
   assert "| shape | forward | v5e | not comparable: 10 cycles" in text
-  assert "80.0%" in text and "v5e, peer: not priced: it aborted" in text
+  assert "80.0%" in text and "v5e, peer: it aborted" in text
   assert (tmp_path / "cycles.md").read_text() == text
   written = json.loads((tmp_path / "cycles.json").read_text())
   assert written[0]["share"] == 0.8 and written[0]["peers"]["peer"]["cycles"] == 2500
-  assert written[1]["defect"]
+  assert written[1]["ours"]["problem"] == "not comparable"
   assert (tmp_path / "cycles-v5e.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,3 +153,12 @@ def test_bad_options_are_refused(options, message):
 def test_rows_that_are_not_there_are_refused():
   with pytest.raises(ValueError, match="none of the rows matches 'nothing'"):
     CyclesConfig(rows="nothing").chosen_rows()
+
+
+@pytest.mark.parametrize("generation", CHIPS)
+def test_the_kernels_and_the_planner_know_the_same_chips(generation):
+  """FLOPs for each byte of HBM, which no clock changes."""
+  published = chips.CHIPS[GENERATIONS[generation].device_kinds[0]]
+  ours = CHIPS[generation]
+  expected = published.peak_flops / published.hbm_bandwidth
+  assert ours.flops / ours.hbm_bytes == pytest.approx(expected, rel=5e-3)

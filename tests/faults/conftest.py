@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_runs
 from tests.faults.causing import Job
 
-MODEL = (
-  "vocab_size=258,d_model=16,d_ff=24,num_layers=2,num_heads=2,num_kv_heads=1,head_dim=8,"
-  "max_positions=64"
-)
 WORDS = ("the", "disk", "was", "full", "and", "nobody", "saw", "which", "bit", "had", "turned")
 
 
@@ -42,15 +39,9 @@ def text(tmp_path_factory) -> Path:
 def arguments(byte_tokenizer, text) -> list[str]:
   """A tiny model on the text; 64 tokens a step."""
   return [
-    "--load_model_config=smollm2_135m",
-    f"--update_model_config={MODEL}",
-    f"--tokenizer.path={byte_tokenizer}",
+    *tiny_runs.flags(byte_tokenizer, rows=2, shards=2),
     "--train_dataset.type=json",
     f"--train_dataset.json_dataset.path={text}",
-    "--train_dataset.seqio_dataset.batch_size=2",
-    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
-    "--train_dataset.seqio_dataset.num_shards=2",
-    "--optimizer.adamw_optimizer.lr=0.01",
     "--logger.tensorboard=False",
   ]
 

@@ -4,34 +4,14 @@ import gc
 import os
 import shutil
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from ll3m.core import checkpoint, digests
 from tests.faults.causing import REPETITIONS, delete, files, flip, truncate
+from tests.tiny_runs import arrays
 
 # Of these, nothing is read: neither the model nor the run depends on them.
 UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
-def arrays(step) -> dict[str, bytes]:
-  """Every array of a step as Orbax reads it, not we."""
-  found = {}
-  for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
-    reader = ocp.PyTreeCheckpointHandler()
-    as_numpy = jax.tree.map(
-      lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
-      reader.metadata(step / item).tree,
-      is_leaf=lambda leaf: hasattr(leaf, "shape"),
-    )
-    tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found |= {
-      item + jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves
-    }
-  return found
 
 
 @pytest.mark.parametrize("fault", [flip, truncate, delete])

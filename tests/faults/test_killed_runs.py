@@ -9,7 +9,7 @@ import pytest
 from ll3m.core import checkpoint
 from ll3m.training import stopping
 from tests.faults.causing import REPETITIONS, SOAK, files
-from tests.faults.test_damaged_steps import arrays
+from tests.tiny_runs import arrays
 
 # A save takes about as long as 20 steps: there is always one under way.
 TOTAL = 3000 if SOAK else 1000

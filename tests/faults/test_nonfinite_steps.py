@@ -15,7 +15,7 @@ from ll3m.training import metrics
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer
 from ll3m.training.step import init_state, make_train_step
 from tests.faults.causing import files
-from tests.faults.test_damaged_steps import arrays
+from tests.tiny_runs import arrays
 
 CONFIG = families.get_preset("llama2_7b").config.replace(
   vocab_size=31, d_model=8, d_ff=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,

@@ -14,6 +14,7 @@ so each estimate is made in a process of its own, `worker`.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ class Chip(NamedTuple):
 CHIPS = {
   "v5e": Chip(131_072, 819e9 / 1.5e9, 2 * 16 * 128 * 128),
   "v5p": Chip(262_144, 2765e9 / 1.75e9, 2 * 16 * 128 * 128),
-  "v6e": Chip(524_288, 1640e9 / 1.75e9, 2 * 16 * 256 * 256),
+  "v6e": Chip(524_288, 1638e9 / 1.75e9, 2 * 16 * 256 * 256),
 }
 _CYCLES = re.compile(r"estimated_cycles: (\d+)")
 _OCCURRENCES = re.compile(r"num_equivalent_hlos: (\d+)")
@@ -69,6 +70,10 @@ class NotPricedError(Exception):
   """There is no estimate; it says why."""
 
 
+class UnfinishedError(NotPricedError):
+  """It was cut short, by the clock or from outside: another try may succeed."""
+
+
 def estimate(
   generation: str,
   builder: str,
@@ -94,7 +99,8 @@ def estimate(
 
   Raises:
     ValueError: there are no estimates for that generation.
-    NotPricedError: the compiler refuses, the profile aborts, or the time is over.
+    NotPricedError: the compiler refuses, or the profile aborts.
+    UnfinishedError: the time is over, or the process was killed.
   """
   if generation not in CHIPS:
     raise ValueError(f"there are estimates for {', '.join(CHIPS)}, not for {generation!r}")
@@ -122,7 +128,9 @@ def estimate(
         timeout=seconds,
       )
     except subprocess.TimeoutExpired:
-      raise NotPricedError(f"no estimate within {seconds:.0f} s") from None
+      raise UnfinishedError(f"no estimate within {seconds:g} s") from None
+    if -done.returncode in (signal.SIGKILL, signal.SIGTERM):
+      raise UnfinishedError("the process was killed; was there too little memory?")
     if done.returncode:
       raise NotPricedError(_reason(done.stderr) or f"the process ended with {done.returncode}")
     product_flops = CHIPS[generation].product_flops if count_products else None
@@ -143,12 +151,12 @@ def _read(
     text = profile.read_text()
     occurrences = int(_OCCURRENCES.search(text)[1])
     cycles += int(_CYCLES.search(text)[1]) * occurrences
-  if product_flops is None:
-    return Kernel(name, cycles, None, follows_data)
-  for bundles in folder.glob(f"{label}*_bundles.txt"):
-    with bundles.open(errors="replace") as lines:
-      products += sum(_PRODUCT.search(line) is not None for line in lines)
-  return Kernel(name, cycles, products * product_flops * cores, follows_data)
+    if product_flops is not None:
+      operation, _, _ = profile.name.partition("_TPU ")
+      with (folder / f"{operation}_bundles.txt").open(errors="replace") as lines:
+        products += occurrences * sum(_PRODUCT.search(line) is not None for line in lines)
+  computable = None if product_flops is None else products * product_flops * cores
+  return Kernel(name, cycles, computable, follows_data)
 
 
 def _reason(stderr: str) -> str:

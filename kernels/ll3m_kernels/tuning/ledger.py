@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, estimate
+from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, UnfinishedError, estimate
 
 
 class Task(NamedTuple):
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 class Ledger:
-  """A file of JSON lines, one for each estimate or for why there is none."""
+  """A file of JSON lines, one for each estimate or for why there cannot be one."""
 
   def __init__(self, path: Path):
     """Reads what is there; the file is made with the first estimate."""
@@ -92,6 +92,8 @@ class Ledger:
         whole_program=task.whole_program,
         seconds=seconds,
       )
+    except UnfinishedError as error:
+      return str(error)  # not kept
     except NotPricedError as error:
       result = str(error)
     with self._lock:

@@ -43,6 +43,7 @@ def _compile(generation: str, cores: int, number: int, call: Any) -> tuple[str, 
   function.__name__ = function.__qualname__ = label = f"kernel_{number}_"
   operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
   compile_for(generation, function, *operands, row_major=True)
+  # What is simulated is one core's part.
   grid = call.params["grid_mapping"].grid
   semantics = getattr(call.params["compiler_params"], "dimension_semantics", None) or ()
   splits = any(size > 1 and s == "parallel" for size, s in zip(grid, semantics, strict=False))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ll3m_kernels.tuning.estimates import CHIPS, NotPricedError, estimate
+from ll3m_kernels.tuning.estimates import CHIPS, NotPricedError, UnfinishedError, estimate
 from tests.kernels.tuning.builders import K, M, N
 
 BUILDERS = "tests.kernels.tuning.builders"
@@ -29,10 +29,7 @@ def test_a_program_is_priced_as_a_whole():
 
 
 def test_kernels_that_follow_data_are_told():
-  try:
-    (kernel,) = estimate("v5e", f"{BUILDERS}:loop_over_data", {})
-  except NotPricedError as error:
-    pytest.fail(f"not priced: {error}")
+  (kernel,) = estimate("v5e", f"{BUILDERS}:loop_over_data", {})
   assert kernel.follows_data
 
 
@@ -42,7 +39,7 @@ def test_what_cannot_be_built_is_not_priced():
 
 
 def test_time_is_limited():
-  with pytest.raises(NotPricedError, match="no estimate within 0 s"):
+  with pytest.raises(UnfinishedError, match="no estimate within 0.1 s"):
     estimate("v5e", f"{BUILDERS}:product", {}, seconds=0.1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ll3m_kernels.tuning import ledger
-from ll3m_kernels.tuning.estimates import Kernel, NotPricedError
+from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, UnfinishedError
 from ll3m_kernels.tuning.ledger import Ledger, Task
 
 KERNEL = Kernel("kernel", 123, 456, False)
@@ -16,6 +16,8 @@ def made(monkeypatch):
 
   def estimate(generation, builder, arguments, **options):
     asked.append(arguments["n"])
+    if arguments["n"] == 0:
+      raise UnfinishedError("the time is over")
     if arguments["n"] < 0:
       raise NotPricedError("it is negative")
     return [KERNEL._replace(cycles=arguments["n"])]
@@ -48,6 +50,13 @@ def test_what_is_known_is_not_estimated_again(tmp_path, made):
     file.write('["a line that was cut')
   assert run(path, tasks(1, 2, 3, -1, source=source)) == first | {3: [KERNEL._replace(cycles=3)]}
   assert sorted(made) == [-1, 1, 2, 3]
+
+
+def test_what_was_cut_short_is_tried_again(tmp_path, made):
+  path = tmp_path / "estimates.jsonl"
+  for _ in range(2):
+    assert run(path, tasks(0, source=tmp_path)) == {0: "the time is over"}
+  assert made == [0, 0] and not path.exists()
 
 
 def test_other_sources_are_other_tasks(tmp_path, made):

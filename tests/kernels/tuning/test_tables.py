@@ -1,5 +1,6 @@
 """Tables of block sizes: what is in them, who reads them, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_table_of_the_users_decides(mine):
   ids=str,
 )
 def test_other_problems_follow_the_rule(mine, change):
-  problem = blocks.dataclasses.replace(PROBLEM, **change)
+  problem = dataclasses.replace(PROBLEM, **change)
   before = blocks.default_blocks(problem, V5E)
   mine.unlink()
   tables._entries.cache_clear()

@@ -1,0 +1,57 @@
+"""What the tests of training share: the flags of a tiny run, and what is in its steps."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ll3m.core import checkpoint
+
+
+def flags(tokenizer: Path, *, rows: int, shards: int, heads: int = 2) -> list[str]:
+  """A random model of two layers over the byte tokenizer, rows of 32 tokens, fast learning.
+
+  Args:
+    tokenizer: see `byte_tokenizer`.
+    rows: of a micro-step.
+    shards: that the stream is split into.
+    heads: of 8 dimensions, in pairs that share keys; D is 8 for each.
+  """
+  model = {
+    "vocab_size": 258,
+    "d_model": 8 * heads,
+    "d_ff": 12 * heads,
+    "num_layers": 2,
+    "num_heads": heads,
+    "num_kv_heads": heads // 2,
+    "head_dim": 8,
+    "max_positions": 64,
+  }
+  return [
+    "--load_model_config=smollm2_135m",
+    f"--update_model_config={','.join(f'{k}={v}' for k, v in model.items())}",
+    f"--tokenizer.path={tokenizer}",
+    f"--train_dataset.seqio_dataset.batch_size={rows}",
+    "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
+    f"--train_dataset.seqio_dataset.num_shards={shards}",
+    "--optimizer.adamw_optimizer.lr=0.01",
+  ]
+
+
+def arrays(step: Path) -> dict[str, bytes]:
+  """Every array of a step folder, to the bit, as Orbax reads it, not we."""
+  found = {}
+  for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
+    reader = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(
+      lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
+      reader.metadata(step / item).tree,
+      is_leaf=lambda leaf: hasattr(leaf, "shape"),
+    )
+    tree = reader.restore(step / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    found |= {
+      item + jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves
+    }
+  return found
