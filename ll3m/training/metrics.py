@@ -75,8 +75,9 @@ def summarise(
   """Joins the metrics of consecutive steps into one record.
 
   Args:
-    steps: on the host; losses are averaged over all their tokens, norms are the last step's.
-      Those that were skipped are counted, and else left out.
+    steps: on the host. Losses are averaged over the tokens of all that were applied, and the
+      gradient's norm is that of the last of these; those that were skipped are counted. Learning
+      rate and parameters' norm are the last step's.
     seconds: that they took.
     config: the architecture.
     length: T, tokens per row.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ll3m.core import flags
 from ll3m.core.dtypes import COMPUTED
@@ -186,6 +187,15 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     transformations.append(optax.add_decayed_weights(chosen.weight_decay, mask=decay_mask))
   transformations.append(optax.scale_by_learning_rate(make_schedule(chosen, total_steps)))
   return optax.chain(*transformations)
+
+
+def updates_made(opt_state: Any) -> Array:
+  """Returns where the schedule stands: the updates made, to which skipped steps do not count.
+
+  Args:
+    opt_state: of an optimizer that `make_optimizer` built.
+  """
+  return optax.tree_utils.tree_get(opt_state, "ScaleByScheduleState").count
 
 
 def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import Model, Params
 from ll3m.training.loss import Sums, token_sums
-from ll3m.training.optimizer import apply
+from ll3m.training.optimizer import apply, updates_made
 
 
 class TrainState(NamedTuple):
@@ -40,7 +40,7 @@ class StepMetrics(NamedTuple):
     sums: over the step's tokens.
     gradient_norm: global norm, before clipping.
     parameter_norm: global norm, after the update.
-    learning_rate: that the update used.
+    learning_rate: that the update used; of a step that was skipped, that the next one will use.
     skipped: 1 if loss or gradient were not finite and nothing was updated, else 0.
   """
 
@@ -111,7 +111,7 @@ def make_train_step(
       sums=sums,
       gradient_norm=gradient_norm,
       parameter_norm=_norm(params),
-      learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+      learning_rate=jnp.asarray(schedule(updates_made(state.opt_state)), jnp.float32),
       skipped=1.0 - finite.astype(jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics

@@ -12,7 +12,7 @@ from ll3m import families
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import make_model
 from ll3m.training import metrics
-from ll3m.training.optimizer import OptimizerConfig, make_optimizer
+from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from ll3m.training.step import init_state, make_train_step
 from tests.faults.causing import files
 from tests.tiny_runs import arrays
@@ -44,25 +44,30 @@ def batch(seed: int, poison: tuple[int, int, int] | None = None, micro_steps: in
 )
 def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been(optimizer, value):
   model = make_model(CONFIG)
-  rule = make_optimizer(OptimizerConfig(type=optimizer), 10)
+  config = OptimizerConfig(type=optimizer)
+  rule, schedule = make_optimizer(config, 10), make_schedule(config.chosen, 10)
   params = model.init(jax.random.key(0))
   row = params["embed"]["embedding"].at[POISON].set(value)
   params["embed"] = {"embedding": row}
-  step = jax.jit(make_train_step(model, rule, lambda step: 0.1))
+  step = jax.jit(make_train_step(model, rule, schedule))
   start = init_state(params, rule, jnp.zeros(2, jnp.uint32))
 
   def run(*batches):
-    state, skipped = start, []
+    state, skipped, rates = start, [], []
     for each in batches:
       state, outcome = step(state, each)
       skipped.append(float(outcome.skipped))
-    return state, skipped
+      rates.append(float(outcome.learning_rate))
+    return state, skipped, rates
 
   bad = [batch(1, poison=(0, 0, 2)), batch(2, poison=(1, 1, 7)), batch(3, poison=(1, 0, 0))]
-  state, skipped = run(batch(4), *bad, batch(5))
+  state, skipped, rates = run(batch(4), *bad, batch(5))
   assert skipped == [0, 1, 1, 1, 0]
   assert int(state.step) == 5
-  clean, _ = run(batch(4), batch(5))
+  clean, _, clean_rates = run(batch(4), batch(5))
+  first, second = clean_rates
+  assert first > second == pytest.approx(float(schedule(1)))
+  assert rates == [first, *[second] * 4]  # the schedule waits, too
   for name in ("params", "opt_state"):
     ours, theirs = (jax.tree.leaves(getattr(s, name)) for s in (state, clean))
     assert [x.tobytes() for x in map(np.asarray, ours)] == [
@@ -77,7 +82,7 @@ def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been
 
 def test_records_count_them_and_average_the_others():
   model = make_model(CONFIG)
-  rule = optax.sgd(0.0)
+  rule = optax.sgd(lambda updates: 0.0)
   params = model.init(jax.random.key(0))
   params["embed"] = {"embedding": params["embed"]["embedding"].at[POISON].set(np.nan)}
   step = jax.jit(make_train_step(model, rule, lambda step: 0.1))

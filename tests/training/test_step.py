@@ -68,7 +68,9 @@ def stack(*batches):
 
 def test_step_is_gradient_descent_on_the_mean_loss(model, params):
   batch = make_batch(0, 3)
-  state, metrics = one_step(model, params, stack(batch), optax.sgd(1.0), z_loss=1e-2)
+  state, metrics = one_step(
+    model, params, stack(batch), optax.sgd(lambda updates: 1.0), z_loss=1e-2
+  )
   loss, gradients = jax.value_and_grad(lambda p: direct_loss(model, p, batch, 1e-2))(params)
   expected = jax.tree.map(lambda p, g: p - g, params, gradients)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, expected)
@@ -86,7 +88,7 @@ def test_ragged_accumulation_equals_the_big_batch(model, params):
   few, many = make_batch(1, 2, keep=0.2), make_batch(2, 2, keep=0.95)
   assert few.mask.sum() * 4 < many.mask.sum()
   big = jax.tree.map(lambda a, b: np.concatenate([a, b]), few, many)
-  rule = optax.sgd(1.0)
+  rule = optax.sgd(lambda updates: 1.0)
   accumulated, metrics = one_step(model, params, stack(few, many), rule)
   whole, _ = one_step(model, params, stack(big), rule)
   jax.tree.map(
@@ -105,7 +107,7 @@ def test_ragged_accumulation_equals_the_big_batch(model, params):
 
 def test_a_batch_without_targets_changes_nothing(model, params):
   batch = make_batch(3, 2)._replace(mask=np.zeros((2, LENGTH), np.float32))
-  state, metrics = one_step(model, params, stack(batch), optax.sgd(1.0))
+  state, metrics = one_step(model, params, stack(batch), optax.sgd(lambda updates: 1.0))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), state.params, params)
   assert float(metrics.sums.loss) == 0.0
   assert float(metrics.gradient_norm) == 0.0
@@ -131,7 +133,7 @@ def test_accuracy_counts_the_largest_logit(model, params):
 def test_a_sharded_step_is_the_same(model, params, mesh_dim):
   mesh = sharding.make_mesh(mesh_dim)
   batch = stack(make_batch(5, 8), make_batch(6, 8))
-  rule = optax.sgd(1.0)
+  rule = optax.sgd(lambda updates: 1.0)
   alone, alone_metrics = one_step(model, params, batch, rule)
   placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
   state, metrics = one_step(model, placed, inputs.to_devices(batch, mesh), rule)
