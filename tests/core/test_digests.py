@@ -2,12 +2,15 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
+import xxhash
 from etils import epath
 
 from ll3m.core import digests
 
-# xxHash's own test vectors for XXH3_64bits with seed 0 (xxhash 0.8, tests/sanity_test_vectors.h).
+# XXH3_64bits of no bytes with seed 0, as xxHash publishes it (tests/sanity_test_vectors.h).
 EMPTY = "2d06800538d394c2"
 
 
@@ -25,7 +28,8 @@ def test_lists_every_file_but_those_that_do_not_stay(folder):
   listed = json.loads((folder / "digests.json").read_text())
   assert list(listed) == ["a/b/large", "empty", "later"]
   assert listed["empty"] == {"bytes": 0, "xxh3": EMPTY}
-  assert listed["a/b/large"]["bytes"] == 2**21
+  whole = (folder / "a" / "b" / "large").read_bytes()  # in one piece, we read it in blocks
+  assert listed["a/b/large"] == {"bytes": 2**21, "xxh3": xxhash.xxh3_64_hexdigest(whole)}
   with pytest.raises(ValueError, match="damaged checkpoint .*: later is missing$"):
     digests.check(folder)
   (folder / "later").write_text("abc")
@@ -53,6 +57,51 @@ def test_a_list_that_cannot_be_read_is_damage(folder, text):
   (folder / "digests.json").write_text(text)
   with pytest.raises(ValueError, match="damaged checkpoint .*digests.json cannot be read"):
     digests.check(folder)
+
+
+def test_a_list_that_is_no_file_is_damage(folder):
+  (folder / "digests.json").mkdir()
+  with pytest.raises(ValueError, match="damaged checkpoint .*digests.json cannot be read"):
+    digests.check(folder)
+
+
+def test_one_process_alone_starts_no_devices(folder, monkeypatch):
+  def started():
+    raise AssertionError("the devices were started")
+
+  digests.write(folder)
+  monkeypatch.setattr(jax, "process_index", started)
+  monkeypatch.setattr(jax, "process_count", started)
+  digests.check(folder)
+
+
+@pytest.mark.parametrize("damage", ["none", "file", "cut", "missing", "folder"])
+def test_of_several_processes_each_meets_the_others_whatever_it_finds(folder, monkeypatch, damage):
+  gathered = []
+
+  def allgather(count):
+    gathered.append(int(count))
+    return np.array([count, 1])  # the other one always finds something
+
+  digests.write(folder)
+  path = folder / "digests.json"
+  match damage:
+    case "file":
+      (folder / "a" / "b" / "large").unlink()
+    case "cut":
+      path.write_text(path.read_text()[:9])
+    case "missing" | "folder":
+      path.unlink()
+  if damage == "folder":
+    path.mkdir()
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(digests.multihost_utils, "process_allgather", allgather)
+  with pytest.raises(ValueError, match="damaged checkpoint") as error:
+    digests.check(folder)
+  found = damage not in ("none", "missing")
+  assert gathered == [int(found)]
+  assert ("process 1 found files that changed" in str(error.value)) == (not found)
 
 
 def test_without_a_list_a_folder_is_taken_as_it_is_and_that_is_told(folder, caplog):
