@@ -141,7 +141,10 @@ class RunCheckpoints:
     try:
       yield
     except Exception as error:
-      reason = str(error).strip().partition("\n")[0].partition(" [")[0] or type(error).__name__
+      said = str(error).strip().partition("\n")[0].partition(" [")[0]
+      # What a disk says is enough; a mistake of ours is only understood with its kind.
+      kind = "" if said and isinstance(error, OSError | ValueError) else type(error).__name__
+      reason = ": ".join(part for part in (kind, said) if part)
       raise OSError(
         f"step {self._saving} could not be saved in {self._manager.directory}: {reason}; the steps "
         f"before it are untouched"
@@ -151,10 +154,10 @@ class RunCheckpoints:
     """Adds the digests to the step that was saved; Orbax calls this before the step counts."""
     if jax.process_index():
       return
-    step = str(self._saving)
-    for folder in self._manager.directory.iterdir():
-      # Object stores cannot rename: there, a step has its own name from the beginning.
-      if folder.name == step or folder.name.startswith(f"{step}{ocp.utils.TMP_DIR_SUFFIX}"):
+    step = self._manager.directory / str(self._saving)
+    # Object stores cannot rename: there, a step has its own name from the beginning.
+    for folder in (step, step.with_name(f"{step.name}{ocp.utils.TMP_DIR_SUFFIX}")):
+      if folder.exists():
         digests.write(folder, leave_out=[_TIMES])
 
   def restore(self, step: int, *, params: Any, opt_state: Any) -> Position:
@@ -176,10 +179,12 @@ class RunCheckpoints:
         raise FileExistsError(
           f"step {damaged} was saved by another job after this one had looked for it; start again"
         )
+    if later:
+      _meet("all processes have looked at the damaged steps")
       if not jax.process_index():
-        self._set_aside(damaged)
-    if later and jax.process_count() > 1:
-      multihost_utils.sync_global_devices("damaged steps are set aside")
+        for damaged in later:
+          self._set_aside(damaged)
+      _meet("damaged steps are set aside")
     self._manager.reload()
 
   def _set_aside(self, step: int) -> None:
@@ -189,6 +194,12 @@ class RunCheckpoints:
     place = next(home / name for name in names if not (home / name).exists())
     (self._manager.directory / str(step)).rename(place)
     logging.warning("the damaged step %d was moved to %s", step, place)
+
+
+def _meet(where: str) -> None:
+  """Waits for all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
 
 
 def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ll3m import families
-from ll3m.core import checkpoint
+from ll3m.core import checkpoint, run
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state, restore_step
 
 CONFIG = families.get_preset("llama2_7b").config
@@ -167,6 +167,31 @@ def test_a_step_that_cannot_be_opened_is_passed_over_loudly(tmp_path, caplog, da
   ):
     saved.set_aside_after(1)
   assert checkpoint.open_checkpoint(tmp_path).step == 2
+
+
+def test_an_error_of_ours_keeps_its_kind(tmp_path):
+  saved = RunCheckpoints(tmp_path, CheckpointerConfig())
+  with (
+    pytest.raises(OSError, match="step 3 could not be saved in .*: TypeError: .*not JSON serial"),
+    saved,
+  ):
+    saved.save(3, params=PARAMS, opt_state=STATE, meta={"step": object()}, dataset={})
+
+
+def test_steps_are_moved_when_every_process_has_looked_at_them(tmp_path, monkeypatch):
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    for step in (1, 2, 3):
+      save(saved, step)
+  steps = tmp_path / "checkpoints"
+  for step in (2, 3):
+    (steps / str(step) / "meta" / "metadata").write_text("{")
+  there = []
+  monkeypatch.setattr(
+    run, "_meet", lambda where: there.append([(steps / str(step)).exists() for step in (2, 3)])
+  )
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    saved.set_aside_after(1)
+  assert there == [[True, True], [False, False]]
 
 
 def test_nested_names_round_trip():
