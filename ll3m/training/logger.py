@@ -63,6 +63,7 @@ class Logger:
     """Args: options; the run's last and first step; the flags' values, for the record."""
     self._quiet = jax.process_index() != 0
     self._sinks: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
+    self._left_out: set[str] = set()
     self._closing = contextlib.ExitStack()
     self._records: list[dict[str, Any]] = []
     self._bar = None
@@ -122,11 +123,14 @@ class Logger:
 
   @contextlib.contextmanager
   def _optional(self, name: str) -> Iterator[None]:
-    """Goes on without a sink that fails."""
+    """Goes on without a sink that fails, and says so the first time."""
     try:
       yield
     except Exception as error:  # whatever a foreign library or its server makes of it
       self._sinks.pop(name, None)
+      if name in self._left_out:
+        return
+      self._left_out.add(name)
       reason = " ".join(str(error).split()) or type(error).__name__
       self.say(f"{name} is left out from here on: {reason}")
 

@@ -64,6 +64,31 @@ def test_runs_of_the_same_name_are_not_one_in_weights_and_biases(tmp_path, monke
   assert resumed == a and len({a, b, anew}) == 3
 
 
+def test_a_sink_that_fails_in_logging_and_in_closing_is_told_once(tmp_path, monkeypatch, capsys):
+  class Wandb:
+    logged = 0
+
+    def init(self, **options):
+      return self
+
+    def log(self, record, step):
+      self.logged += 1
+      raise RuntimeError("gone")
+
+    def finish(self):
+      raise RuntimeError("still gone")
+
+  wandb = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  config = LoggerConfig(str(tmp_path), tensorboard=False, online=True)
+  with Logger(config, total_steps=4, first_step=0, flag_values={}) as logger:
+    logger.log(1, RECORD)
+    logger.log(2, RECORD)
+  told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+  assert told == ["Weights & Biases is left out from here on: gone"] and wandb.logged == 1
+  assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_the_plot_is_written_even_when_the_run_fails(tmp_path):
   with pytest.raises(KeyError), open_logger(tmp_path) as logger:
     logger.log(1, RECORD)
