@@ -1,5 +1,6 @@
 """Stopping when the scheduler asks for it: SIGTERM, as sent before a machine is taken away."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ class StopRequest:
     """Listens only within the `with` block."""
     self._asked = threading.Event()
     self._deferred = False
+    self._undo = contextlib.ExitStack()
 
   def __enter__(self) -> "StopRequest":
     if jax.process_count() == 1:
@@ -38,15 +40,20 @@ class StopRequest:
       # thread is doing; the handler itself has to wait for that thread.
       reading, writing = os.pipe()
       os.set_blocking(writing, False)
-      signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-      signal.signal(signal.SIGTERM, lambda *_: None)
-      threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+      listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
+      listener.start()
+      # What is called last is undone first.
+      self._undo.callback(os.close, reading)
+      self._undo.callback(listener.join)
+      self._undo.callback(os.close, writing)  # which ends the listener
+      before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+      self._undo.callback(signal.set_wakeup_fd, before)
+      handler = signal.signal(signal.SIGTERM, lambda *_: None)
+      self._undo.callback(signal.signal, signal.SIGTERM, handler or signal.SIG_DFL)
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    if jax.process_count() == 1:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)
-      signal.set_wakeup_fd(-1)
+    self._undo.close()
 
   def defer(self) -> None:
     """From now on there may be something to save."""
