@@ -122,6 +122,7 @@ def train(
 
   Returns:
     Whether it came there; if not, it was asked to stop and has saved the step it had reached.
+    Asked at the last step, it came there, but its evaluation is left out.
   """
   options, step = run.options, int(state.step)
   rng = np.asarray(state.rng).tolist()
@@ -130,6 +131,9 @@ def train(
   under_way: tuple | None = None
   pending: list = []
   since = time.perf_counter()
+
+  def due(freq: int) -> bool:
+    return step == options.total_steps or bool(freq and step % freq == 0)
 
   def log() -> None:
     nonlocal pending, since
@@ -154,8 +158,9 @@ def train(
       dataset=batches.state(),
     )
 
-  if held_out and step == 0:
-    logger.log(0, held_out(state.params))
+  # Also that of the step which the run goes on from, if it was asked to stop before or within it.
+  if held_out and (step == 0 or due(options.eval_freq)) and not logger.has(step, "eval_loss"):
+    logger.log(step, held_out(state.params))
   stop.defer()
   while step < options.total_steps:
     batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
@@ -165,27 +170,28 @@ def train(
     step += 1
     under_way = (step, step_metrics, batch)
     pending.append(step_metrics)
-    last = step == options.total_steps
     checkpoints.check()
     try:
       stop.check(step)
-      if step % options.log_freq == 0 or last:
+      if due(options.log_freq):
         log()
       logger.advance(step)
       pause = time.perf_counter()
-      if held_out and (last or (options.eval_freq and step % options.eval_freq == 0)):
+      if held_out and due(options.eval_freq):
         logger.log(step, held_out(state.params))
-      if last or (options.save_model_freq and step % options.save_model_freq == 0):
+      if due(options.save_model_freq):
         save()
       since += time.perf_counter() - pause  # tokens/s is the training's
     except Stopped:
       if pending:
         log()
       save()
-      return False
+      if held_out and step == options.total_steps:
+        logger.say("asked to stop: the last evaluation is left out; ll3m.evaluate makes it")
+      break
   if under_way:
     watch.look(*under_way)
-  return True
+  return step >= options.total_steps
 
 
 def read_run() -> Run:

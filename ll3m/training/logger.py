@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ll3m.core import flags
@@ -113,6 +115,16 @@ class Logger:
       with self._optional(name):
         sink(step, record)
     self._show(step, record)
+
+  def has(self, step: int, name: str) -> bool:
+    """Says whether a value was logged at a step; all processes have to ask, and are told the same.
+
+    Args:
+      step: of the record.
+      name: key of the value, as in `docs/metrics.md`.
+    """
+    found = any(record["step"] == step and name in record for record in self._records)
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""

@@ -8,6 +8,7 @@ import pytest
 
 from ll3m.core import checkpoint
 from ll3m.training import stopping
+from ll3m.training.logger import read_metrics
 from tests.faults.causing import REPETITIONS, SOAK, files
 from tests.tiny_runs import arrays
 
@@ -110,6 +111,16 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
   assert f"step {step}/{TOTAL}  eval loss" not in said
   assert checkpoint.open_checkpoint(output).step == step
 
+  # The evaluation that was due is made before the run goes on, and once.
+  with start(output, *rarely, *held_out) as job:
+    job.wait_for(lambda: f"step {step}/{TOTAL}  eval loss" in job.said())
+    said = stop(job, within=10, saves=(0, 1))  # it may not yet have made a step
+  with start(output, *rarely, *held_out) as job:
+    job.wait_for(lambda: "compiled" in job.said())
+    stop(job, within=10, saves=(0, 1))
+  evaluated = [r["step"] for r in read_metrics(output / "metrics.jsonl") if "eval_loss" in r]
+  assert evaluated.count(step) == 1
+
   # While it saves: that save is finished, and the step that was reached by then is another.
   with start(output, *OFTEN) as job:
     job.wait_for(lambda: "compiled" in job.said())
@@ -119,6 +130,22 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
   with start(output, *OFTEN) as job:
     assert job.end(300) == 0, job.said()
   assert_same_end(output, uninterrupted)
+
+
+def test_asked_to_stop_at_the_last_step_the_run_is_over(start, copy, text):
+  evaluation = (
+    "--eval_steps=350",
+    "--eval_dataset.type=json",
+    f"--eval_dataset.json_dataset.path={text}",
+    "--eval_dataset.seqio_dataset.num_shards=1",
+  )
+  with start(copy, "--total_steps=31", *evaluation) as job:
+    job.wait_for(lambda: "step 31/31  loss" in job.said())
+    job.signal(signal.SIGTERM)
+    assert job.end(60) == 0, job.said()
+  assert "eval loss" not in job.said() and "goes on from here" not in job.said()
+  assert "the last evaluation is left out; ll3m.evaluate makes it" in job.said()
+  assert checkpoint.open_checkpoint(copy).step == 31
 
 
 def test_a_second_job_in_the_same_folder_is_refused(start, arguments, run_command, tmp_path):
@@ -182,12 +209,15 @@ def test_foreign_files_are_left_alone(start, copy):
   (copy / "checkpoints" / "notes.txt").write_text("mine")
   (copy / "checkpoints" / "best").mkdir()
   (copy / "checkpoints" / "best" / "x").write_text("mine")
-  (copy / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()  # what a killed job leaves
+  for step in (12, 31):  # what a killed job leaves, of a step that is made again and of another
+    (copy / "checkpoints" / f"{step}.orbax-checkpoint-tmp").mkdir()
   with start(copy, "--total_steps=31") as job:
     assert job.end() == 0, job.said()
   assert (copy / "checkpoints" / "notes.txt").read_text() == "mine"
   assert (copy / "checkpoints" / "best" / "x").read_text() == "mine"
   assert checkpoint.finished_steps(copy)[-1] == 31
+  assert not (copy / "checkpoints" / "31.orbax-checkpoint-tmp").exists()
+  assert not (copy / "checkpoints" / "12.orbax-checkpoint-tmp").exists()
 
 
 def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(

@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite."""
 
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import optax
 import pytest
 
 from ll3m import families
+from ll3m.core import checkpoint
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import make_model
 from ll3m.training import metrics
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from ll3m.training.step import init_state, make_train_step
+from ll3m.training.stopping import EXIT_CODE
 from tests.faults.causing import files
 from tests.tiny_runs import arrays
 
@@ -133,3 +136,15 @@ def test_a_run_that_diverges_ends_and_says_with_what(start, tmp_path, text):
   lines = (output / "metrics.jsonl").read_text().splitlines()
   counts = [json.loads(line)["skipped_steps"] for line in lines]
   assert counts[:3] == [0, 1, 1]
+
+
+def test_the_step_at_which_a_run_is_stopped_is_looked_at_too(start, tmp_path):
+  output = tmp_path / "run"
+  more = ("--total_steps=1000000", "--max_nonfinite_steps=1000000", "--log_freq=1")
+  with start(output, *more, "--optimizer.adamw_optimizer.lr=1e30") as job:
+    job.wait_for(lambda: "step 3/" in job.said())
+    job.signal(signal.SIGTERM)
+    assert job.end() == EXIT_CODE, job.said()
+  stopped_at = checkpoint.open_checkpoint(output).step
+  assert len(files(output / "nonfinite")) == stopped_at - 1  # the first one was finite
+  assert f"step_{stopped_at}.process_0.jsonl" in files(output / "nonfinite")

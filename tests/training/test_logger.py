@@ -36,8 +36,9 @@ def test_a_resumed_run_drops_what_it_will_make_again(tmp_path):
       logger.log(step, RECORD)
   with open(tmp_path / "metrics.jsonl", "a") as file:
     file.write('{"step": 4, "lo')  # as a killed run leaves it
-  with open_logger(tmp_path, first_step=2):
-    pass
+  with open_logger(tmp_path, first_step=2) as logger:
+    assert logger.has(2, "loss")
+    assert not logger.has(2, "eval_loss") and not logger.has(3, "loss")
   assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
   with open_logger(tmp_path):
     pass
