@@ -9,7 +9,7 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
-_MOST = 2**31 - 1  # sizes are counted in int32
+_MOST_COUNTED = 2**31 - 1  # sizes are counted in int32
 _MOST_LAYERS = 2**12  # each has names of its own; a damaged number must not fill the memory
 
 
@@ -74,9 +74,9 @@ class ModelConfig:
     ):  # fmt: skip
       if getattr(self, name) <= 0:
         raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-      most = _MOST_LAYERS if name == "num_layers" else _MOST
+      most = _MOST_LAYERS if name == "num_layers" else _MOST_COUNTED
       if getattr(self, name) > most:
-        raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}"[:200])
+        raise ValueError(f"{name} must be at most {most}, got {_shown(getattr(self, name))}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
@@ -197,3 +197,9 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 def _type_name(expected: Any) -> str:
   return getattr(expected, "__name__", str(expected))
+
+
+def _shown(number: float) -> str:
+  """Returns a number for a sentence, in a few digits if it has hundreds."""
+  digits = str(number)
+  return digits if len(digits) <= 20 else f"{digits[:6]}... ({len(digits)} digits)"

@@ -16,7 +16,7 @@ TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
 SPLITS = ("train", "validation")
 
 
-_MOST = 2**20  # rows and shards are lists in memory
+_MOST_LISTED = 2**20  # rows and shards are lists in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class SeqioDatasetConfig:
     for name in ("batch_size", "num_shards"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-      if getattr(self, name) > _MOST:
-        raise ValueError(f"{name} must be at most {_MOST}, got {getattr(self, name)}")
+      if getattr(self, name) > _MOST_LISTED:
+        raise ValueError(f"{name} must be at most {_MOST_LISTED}, got {getattr(self, name)}")
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(

@@ -53,6 +53,7 @@ def test_dict_round_trip_through_json():
   [
     ({"d_model": 0}, "d_model must be positive, got 0"),
     ({"num_layers": -1}, "num_layers must be positive, got -1"),
+    ({"d_ff": 10**400}, "d_ff must be at most 2147483647, got 100000... (401 digits)"),
     ({"norm_epsilon": 0.0}, "norm_epsilon must be positive, got 0.0"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite, got nan"),
     ({"rope_theta": float("inf")}, "rope_theta must be finite, got inf"),

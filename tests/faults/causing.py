@@ -15,6 +15,7 @@ from pathlib import Path
 
 SOAK = bool(os.environ.get("LL3M_SOAK"))
 REPETITIONS = 20 if SOAK else 4
+PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 
 
 class Job:

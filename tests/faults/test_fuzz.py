@@ -19,9 +19,8 @@ from safetensors.numpy import load_file
 from ll3m.data.unusable import Unusable
 from ll3m.hf.model_files import open_model
 from ll3m.hf.tensors import read_part
-from tests.faults.causing import SOAK, files
+from tests.faults.causing import PARITY, SOAK, files
 
-PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 INSERTED = (b"\x00", b"\xff", b'"', b"{", b"]", b"-", b"9" * 30)
 EACH = 4000 if SOAK else 400  # of five kinds of input
 CLEAR = (ValueError, NotImplementedError, FileNotFoundError)

@@ -26,7 +26,7 @@ def uninterrupted(start, tmp_path_factory) -> Path:
 
 
 def assert_same_end(output: Path, expected: Path) -> None:
-  """The same arrays to the bit, and losses as if nothing had happened."""
+  """The same arrays, to the bit."""
   last = Path("checkpoints") / str(TOTAL)
   assert arrays(output / last) == arrays(expected / last)
 

@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 from ll3m.core import checkpoint
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
-from tests.faults.causing import files
+from tests.faults.causing import PARITY, files
 
-PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 INDEX = "model.safetensors.index.json"
 
 
