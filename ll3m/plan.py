@@ -84,7 +84,8 @@ def read_job(wanted: PlanOptions) -> training.TrainingJob:
   source = None
   if not options.load_model_config and options.load_checkpoint:
     kind, _, path = options.load_checkpoint.partition("::")
-    source = open_source(options.load_checkpoint if kind == "hf" else path)
+    place = options.load_checkpoint if kind == "hf" else path
+    source = open_source(place, verify=False)  # of its files, only the configuration is read
   preset = choose_model(options, source)
   check_length(rows.length, preset.config)
   return training.TrainingJob(

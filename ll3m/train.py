@@ -56,23 +56,30 @@ def main() -> None:
   for group, options in values.items():
     settings |= flags.to_dict(options, group)
   with processes.joined(values["jax_distributed"], settings):
-    run_to_the_end()
+    finished = run_to_the_end()
+  if not finished:  # only now: all processes have left in peace
+    say("stopped by SIGTERM; the same command goes on from here")
+    sys.exit(EXIT_CODE)
 
 
-def run_to_the_end() -> None:
-  """Reads what to train, prepares it and trains."""
+def run_to_the_end() -> bool:
+  """Reads what to train, prepares it and trains.
+
+  Returns:
+    Whether it is done; if not, it was asked to stop.
+  """
   run = read_run()
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:
     print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
-    return
+    return True
   program = make_program(options, run.optimizer, run.config, run.mesh)
   plan, train_step = program.plan, program.step
   if options.dry_run:
     print(run.describe(plan))
     jax.eval_shape(train_step, plan.state, run.batch_shapes())
     print("the training step traces; nothing was trained (--dry_run)")
-    return
+    return True
   say(run.describe(plan))
   with (
     claim(run.logger.output_dir),
@@ -103,9 +110,7 @@ def run_to_the_end() -> None:
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := describe(stream.skipped)):
       say(f"{name}_dataset: {skipped}")
-  if not finished:
-    say("stopped by SIGTERM; the same command goes on from here")
-    sys.exit(EXIT_CODE)
+  return finished
 
 
 def train(

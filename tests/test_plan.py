@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from etils import epath
 
 from ll3m import families
+from ll3m.core import digests
+from ll3m.core.checkpoint import MANIFEST, PARAMS, model_meta
 from ll3m.training.metrics import flops_per_token
 
 # Kept small: the sizes divide by no number that they should not.
@@ -145,3 +148,16 @@ def test_mistakes_are_told_in_a_sentence(run_command, flags, message):
   done = run_command("plan", *MODEL, *flags)
   assert done.returncode == 1
   assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_converted_models_weights_are_not_read(run_command, tmp_path, config):
+  """Without its weights the model is known: what is wrong is the machine, looked at after it."""
+  (tmp_path / MANIFEST).write_text(json.dumps(model_meta("llama", config)))
+  (tmp_path / PARAMS).mkdir()
+  weights = tmp_path / PARAMS / "weights"
+  weights.write_bytes(bytes(8))
+  digests.write(epath.Path(tmp_path))
+  weights.unlink()
+  done = run_command("plan", f"--load_checkpoint=params::{tmp_path}", "--topology=v9:2x2")
+  assert done.returncode == 1
+  assert "--topology expects a machine that libtpu knows" in done.stderr.splitlines()[-1]

@@ -1,16 +1,20 @@
 """A run of two processes with four devices each, against one process with eight."""
 
-import json
+import gzip
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from ll3m.core.checkpoint import finished_steps
+from ll3m.training.logger import METRICS, read_metrics
+from ll3m.training.stopping import EXIT_CODE
 from tests import tiny_runs
+from tests.waiting import wait_for
 
 STEPS = 10
 # Until a process is given up, in seconds; and what all may take to end after that.
@@ -31,11 +35,11 @@ def arguments(byte_tokenizer) -> list[str]:
   ]
 
 
-def start(*arguments: str, devices: int) -> subprocess.Popen:
+def start(*arguments: str, devices: int, folder: Path | None = None) -> subprocess.Popen:
   environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   return subprocess.Popen(
     [sys.executable, "-m", "ll3m.train", *arguments],
-    env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
 
 
@@ -43,16 +47,18 @@ def start(*arguments: str, devices: int) -> subprocess.Popen:
 def start_two(free_port):
   """Returns a function that starts both processes of a run."""
 
-  def start_both(*arguments: str, others: list[str] | None = None) -> list[subprocess.Popen]:
-    """Args: flags; `others` are what the second process has besides."""
+  def start_both(
+    *arguments: str, others: list[str] | None = None, folders: list[Path] | None = None
+  ) -> list[subprocess.Popen]:
+    """Args: flags; those that the second process has besides; where each is started."""
     joined = [
       f"--jax_distributed.coordinator_address=localhost:{free_port()}",
       "--jax_distributed.num_processes=2",
       f"--jax_distributed.timeout={TIMEOUT}",
     ]
     return [
-      start(*arguments, *joined, f"--jax_distributed.process_id={i}", *extra, devices=4)
-      for i, extra in enumerate(([], others or []))
+      start(*arguments, *joined, f"--jax_distributed.process_id={i}", *extra, devices=4, folder=at)
+      for i, (extra, at) in enumerate(zip(([], others or []), folders or (None, None), strict=True))
     ]
 
   return start_both
@@ -72,15 +78,7 @@ def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[tuple[int
 
 
 def losses(output: Path) -> list[float]:
-  records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-  return [record["loss"] for record in records if "loss" in record]
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
+  return [record["loss"] for record in read_metrics(output / METRICS) if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +163,7 @@ def test_a_process_that_dies_is_named_by_the_other(
 ):
   run = start_two(*arguments, f"--logger.output_dir={tmp_path}", "--total_steps=100000")
   try:
-    metrics = tmp_path / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+    wait_for(lambda: len(losses(tmp_path)) > 2)
     run[victim].send_signal(number)
     ((code, stderr),) = finish(run[1 - victim], seconds=PATIENCE)
   finally:
@@ -178,3 +175,42 @@ def test_a_process_that_dies_is_named_by_the_other(
   assert len(sentence) == 1
   assert sentence[0].startswith(f"error: process {victim} on ")
   assert sentence[0].endswith(reason)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_path, victim):
+  """One finds a damaged file when it reads the data; the other waits for it in a collective."""
+  folders = [tmp_path / str(process) for process in (0, 1)]
+  for folder in folders:
+    folder.mkdir()
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a row"}\n' * 32))
+  (folders[victim] / "rows.jsonl.gz").write_bytes(b"no gzip")
+  run = start_two(
+    *tiny_runs.flags(byte_tokenizer, rows=8, shards=4),
+    "--train_dataset.type=json",
+    "--train_dataset.json_dataset.path=rows.jsonl.gz",
+    f"--logger.output_dir={tmp_path}/output",
+    "--mesh_dim=2,2,2",
+    folders=folders,
+  )
+  results = finish(*run, seconds=PATIENCE)
+  reason = "rows.jsonl.gz is not a complete gzip file: "
+  for process, (code, stderr) in enumerate(results):
+    assert code == 1, stderr
+    (sentence,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+    named = f"error: process {victim} on {socket.gethostname()} has failed: "
+    assert sentence.startswith(("error: " if process == victim else named) + reason)
+
+
+def test_two_processes_that_are_asked_stop_at_the_same_step(arguments, start_two, tmp_path):
+  run = start_two(
+    *arguments, "--mesh_dim=2,2,2", f"--logger.output_dir={tmp_path}", "--total_steps=100000"
+  )
+  try:
+    wait_for(lambda: len(losses(tmp_path)) > 2)
+  finally:
+    for process in run:
+      process.terminate()
+  for code, stderr in finish(*run, seconds=PATIENCE):
+    assert code == EXIT_CODE, stderr
+  assert max(finished_steps(tmp_path)) == len(losses(tmp_path))

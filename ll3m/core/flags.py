@@ -251,9 +251,7 @@ def run(main: Callable[[], None]) -> None:
     try:
       main()
     except Exception as error:  # the boundary between library errors and the person who typed
-      if _DEBUG.value:
-        traceback.print_exc()
-      _exit_with(error, status=1)
+      end(error)
     except KeyboardInterrupt:
       _exit_with(InterruptedError("interrupted"), status=130)
 
@@ -266,12 +264,24 @@ def _without_traceback(record: Any) -> bool:
   return True
 
 
+def sentence(error: Exception) -> str:
+  """Returns what an error says to the person who typed, on one line."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  if isinstance(error, _EXPLAINED):
+    return text
+  return f"{type(error).__name__}: {text} (--debug shows the traceback)"
+
+
+def end(error: Exception) -> typing.NoReturn:
+  """Ends the process as `run` does when main raises this error."""
+  if _DEBUG.value:
+    traceback.print_exception(error)
+  _exit_with(error, status=1)
+
+
 def _exit_with(error: Exception, status: int) -> typing.NoReturn:
-  sentence = " ".join(str(error).split()) or type(error).__name__
-  if not isinstance(error, _EXPLAINED):
-    sentence = f"{type(error).__name__}: {sentence} (--debug shows the traceback)"
   sys.stdout.flush()
-  print(f"error: {sentence}", file=sys.stderr, flush=True)
+  print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
   # A library's background threads (TensorFlow's, Orbax's) must not hold the exit back, nor
   # write after the sentence that says what went wrong.
   os._exit(status)

@@ -13,8 +13,6 @@ UNKNOWN = "unknown"
 # The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
 _FUSED_SCATTER = "all-reduce-scatter"
 
-_TILED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
-
 
 class Collective(NamedTuple):
   """All collectives of one kind along one axis, in one run of the module.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
   r"\b(calls|body|condition|branch_computations|true_computation|false_computation|to_apply)="
@@ -46,7 +46,6 @@ class Instruction:
     opcode: such as "fusion".
     operands: names.
     attributes: the rest of the line.
-    is_root: it is its computation's result.
   """
 
   name: str
@@ -54,7 +53,6 @@ class Instruction:
   opcode: str
   operands: tuple[str, ...]
   attributes: str
-  is_root: bool
 
   @property
   def bytes(self) -> int:
@@ -153,13 +151,13 @@ def parse(text: str) -> Module:
       current = computations.setdefault(match[2], {})
       entry = match[2] if match[1] else entry
     elif current is not None and (match := _INSTRUCTION.match(line)) is not None:
-      current[match[2]] = _instruction(match[2], match[3], is_root=bool(match[1]))
+      current[match[1]] = _instruction(match[1], match[2])
   if entry is None:
     raise ValueError(f"not the text of a compiled module: {text[:60]!r}")
   return Module(entry, computations)
 
 
-def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
+def _instruction(name: str, text: str) -> Instruction:
   end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
   start = text.index("(", end)
   stop = _closing(text, start)
@@ -170,7 +168,6 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
     opcode=opcode,
     operands=() if opcode == "constant" else tuple(_NAME.findall(inner)),
     attributes=inner if opcode in ("constant", "parameter") else text[stop + 1 :],
-    is_root=is_root,
   )
 
 

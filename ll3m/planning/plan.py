@@ -35,7 +35,8 @@ class Plan:
     step_seconds: how long a step takes at least for "compute", "hbm" and "ici", and on several
       slices "network". What bounds the step is the largest: they can run at the same time.
     tokens_per_second: at that bound, all devices together.
-    mfu: FLOPs that the model needs (nothing recomputed) by those the devices could do meanwhile.
+    mfu: FLOPs that the model needs (of training, with nothing recomputed; of decoding, `flops`) by
+      those the devices could do meanwhile.
     largest_batch: that fits, if it was searched for.
     advice: what to change, if it does not fit.
   """
@@ -56,7 +57,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether the compiler made a program of it."""
+    """Whether the compiler made a program of it; of decoding, of two layers, and all have room."""
     return self.flops is not None
 
   @property

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from ll3m.core.chips import GIB
 from ll3m.planning.plan import Plan
 
-_GIB = 2**30
 _MOST_COLLECTIVES = 12
 
 
@@ -19,8 +19,8 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield ""
   yield "memory per chip, GiB"
   for name, nbytes in plan.bytes_per_chip.items():
-    yield f"  {name:<22}{nbytes / _GIB:>10.2f}"
-  yield f"  {'of':<22}{plan.hbm_bytes / _GIB:>10.2f}"
+    yield f"  {name:<22}{nbytes / GIB:>10.2f}"
+  yield f"  {'of':<22}{plan.hbm_bytes / GIB:>10.2f}"
   if not plan.fits:
     yield f"does not fit{f': {plan.advice}' if plan.advice else ''}"
     yield from _largest(plan)

@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,13 +75,6 @@ class Pod:
     files = [self.workers / name / "ll3m_run" / "pid" for name in ("0", "1")]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     return [int(file.read_text()) for file in files]
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
 
 
 def is_alive(group: int) -> bool:

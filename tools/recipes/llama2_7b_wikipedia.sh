@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Goes on training Llama 2 7B on Wikipedia, on a TPU v3-64 or any machine that `ll3m.plan` accepts.
 #
-#   BUCKET=gs://mine python tools/tpu_run.py --tpu=NAME --env=BUCKET=gs://mine \
+#   python tools/tpu_run.py --tpu=NAME --env=BUCKET=gs://mine \
 #     --script=tools/recipes/llama2_7b_wikipedia.sh
 #
 # BUCKET holds Llama-2-7b-ll3m (ll3m.convert's output) and data (docs/dataset.md), and gets the run.
