@@ -11,16 +11,21 @@ their own.
   --detach starts the script and returns; --status tells how it stands, --stop ends it.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from ll3m.core import flags
 
@@ -29,27 +34,34 @@ ROOT = Path(__file__).resolve().parents[1]
 # On a worker, below its home: the archive, `code`, and of the run `log`, `pid` and `exit`.
 _FOLDER = "ll3m_run"
 _SCRIPT = "tpu_run_script.sh"
+# What a worker that was stopped may still say, in seconds.
+_LAST_WORDS = 5
 _INSTALL = "make --silent .venv/installed-train .venv/installed-tpu"
 
 # What a worker runs; its own shell expands nothing else. The run is a session of its own, whose
 # process group is what --stop ends: it outlives a lost connection, and nothing else is ended.
+# Installing, which may take minutes, is a part of it.
 _START = """set -eu
 cd "$HOME/{folder}"
 rm -f pid exit
 : > log
-mkdir -p code
-find code -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {{}} +
-tar -xzf code.tgz -C code
-cd code
-{install}
-export PATH="$PWD/.venv/bin:$PATH" LL3M_WORKER={worker} LL3M_WORKERS={workers}
+export LL3M_WORKER={worker} LL3M_WORKERS={workers}
 {exports}
-setsid bash -c 'echo $$ > ../pid; bash "$0"; echo $? > ../exit' {script} \\
-  > ../log 2>&1 < /dev/null &
+setsid bash -c {run} > log 2>&1 < /dev/null &
+until [ -s pid ]; do sleep 0.1; done
 """
-_FOLLOW = """tail --quiet --lines=+1 --sleep-interval=0.2 --pid=$! --follow ../log
-cat ../exit > /dev/null 2>&1 || exit 143
-exit "$(cat ../exit)"
+_RUN = """echo $$ > pid
+(
+  mkdir -p code
+  find code -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {{}} +
+  tar -xzf code.tgz -C code && cd code && bash -ec {install} &&
+    PATH="$PWD/.venv/bin:$PATH" bash {script}
+)
+echo $? > exit
+"""
+_FOLLOW = """tail --quiet --lines=+1 --sleep-interval=0.2 --pid=$! --follow log
+cat exit > /dev/null 2>&1 || exit 143
+exit "$(cat exit)"
 """
 _BUSY = """cd "$HOME/{folder}" 2>/dev/null && [ -e pid ] || exit 0
 kill -0 -- "-$(cat pid)" 2>/dev/null && echo busy || true
@@ -64,7 +76,7 @@ _STOP = """cd "$HOME/{folder}" 2>/dev/null && [ -e pid ] || exit 0
 group="-$(cat pid)"
 for signal in TERM KILL; do
   kill -s "$signal" -- "$group" 2>/dev/null || exit 0
-  for second in {grace}; do kill -0 -- "$group" 2>/dev/null || exit 0; sleep 1; done
+  for second in $(seq {grace}); do kill -0 -- "$group" 2>/dev/null || exit 0; sleep 1; done
 done
 """
 
@@ -243,24 +255,39 @@ def run_all(tpu: Tpu, scripts: Sequence[str], options: RunOptions) -> int:
         changed.wait()
   except KeyboardInterrupt:
     print("stopping all workers", file=sys.stderr, flush=True)
-    stop(tpu, range(len(scripts)), options)
+    end(tpu, processes, options)
     return 130
   if failures and not options.detach:
-    stop(tpu, range(len(scripts)), options)
+    end(tpu, processes, options)
   for process in processes:
     process.wait()
   return failures[0] if failures else 0
 
 
+def end(tpu: Tpu, processes: Sequence[subprocess.Popen], options: RunOptions) -> None:
+  """Stops the runs that these processes have started, or are about to start."""
+  workers = range(len(processes))
+  stop(tpu, workers, options)
+  for process in processes:
+    # What was stopped says its last words. What had not reached its worker never will now.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(_LAST_WORDS)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGTERM)
+  stop(tpu, workers, options)  # what reached it in between
+
+
 def stop(tpu: Tpu, workers: Sequence[int], options: RunOptions) -> None:
-  """Ends the run on all workers at once: asks, and after the grace ends what is left of it."""
-  seconds = " ".join(map(str, range(options.grace)))
-  script = _STOP.format(folder=_FOLDER, grace=seconds)
-  threads = [threading.Thread(target=tpu.run, args=(worker, script)) for worker in workers]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  """Ends the run on all workers at once: asks, and after the grace ends what is left of it.
+
+  Raises:
+    ValueError: a worker could not be asked; the others were.
+  """
+  script = _STOP.format(folder=_FOLDER, grace=options.grace)
+  with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+    asked = [pool.submit(tpu.run, worker, script) for worker in workers]
+  for future in asked:
+    future.result()
 
 
 def _start_script(options: RunOptions, worker: int, workers: int) -> str:
@@ -268,18 +295,18 @@ def _start_script(options: RunOptions, worker: int, workers: int) -> str:
   for item in options.env:
     name, _, value = item.partition("=")
     exports.append(f"export {name}={shlex.quote(value)}")
+  run = _RUN.format(install=shlex.quote(options.install), script=_SCRIPT)
   start = _START.format(
     folder=_FOLDER,
-    install=options.install,
+    run=shlex.quote(run),
     worker=worker,
     workers=workers,
     exports="\n".join(exports),
-    script=_SCRIPT,
   )
   return start if options.detach else start + _FOLLOW
 
 
-def _show(worker: int, lines, file) -> None:
+def _show(worker: int, lines: Iterable[str], file: IO[str] | None) -> None:
   for line in lines:
     text = line.rstrip("\n")
     print(f"[worker {worker}] {text}", flush=True)

@@ -34,6 +34,8 @@ elif verb == "scp":
     shutil.copy(positional[0], os.path.join(home, positional[1].partition(":")[2]))
 elif verb == "ssh":
   for home in chosen:
+    if os.path.exists(os.path.join(home, "unreachable")):
+      sys.exit("ERROR: no route to the worker")
     environment = os.environ | {{"HOME": home}}
     done = subprocess.run(["sh", "-c", options["command"]], env=environment, cwd=home)
     if done.returncode:
@@ -137,6 +139,41 @@ def test_ctrl_c_stops_all_workers(pod, script):
   process.send_signal(signal.SIGINT)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 130, stderr
+  assert not any(map(is_alive, groups))
+
+
+def test_a_run_that_is_still_installing_is_busy_and_stops(pod, script):
+  text = script('echo trained > "$HOME/trained"')
+  process = pod.start(text, "--install=sleep 1000")
+  groups = pod.groups()
+  assert "[worker 1] running" in pod.run("--status")[1]
+  assert "still going on on worker 0, 1" in pod.run(text)[2]
+  process.send_signal(signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 130, stderr
+  assert not any(map(is_alive, groups))
+  assert not list(pod.workers.glob("*/trained"))
+
+
+def test_an_installation_that_fails_is_a_failure_of_its_worker(pod, script):
+  text = script('echo trained > "$HOME/trained"')
+  code, stdout, stderr = pod.run(text, "--install=echo no network; exit 7")
+  assert code == 7, stderr
+  assert "[worker 0] no network" in stdout
+  assert not list(pod.workers.glob("*/trained"))
+
+
+def test_a_worker_that_cannot_be_stopped_is_told(pod, script):
+  code, _, stderr = pod.run(script("sleep 1000"), "--detach")
+  assert code == 0, stderr
+  groups = pod.groups()
+  (pod.workers / "1" / "unreachable").touch()
+  code, _, stderr = pod.run("--stop")
+  assert code == 1
+  assert stderr == "error: worker 1 of pod: ERROR: no route to the worker\n"
+  assert [is_alive(group) for group in groups] == [False, True]
+  (pod.workers / "1" / "unreachable").unlink()
+  assert pod.run("--stop")[0] == 0
   assert not any(map(is_alive, groups))
 
 
