@@ -230,7 +230,8 @@ def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tm
 
 
 def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_command):
-  flags = [a.replace("--train_dataset", "--eval_dataset") for a in arguments[3:7]]
+  data = [flag for flag in arguments if flag.startswith("--train_dataset.")]
+  flags = [flag.replace("--train_dataset", "--eval_dataset") for flag in data]
   here = f"--checkpoint={finished.name}"  # a relative path, as people type it
   done = run_command("evaluate", here, *flags, "--eval_steps=2", "--json", cwd=finished.parent)
   assert done.returncode == 0, done.stderr

@@ -8,15 +8,16 @@ together when the work is done, and when it is not, process 0 is the last to go.
 """
 
 import contextlib
+import functools
 import json
-import os
 import socket
-import sys
 import threading
 import time
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from ll3m.core import stderr
 
 # What the others have to read why a process ends, and to end before process 0 does, in seconds.
 _LAST_WORD = 1.0
@@ -126,13 +127,8 @@ class Line:
       else:
         reason = message["error"]
     if not self._over:
-
-      def leave() -> typing.NoReturn:
-        # Another thread may hold sys.stderr: it waits in a collective, where no exception reaches.
-        os.write(sys.stderr.fileno(), f"error: {reason}\n".encode())
-        os._exit(1)
-
-      self.end({"error": reason}, leave)
+      # The main thread may wait in a collective, where no exception reaches it.
+      self.end({"error": reason}, functools.partial(stderr.leave, f"error: {reason}", 1))
 
 
 def meet(

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ll3m.core import flags
-from ll3m.data import quiet
+from ll3m.core import flags, stderr
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
@@ -233,7 +232,7 @@ def open_dataset(
     FileNotFoundError: for missing files.
   """
   config.check(data_dir=data_dir, split_default=split_default)
-  with quiet.tensorflow_import():
+  with stderr.tensorflow_import():
     if config.type == "huggingface" and config.huggingface_dataset.streaming:
       from ll3m.data.hf_stream import open_corpus
     else:

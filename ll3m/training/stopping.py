@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from ll3m.core import stderr
 
 # sysexits.h calls it EX_TEMPFAIL: nothing is wrong, the same command goes on where this one ended.
 EXIT_CODE = 75
@@ -80,5 +81,4 @@ class StopRequest:
       if number[0] == signal.SIGTERM:
         self._asked.set()
         if not self._deferred:
-          print("stopped by SIGTERM before the first step", file=sys.stderr, flush=True)
-          os._exit(EXIT_CODE)
+          stderr.leave("stopped by SIGTERM before the first step", EXIT_CODE)
