@@ -104,6 +104,10 @@ CASES = {
     JSON | {"train_dataset.seqio_dataset.split": "train"},
     "--train_dataset.seqio_dataset.split has no effect with --train_dataset.type=json",
   ),
+  "strict without rows": (
+    {"strict": "true"},
+    "--strict has no effect on datasets of type seqio",
+  ),
   "features beside files": (
     JSON | {"train_dataset.seqio_dataset.task_feature_field": "('targets',)"},
     "--train_dataset.seqio_dataset.task_feature_field has no effect with",

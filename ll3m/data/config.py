@@ -175,6 +175,27 @@ class DatasetConfig:
         text_shards(data_dir, source, split)
 
 
+@dataclasses.dataclass(frozen=True)
+class StrictConfig:
+  """The option of every command that reads examples."""
+
+  strict: bool = flags.option(
+    False,
+    "Stop at the first example that cannot be used, naming its file, line and what is wrong with "
+    "it, instead of leaving it out (type=json and type=huggingface).",
+  )
+
+
+def refuse_strict(*datasets: DatasetConfig) -> None:
+  """Refuses --strict where no dataset leaves examples out.
+
+  Raises:
+    ValueError: it was given.
+  """
+  if all(dataset.type == "seqio" for dataset in datasets):
+    flags.refuse("strict", "on datasets of type seqio")
+
+
 # Flags of a dataset that only some types read, and these types.
 _READ_BY = {
   "json_dataset": ("json",),

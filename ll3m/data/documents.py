@@ -1,6 +1,5 @@
 """Documents of one shard of a stream, read by tf.data, with a position that can be saved."""
 
-import collections
 import dataclasses
 import re
 from typing import override
@@ -17,7 +16,7 @@ from ll3m.data.packing import Document
 from ll3m.data.sources import IndexedSource, JsonLines
 from ll3m.data.text_processor import TextProcessor, parse_json
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Unusable, skip
+from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
 
 # Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
@@ -41,7 +40,7 @@ class SeqioCorpus(Corpus):
     repeat: bool,
     num_shards: int,
     num_examples: int | None,
-    skipped: collections.Counter[str],
+    skipped: Skipped,
   ):
     """Binds a provider to a run; nothing is read yet."""
     self._provider, self._context = provider, context
@@ -123,7 +122,7 @@ class SeqioDocuments(DocumentIterator):
 
 def _sentence(error: tf.errors.OpError) -> str:
   """Returns the first line of what TensorFlow says, without the operation it says it of."""
-  return re.sub(r"^{{.*?}} ", "", str(error.message).strip().splitlines()[0])
+  return re.sub(r"^({{.*?}} )?(ValueError: )?", "", str(error.message).strip().splitlines()[0])
 
 
 def open_corpus(
@@ -134,15 +133,17 @@ def open_corpus(
   seed: int,
   split_default: str,
   repeat: bool,
+  strict: bool,
 ) -> SeqioCorpus:
   """Finds what `config` names and binds it to the run.
 
   Raises:
-    ValueError: for an unknown mixture, split or feature, or a file without a usable line.
+    ValueError: for an unknown mixture, split or feature, a file without a usable line, or, if
+      `strict`, one with a line that is not.
   """
   options = config.seqio_dataset
   split = options.split or split_default
-  num_shards, num_examples, skipped = options.num_shards, None, collections.Counter()
+  num_shards, num_examples, skipped = options.num_shards, None, Skipped(strict=strict)
   if config.type == "seqio":
     provider = tasks.find(options.mixture_or_task_name, options.module)
     if split not in provider.splits:
@@ -152,8 +153,7 @@ def open_corpus(
   else:
     processor = TextProcessor(config.text_processor, tokenizer)
     if config.type == "json":
-      examples = JsonLines(config.json_dataset.path, processor)
-      skipped = examples.skipped
+      examples = JsonLines(config.json_dataset.path, processor, skipped)
     else:
       examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset, split_default))
     if not len(examples):
@@ -180,7 +180,7 @@ def _example_task(
   config: DatasetConfig,
   examples: JsonLines | HuggingFaceRows,
   processor: TextProcessor,
-  skipped: collections.Counter[str],
+  skipped: Skipped,
 ) -> seqio.Task:
   """Makes a seqio task of numbered JSON objects; it is not registered."""
 
@@ -190,7 +190,7 @@ def _example_task(
     try:
       return tuple(processor(parse_json(line)))
     except Unusable as error:  # counted here, left out where documents become rows
-      skip(skipped, path, error)
+      skipped.warn_and_add(path, str(error))
       return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
   def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:

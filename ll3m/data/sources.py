@@ -1,6 +1,5 @@
 """Where documents come from, as seqio sources that can be split into any number of shards."""
 
-import collections
 import functools
 import gzip
 import importlib.metadata
@@ -19,7 +18,7 @@ from etils import epath
 from ll3m.data import run_context
 from ll3m.data.config import SPLITS, list_files, text_shards
 from ll3m.data.text_processor import TextProcessor, parse_json
-from ll3m.data.unusable import Unusable, describe
+from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import map_graph, python_op
 
 # One in this many of the built-in documents is held out for validation.
@@ -164,39 +163,39 @@ def _is_held_out(name: str) -> bool:
 
 
 class JsonLines(Sequence[bytes]):
-  """The usable lines of JSON Lines files, by number; `skipped` counts the others by reason."""
+  """The usable lines of JSON Lines files, by number."""
 
-  def __init__(self, path: str, processor: TextProcessor):
+  def __init__(self, path: str, processor: TextProcessor, skipped: Skipped):
     """Scans the files once.
 
     Args:
       path: file or glob.
       processor: says which examples are usable.
+      skipped: counts the others.
 
     Raises:
-      ValueError: if no line is usable.
+      ValueError: if no line is usable, or one is not and none may be skipped.
     """
-    self.skipped: collections.Counter[str] = collections.Counter()
     self._buffers, found = [], []
     for number, file in enumerate(list_files(path, "json_dataset.path")):
       buffer = _open_bytes(file)
       self._buffers.append(buffer)
-      start = 0
+      start = line = 0
       while start < len(buffer):
         end = buffer.find(b"\n", start)
+        line += 1
         end = len(buffer) if end < 0 else end
         reason = _problem(buffer[start:end], processor)
         if reason is None:
           found.append((number, start, end))
         elif reason:
-          self.skipped[reason] += 1
+          skipped.add(f"{file}:{line}", reason)
         start = end + 1
     self._lines = np.array(found, np.int64).reshape(-1, 3)
-    skipped = describe(self.skipped)
     if not found:
-      raise ValueError(f"{path} has no usable line: {skipped or 'it is empty'}")
-    if skipped:
-      logging.warning("%s: %d usable lines, %s", path, len(found), skipped)
+      raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
+    if skipped.counts:
+      logging.warning("%s: %d usable lines, %s", path, len(found), skipped.describe())
 
   def __len__(self) -> int:
     return len(self._lines)

@@ -25,7 +25,7 @@ from ll3m.core.run import (
   restore_step,
 )
 from ll3m.data.batch import Batch
-from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, GinConfig, StrictConfig, TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelSource
@@ -41,7 +41,7 @@ LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(TrainModelOptions, GinConfig):
+class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   """Flags of the command itself."""
 
   load_checkpoint: str | None = flags.option(
@@ -263,6 +263,7 @@ def open_batches(run: Run) -> Any:
     seed=run.options.seed,
     split_default="train",
     repeat=True,
+    strict=run.options.strict,
   )
   if run.dataset_state:
     batches.set_state(run.dataset_state)
@@ -287,6 +288,7 @@ def open_held_out(run: Run) -> Any:
     seed=run.options.seed,
     split_default="validation",
     repeat=False,
+    strict=run.options.strict,
   )
 
 
