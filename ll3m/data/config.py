@@ -331,10 +331,12 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
       found[int(match[1]), int(match[2])] = os.fspath(path)
   counts = {count for _, count in found}
   expected = max(counts, default=32)
-  if len(counts) > 1 or len(found) != expected:
+  missing = [number for number in range(expected) if (number, expected) not in found]
+  if missing or len(found) != expected:
+    first = f", {missing[0]:05d} is missing" if found and missing else ""
     raise FileNotFoundError(
       f"expected {expected} shards {root / source}/{split}-00000-of-{expected:05d}.tfrecord ..., "
-      f"found {len(found)} (docs/dataset.md)"
+      f"found {len(found)}{first} (docs/dataset.md)"
     )
   return [found[key] for key in sorted(found)]
 

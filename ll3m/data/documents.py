@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import override
 
 import numpy as np
@@ -13,7 +14,7 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
-from ll3m.data.sources import IndexedSource, JsonLines
+from ll3m.data.sources import IndexedSource, JsonLines, TextShardSource, find_damaged
 from ll3m.data.text_processor import TextProcessor, parse_json
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.data.unusable import Skipped, Unusable
@@ -74,7 +75,18 @@ class SeqioCorpus(Corpus):
     # An autotuner sleeps longer and longer between its rounds, and closing the pipeline waits for
     # it to wake: at the end of a run for up to a minute.
     options.autotune.enabled = False
-    return SeqioDocuments(dataset.with_options(options), self.label)
+    return SeqioDocuments(dataset.with_options(options), self.label, self._files(shard))
+
+  def _files(self, shard: int) -> list[str]:
+    """The text shards that a shard of the stream reads."""
+    provider = self._provider
+    with run_context.use(self._context):
+      return [
+        file
+        for task in (provider.tasks if isinstance(provider, seqio.Mixture) else [provider])
+        if isinstance(task.source, TextShardSource)
+        for file in task.source.files(self._arguments["split"], shard, self.num_shards)
+      ]
 
   def _join(self, features: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Concatenates the chosen features; all but the last one carry no loss."""
@@ -88,15 +100,16 @@ class SeqioCorpus(Corpus):
 class SeqioDocuments(DocumentIterator):
   """What a tf.data pipeline of (tokens, loss) yields."""
 
-  def __init__(self, dataset: tf.data.Dataset, label: str):
+  def __init__(self, dataset: tf.data.Dataset, label: str, files: Sequence[str]):
     self._iterator = iter(dataset)
-    self._label = label
+    self._label, self._files = label, files
 
   def __next__(self) -> Document:
     try:
       tokens, loss = next(self._iterator)
     except tf.errors.OpError as error:
-      raise ValueError(f"reading {self._label} failed: {_sentence(error)}") from error
+      damaged = find_damaged(self._files) if self._files else None
+      raise ValueError(f"reading {damaged or self._label} failed: {_sentence(error)}") from error
     return Document(tokens.numpy(), loss.numpy())
 
   @override
@@ -120,9 +133,16 @@ class SeqioDocuments(DocumentIterator):
       ) from error
 
 
+# What TensorFlow puts around an error's own words: the operation, the iterator, the kind.
+_AROUND = re.compile(
+  r"^({{.*?}} )?(Error in user-defined function .*? with iterator: \S+: )?(ValueError: )?"
+  r"|(' failed with .*| \[Op:\w+\] name:.*)$"
+)
+
+
 def _sentence(error: tf.errors.OpError) -> str:
   """Returns the first line of what TensorFlow says, without the operation it says it of."""
-  return re.sub(r"^({{.*?}} )?(ValueError: )?", "", str(error.message).strip().splitlines()[0])
+  return _AROUND.sub("", str(error.message).strip().splitlines()[0])
 
 
 def open_corpus(

@@ -54,23 +54,47 @@ class TextShardSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_: Any,
   ) -> tf.data.Dataset:
-    files = self.list_shards(split)
     index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
-    by_file = len(files) >= count
-    dataset = tf.data.Dataset.from_tensor_slices(files[index::count] if by_file else files)
+    files = self.files(split, index, count)
+    by_file = len(self.list_shards(split)) >= count
+    dataset = tf.data.Dataset.from_tensor_slices(files)
     # Files are shuffled only where a file belongs to one shard: shards that divide the examples
     # of all files must see these in the same order.
     if by_file and shuffle:
       dataset = dataset.shuffle(len(files), seed=seed)
-    dataset = dataset.interleave(
-      lambda file: tf.data.TFRecordDataset(file, buffer_size=1 << 18),
-      cycle_length=4,
-      block_length=16,
-    )
+    dataset = dataset.interleave(_records, cycle_length=4, block_length=16)
     if not by_file:
       dataset = dataset.shard(count, index)
-    features = {"text": tf.io.FixedLenFeature([], tf.string)}
-    return map_graph(dataset, lambda record: tf.io.parse_single_example(record, features))
+    return map_graph(dataset, _parse_text)
+
+  def files(self, split: str, index: int, count: int) -> Sequence[str]:
+    """Returns the files that a shard reads, of `count` shards."""
+    files = self.list_shards(split)
+    return files[index::count] if len(files) >= count else files
+
+
+@tf.autograph.experimental.do_not_convert
+def _records(file: tf.Tensor | str) -> tf.data.Dataset:
+  return tf.data.TFRecordDataset(file, buffer_size=1 << 18)
+
+
+def _parse_text(record: tf.Tensor) -> dict[str, tf.Tensor]:
+  return tf.io.parse_single_example(record, {"text": tf.io.FixedLenFeature([], tf.string)})
+
+
+def find_damaged(files: Sequence[str]) -> str | None:
+  """Returns the first file of `id`, `text` that cannot be read to its end; reads them to find it.
+
+  TensorFlow says where in a file the damage is, but not in which.
+  """
+  logging.warning("reading failed: looking through %d files for the damaged one", len(files))
+  count = tf.autograph.experimental.do_not_convert(lambda number, _: number + 1)
+  for file in files:
+    try:
+      map_graph(_records(file), _parse_text).reduce(np.int64(0), count)
+    except tf.errors.OpError:
+      return file
+  return None
 
 
 class IndexedSource(seqio.DataSource):

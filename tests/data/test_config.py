@@ -72,7 +72,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
   (tmp_path / "wiki").mkdir()
   for i in (0, 2):
     (tmp_path / "wiki" / f"train-{i:05d}-of-00003.tfrecord").touch()
-  with pytest.raises(FileNotFoundError, match="expected 3 shards .*found 2"):
+  with pytest.raises(FileNotFoundError, match="expected 3 shards .*found 2, 00001 is missing"):
     wiki.check(data_dir=None)
   (tmp_path / "wiki" / "train-00001-of-00003.tfrecord").touch()
   wiki.check(data_dir=None)
