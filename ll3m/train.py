@@ -22,6 +22,8 @@ from ll3m.data import gin_settings
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
+from ll3m.planning.remedies import advising
+from ll3m.planning.training import job_of
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
@@ -86,6 +88,7 @@ def run_to_the_end() -> bool:
     RunCheckpoints(
       run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
     ) as checkpoints,
+    advising(job_of(run), plan),
   ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
     # Before compiling, which takes minutes for a large model: what is wrong here is told at once.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ll3m.core import flags
 from ll3m.data import quiet
-from ll3m.data.config import SPLITS, list_files
+from ll3m.data.files import SPLITS, list_files
 from ll3m.data.text_processor import parse_json
 from ll3m.data.unusable import Skipped, Unusable, require_unicode
 

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from ll3m.data import run_context
-from ll3m.data.config import SPLITS, list_files, text_shards
+from ll3m.data.files import SPLITS, list_files, text_shards
 from ll3m.data.text_processor import TextProcessor, parse_json
 from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import map_graph, python_op

@@ -234,6 +234,9 @@ def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> Tra
   else:
     dtype = jax.tree.leaves(plan.params)[0].dtype
     params = run.source.load_params(dtype=dtype, shardings=plan.param_shardings)
+  # If there was no memory for them, jax says so here; on CPUs, who asks for a result of `start`
+  # that does not need them would wait for ever.
+  jax.block_until_ready(params)
   return plan.start(params, jax.random.key_data(jax.random.key(seed)))
 
 

@@ -103,14 +103,6 @@ def test_numbers_that_make_no_sense(options):
     dataclasses.replace(SeqioDatasetConfig(), **options)
 
 
-def test_files_of_a_glob_over_folders(tmp_path):
-  for name in ("a/x.jsonl", "b/y.jsonl", "b/z.txt"):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-  found = config.list_files(f"{tmp_path}/*/*.jsonl", "json_dataset.path")
-  assert found == [f"{tmp_path}/a/x.jsonl", f"{tmp_path}/b/y.jsonl"]
-
-
 def test_options_and_tokenizers_load_without_tensorflow():
   program = (
     "import sys; import ll3m.data.config, ll3m.data.tokenizer_backends, ll3m.data.chat, "
