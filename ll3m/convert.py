@@ -5,6 +5,8 @@ python -m ll3m.convert --checkpoint_dir=DIR --output_dir=DIR [--model=PRESET] [-
 
 import dataclasses
 
+from etils import epath
+
 from ll3m.core import flags
 from ll3m.core.dtypes import DTYPES, STORED
 
@@ -51,6 +53,8 @@ def main() -> None:
   """Opens and checks the model, converts it, and says what was done."""
   config = flags.read("", ConvertConfig)
 
+  from ll3m.core.checkpoint import TOKENIZER
+  from ll3m.data.tokenizer import find_fault
   from ll3m.hf.conversion import convert_model
   from ll3m.hf.model_files import open_model
 
@@ -64,6 +68,8 @@ def main() -> None:
     print("\n".join(f"  {name}" for name in model.ignored))
   if not model.tokenizer_files:
     print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer.path has to name one later")
+  elif fault := find_fault(epath.Path(output) / TOKENIZER, model.config.vocab_size):
+    print(f"{fault}; --tokenizer.path has to name another tokenizer later")
   print(
     f"converted a {model.family.name} model of {done.parameters:,} parameters "
     f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"

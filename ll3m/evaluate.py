@@ -9,9 +9,15 @@ from tqdm import tqdm
 from ll3m.core import flags, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.data import gin_settings
-from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig, refuse_unread
+from ll3m.data.config import (
+  DatasetConfig,
+  GinConfig,
+  StrictConfig,
+  TokenizerConfig,
+  refuse_strict,
+  refuse_unread,
+)
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.data.unusable import describe
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
@@ -21,7 +27,7 @@ from ll3m.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(ModelOptions, GinConfig):
+class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
   """Flags of the command itself."""
 
   checkpoint: str | None = flags.option(
@@ -50,6 +56,7 @@ def main() -> None:
   flags.require(options.checkpoint, "checkpoint")
   dataset = flags.read("eval_dataset", DatasetConfig)
   refuse_unread(dataset, "eval_dataset")
+  refuse_strict(dataset)
   dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
@@ -72,6 +79,7 @@ def main() -> None:
     seed=options.seed,
     split_default="validation",
     repeat=False,
+    strict=options.strict,
   )
   model = build_model(config, mesh, dtype=options.dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -90,7 +98,7 @@ def main() -> None:
       skipped=batches.skipped,
       on_batch=bar.update,
     )
-  if skipped := describe(batches.skipped):
+  if skipped := batches.skipped.describe():
     say(skipped)
   if options.json:
     print(json.dumps(record))

@@ -37,6 +37,7 @@ def main() -> None:
   config = flags.read("", ExportConfig)
 
   from ll3m.core.checkpoint import open_checkpoint
+  from ll3m.data.tokenizer import find_fault
   from ll3m.hf.exporting import export_model, parse_size
 
   if config.checkpoint.startswith("hf::"):
@@ -53,6 +54,8 @@ def main() -> None:
   )
   if checkpoint.tokenizer_dir is None:
     print(f"{config.checkpoint} holds no tokenizer; none was exported")
+  elif fault := find_fault(checkpoint.tokenizer_dir, checkpoint.config.vocab_size):
+    print(f"the tokenizer was exported as it is: {fault}")
   print(
     f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "
     f"tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {config.output_dir}"

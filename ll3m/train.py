@@ -19,10 +19,11 @@ from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_chec
 from ll3m.core.claim import claim
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.data import gin_settings
-from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_unread
+from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.data.unusable import describe
 from ll3m.hf.sources import open_source
+from ll3m.planning.remedies import advising
+from ll3m.planning.training import job_of
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
@@ -87,6 +88,7 @@ def run_to_the_end() -> bool:
     RunCheckpoints(
       run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
     ) as checkpoints,
+    advising(job_of(run), plan),
   ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
     # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
@@ -108,7 +110,7 @@ def run_to_the_end() -> bool:
     ) as logger:
       finished = train(run, state, batches, train_step, held_out, checkpoints, logger, stop)
   for name, stream in (("train", batches), ("eval", held_out_batches)):
-    if stream is not None and (skipped := describe(stream.skipped)):
+    if stream is not None and (skipped := stream.skipped.describe()):
       say(f"{name}_dataset: {skipped}")
   return finished
 
@@ -220,6 +222,7 @@ def read_run() -> Run:
   train_dataset = flags.read("train_dataset", DatasetConfig)
   refuse_unread(train_dataset, "train_dataset")
   eval_dataset = read_eval_dataset(options)
+  refuse_strict(train_dataset, eval_dataset)
   kind, _, path = (options.load_checkpoint or "").partition("::")
   mesh = sharding.make_mesh(options.mesh_dim)
   sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)

@@ -208,9 +208,18 @@ def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tm
       *changes,
     )
 
+  bad = f"{tmp_path / 'lines.jsonl'}:10: no field 'text'"
+  held_out = ("--eval_dataset.type=json", f"--eval_dataset.json_dataset.path={bad.split(':')[0]}")
+  for done in (
+    train("--total_steps=1", "--strict"),
+    run_command("evaluate", f"--checkpoint={source}", *held_out, "--strict",
+                "--eval_dataset.seqio_dataset.task_feature_lengths=(32,)"),
+  ):  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {bad} (--strict)"
   done = train("--total_steps=1")
   assert done.returncode == 0, done.stderr
-  assert "train_dataset: skipped 1: no field 'text' (1)" in done.stderr.splitlines()
+  assert f"train_dataset: skipped 1: no field 'text' (1); the first: {bad}" in done.stderr
   shutil.rmtree(tmp_path / "source")
   done = train("--total_steps=2")
   assert done.returncode == 0, done.stderr

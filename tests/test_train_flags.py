@@ -67,6 +67,7 @@ CASES = {
   ),
   "no output": ({"logger.output_dir": ""}, "--logger.output_dir must be given"),
   "tokenizer": ({"tokenizer.path": "/nowhere"}, "no tokenizer at '/nowhere'"),
+  "no tokenizer": ({"tokenizer.path": None}, "a tokenizer is needed and no checkpoint brings one"),
   "vocabulary": (
     {"update_model_config": "vocab_size=100"},
     "larger than the embedding: 258 ids, 100 rows",
@@ -103,6 +104,10 @@ CASES = {
   "a split beside files": (
     JSON | {"train_dataset.seqio_dataset.split": "train"},
     "--train_dataset.seqio_dataset.split has no effect with --train_dataset.type=json",
+  ),
+  "strict without rows": (
+    {"strict": "true"},
+    "--strict has no effect on datasets of type seqio",
   ),
   "features beside files": (
     JSON | {"train_dataset.seqio_dataset.task_feature_field": "('targets',)"},

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ll3m.core import flags
 from ll3m.data import quiet
-from ll3m.data.config import SPLITS, list_files
+from ll3m.data.files import SPLITS, list_files
 from ll3m.data.text_processor import parse_json
-from ll3m.data.unusable import Unusable, describe, require_unicode
+from ll3m.data.unusable import Skipped, Unusable, require_unicode
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _PLAIN = (".txt", ".text", ".md", ".rst")
@@ -51,6 +51,9 @@ class PrepareConfig:
     "file", "What a document of a plain text file is.", choices=("file", "paragraph", "line")
   )
   workers: int = flags.option(os.cpu_count() or 1, "Processes that parse.")
+  strict: bool = flags.option(
+    False, "Stop at the first document that cannot be used instead of skipping it."
+  )
 
   def __post_init__(self):
     for name in ("num_shards", "workers"):
@@ -65,7 +68,7 @@ class PrepareConfig:
 class Block(NamedTuple):
   """A piece of a file that ends where a line does."""
 
-  name: str
+  file: str
   kind: str  # "json", or what a document of plain text is
   first_line: int
   data: bytes
@@ -75,7 +78,7 @@ class Parsed(NamedTuple):
   """What a worker made of a block."""
 
   documents: list[tuple[str, str]]  # id, text
-  skipped: collections.Counter[str]
+  skipped: list[tuple[str, str]]  # place, reason
 
 
 flags.define("", PrepareConfig)
@@ -95,19 +98,19 @@ def main() -> None:
       raise ValueError(f"{target} already holds shards of {split}: choose another --output_dir")
   counts, skipped = write(config, kinds, target, splits)
   print(", ".join(f"{split}: {counts[split]:,} documents" for split in splits))
-  print(describe(skipped) or "skipped none")
+  print(skipped.describe() or "skipped none")
 
 
 def write(
   config: PrepareConfig, kinds: dict[str, str], target: epath.Path, splits: tuple[str, ...]
-) -> tuple[dict[str, int], collections.Counter[str]]:
+) -> tuple[dict[str, int], Skipped]:
   """Writes all shards; they get their names only when all are complete.
 
   Returns:
-    How many documents each split got, and how many were skipped for which reason.
+    How many documents each split got, and what was skipped.
 
   Raises:
-    ValueError: if a split would be empty.
+    ValueError: if a split would be empty, or a document is unusable and none may be skipped.
   """
   with quiet.tensorflow_import():
     import tensorflow as tf
@@ -128,33 +131,36 @@ def write(
   }
   # Every so many documents, one is held out.
   stride = round(1 / config.validation_fraction) if config.validation_fraction else None
-  counts, skipped = dict.fromkeys(splits, 0), collections.Counter()
-  with contextlib.ExitStack() as stack:
-    writers = {
-      split: [
-        stack.enter_context(tf.io.TFRecordWriter(os.fspath(target / f"{name}.part")))
-        for name in names[split]
-      ]
-      for split in splits
-    }
-    for parsed in parse_all(config, kinds):
-      skipped.update(parsed.skipped)
-      for identity, text in parsed.documents:
-        number = sum(counts.values())
-        held_out = stride is not None and number % stride == stride - 1
-        split = splits[held_out]
-        writers[split][counts[split] % config.num_shards].write(example(identity, text))
-        counts[split] += 1
-  parts = [target / name for split in splits for name in names[split]]
-  if empty := [split for split in splits if not counts[split]]:
-    for part in parts:
-      (part.parent / f"{part.name}.part").unlink()
-    raise ValueError(
-      f"no document for the {empty[0]} split: {sum(counts.values())} in all, "
-      f"{describe(skipped) or 'skipped none'}, --validation_fraction={config.validation_fraction}"
-    )
-  for part in parts:
-    (part.parent / f"{part.name}.part").rename(part)
+  counts, skipped = dict.fromkeys(splits, 0), Skipped(strict=config.strict)
+  parts = {split: [target / f"{name}.part" for name in names[split]] for split in splits}
+  try:
+    with contextlib.ExitStack() as stack:
+      writers = {
+        split: [stack.enter_context(tf.io.TFRecordWriter(os.fspath(part))) for part in parts[split]]
+        for split in splits
+      }
+      for parsed in parse_all(config, kinds):
+        for place, reason in parsed.skipped:
+          skipped.add(place, reason)
+        for identity, text in parsed.documents:
+          number = sum(counts.values())
+          held_out = stride is not None and number % stride == stride - 1
+          split = splits[held_out]
+          writers[split][counts[split] % config.num_shards].write(example(identity, text))
+          counts[split] += 1
+    if empty := [split for split in splits if not counts[split]]:
+      raise ValueError(
+        f"no document for the {empty[0]} split: {sum(counts.values())} in all, "
+        f"{skipped.describe() or 'skipped none'}, "
+        f"--validation_fraction={config.validation_fraction}"
+      )
+  except BaseException:
+    for part in itertools.chain(*parts.values()):
+      part.unlink(missing_ok=True)
+    raise
+  for split in splits:
+    for part, name in zip(parts[split], names[split], strict=True):
+      part.rename(target / name)
   return counts, skipped
 
 
@@ -182,7 +188,7 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
   Raises:
     ValueError: if a compressed file is damaged.
   """
-  name, line, rest = os.path.basename(file), 1, b""
+  line, rest = 1, b""
   by_line = kind in ("json", "line")
   with epath.Path(file).open("rb") as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
@@ -195,7 +201,7 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
       bar.update(raw.tell() - start)
       whole, end, rest = (rest + data).rpartition(b"\n") if by_line and data else (rest, data, b"")
       if whole or end:
-        yield Block(name, kind, line, whole + end)
+        yield Block(file, kind, line, whole + end)
         line += whole.count(b"\n") + 1
       if not data:
         return
@@ -203,10 +209,10 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
 
 def parse(block: Block, text_field: str, id_field: str) -> Parsed:
   """Turns a block into documents; runs in a worker."""
-  documents, skipped = [], collections.Counter()
+  documents, skipped = [], []
   for line, piece in _pieces(block):
     try:
-      identity, text = f"{block.name}:{line}", None
+      identity, text = f"{os.path.basename(block.file)}:{line}", None
       if block.kind == "json":
         found = parse_json(piece)
         if text_field not in found:
@@ -222,7 +228,7 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
       require_unicode(identity + text)
       documents.append((identity, text))
     except Unusable as reason:
-      skipped[str(reason)] += 1
+      skipped.append((f"{block.file}:{line}", str(reason)))
   return Parsed(documents, skipped)
 
 

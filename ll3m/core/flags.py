@@ -28,7 +28,14 @@ _REPEATED = "repeated"
 _COMMAND = {"module_name": sys.argv[0]}
 
 # Errors whose message is all that the person who typed needs.
-_EXPLAINED = (ValueError, NotImplementedError, OSError, FloatingPointError, absl_flags.Error)
+_EXPLAINED = (
+  ValueError,
+  NotImplementedError,
+  OSError,
+  FloatingPointError,
+  MemoryError,
+  absl_flags.Error,
+)
 
 _DEBUG = absl_flags.DEFINE_bool("debug", False, "Show the full traceback of an error.", **_COMMAND)
 

@@ -22,7 +22,6 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.packing import Packer, Row, make_row
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import describe
 
 # A stream that repeats and yields this many unusable documents in a row has no usable one.
 _PATIENCE = 10_000
@@ -53,7 +52,7 @@ class _Shard:
         self._packer.add(document)
       idle = 0 if document is not None and len(document.tokens) else idle + 1
       if self._repeat and (self.exhausted or idle > _PATIENCE):
-        why = describe(self._corpus.skipped)
+        why = self._corpus.skipped.describe()
         raise ValueError(
           f"{self._corpus.label}: a shard has no usable document; "
           + (why or "lower seqio_dataset.num_shards, or give more data")
@@ -78,7 +77,7 @@ class BatchIterator:
   a batch earlier or later: one that must keep step goes on with `padding()`.
 
   Attributes:
-    skipped: how many examples were unusable so far, by reason.
+    skipped: the examples that were unusable so far.
     num_shards: S.
   """
 
@@ -215,6 +214,7 @@ def open_dataset(
   seed: int = 0,
   split_default: str = "train",
   repeat: bool = True,
+  strict: bool = False,
 ) -> BatchIterator:
   """Opens a dataset as a stream of batches.
 
@@ -226,6 +226,7 @@ def open_dataset(
     seed: of shuffling and mixing.
     split_default: the split where the config leaves it open.
     repeat: start anew at the end, for ever.
+    strict: an example of a json or huggingface dataset that cannot be used is an error.
 
   Raises:
     ValueError: for options that do not fit, before anything is read.
@@ -238,7 +239,13 @@ def open_dataset(
     else:
       from ll3m.data.documents import open_corpus
   corpus = open_corpus(
-    config, tokenizer, data_dir=data_dir, seed=seed, split_default=split_default, repeat=repeat
+    config,
+    tokenizer,
+    data_dir=data_dir,
+    seed=seed,
+    split_default=split_default,
+    repeat=repeat,
+    strict=strict,
   )
   options = config.seqio_dataset
   definition = {k: v for k, v in flags.to_dict(config).items() if k not in _MAY_CHANGE} | {

@@ -4,17 +4,14 @@ No TensorFlow here: commands validate a run with these before anything slow is i
 """
 
 import dataclasses
-import os
 import re
 
 from ll3m.core import flags
 from ll3m.core.config import did_you_mean
 from ll3m.data import mixtures
+from ll3m.data.files import SPLITS, list_files, text_shards
 
 TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
-# Values for `split` that text shards and the built-in tasks have.
-SPLITS = ("train", "validation")
-
 
 _MOST_LISTED = 2**20  # rows and shards are lists in memory
 
@@ -175,6 +172,27 @@ class DatasetConfig:
         text_shards(data_dir, source, split)
 
 
+@dataclasses.dataclass(frozen=True)
+class StrictConfig:
+  """The option of every command that reads examples."""
+
+  strict: bool = flags.option(
+    False,
+    "Stop at the first example that cannot be used, naming its file, line and what is wrong with "
+    "it, instead of leaving it out (type=json and type=huggingface).",
+  )
+
+
+def refuse_strict(*datasets: DatasetConfig) -> None:
+  """Refuses --strict where no dataset leaves examples out.
+
+  Raises:
+    ValueError: it was given.
+  """
+  if all(dataset.type == "seqio" for dataset in datasets):
+    flags.refuse("strict", "on datasets of type seqio")
+
+
 # Flags of a dataset that only some types read, and these types.
 _READ_BY = {
   "json_dataset": ("json",),
@@ -279,67 +297,3 @@ def parse_fields(spec: str) -> tuple[TextField, ...]:
   if fields and not any(field.loss for field in fields):
     raise ValueError(f"text_processor.fields has no field to learn from outside brackets: {spec!r}")
   return tuple(fields)
-
-
-def default_data_dir() -> str:
-  """Returns $LL3M_DATA_DIR, or ./data."""
-  return os.environ.get("LL3M_DATA_DIR") or "data"
-
-
-def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
-  """Lists the TFRecord shards of a source, all of them, in order.
-
-  Args:
-    data_dir: local or gs:// folder; None for `default_data_dir()`.
-    source: a sub-folder, e.g. "wiki".
-    split: "train" or "validation".
-
-  Raises:
-    FileNotFoundError: if the folder or any shard of the set is missing.
-  """
-  from etils import epath
-
-  root = epath.Path(data_dir or default_data_dir())
-  if not root.exists():
-    raise FileNotFoundError(
-      f"data_dir {root} does not exist: give --data_dir or LL3M_DATA_DIR (docs/dataset.md)"
-    )
-  found = {}
-  for path in (root / source).glob(f"{split}-*-of-*.tfrecord"):
-    if match := re.fullmatch(rf"{split}-(\d+)-of-(\d+)\.tfrecord", path.name):
-      found[int(match[1]), int(match[2])] = os.fspath(path)
-  counts = {count for _, count in found}
-  expected = max(counts, default=32)
-  if len(counts) > 1 or len(found) != expected:
-    raise FileNotFoundError(
-      f"expected {expected} shards {root / source}/{split}-00000-of-{expected:05d}.tfrecord ..., "
-      f"found {len(found)} (docs/dataset.md)"
-    )
-  return [found[key] for key in sorted(found)]
-
-
-def list_files(path: str, flag: str) -> list[str]:
-  """Lists the files of a path or glob, sorted.
-
-  Args:
-    path: local or gs://.
-    flag: which option gave it, for the message.
-
-  Raises:
-    FileNotFoundError: if there are none.
-  """
-  from etils import epath
-
-  if any(character in path for character in "*?["):
-    folder, _, pattern = path.rpartition("/")
-    wild = next((i for i, part in enumerate(folder.split("/")) if re.search(r"[*?\[]", part)), None)
-    if wild is not None:  # epath globs below a folder without wildcards
-      parts = folder.split("/")
-      folder, pattern = "/".join(parts[:wild]), "/".join([*parts[wild:], pattern])
-    base = epath.Path(folder or ("/" if path.startswith("/") else "."))
-    files = sorted(os.fspath(file) for file in base.glob(pattern) if not file.is_dir())
-  else:
-    files = [path] if epath.Path(path).exists() and not epath.Path(path).is_dir() else []
-  if not files:
-    raise FileNotFoundError(f"{flag}: no file matches {path!r}")
-  return files

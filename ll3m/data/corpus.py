@@ -1,9 +1,9 @@
 """What a stream reads from: documents in shards, each with a position that can be saved."""
 
 import abc
-import collections
 
 from ll3m.data.packing import Document
+from ll3m.data.unusable import Skipped
 
 
 class DocumentIterator(abc.ABC):
@@ -36,13 +36,13 @@ class Corpus(abc.ABC):
     label: what to call it in messages.
     num_shards: how many shards it is read in; fewer than asked for when there are fewer examples.
     num_examples: how many there are, where that is known.
-    skipped: how many examples were unusable so far, by reason.
+    skipped: the examples that were unusable so far.
   """
 
   label: str
   num_shards: int
   num_examples: int | None
-  skipped: collections.Counter[str]
+  skipped: Skipped
 
   @abc.abstractmethod
   def open_shard(self, shard: int) -> DocumentIterator:

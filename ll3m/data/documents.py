@@ -1,8 +1,8 @@
 """Documents of one shard of a stream, read by tf.data, with a position that can be saved."""
 
-import collections
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import override
 
 import numpy as np
@@ -14,10 +14,10 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
-from ll3m.data.sources import IndexedSource, JsonLines
+from ll3m.data.sources import IndexedSource, JsonLines, TextShardSource, find_damaged
 from ll3m.data.text_processor import TextProcessor, parse_json
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Unusable, skip
+from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
 
 # Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
@@ -41,7 +41,7 @@ class SeqioCorpus(Corpus):
     repeat: bool,
     num_shards: int,
     num_examples: int | None,
-    skipped: collections.Counter[str],
+    skipped: Skipped,
   ):
     """Binds a provider to a run; nothing is read yet."""
     self._provider, self._context = provider, context
@@ -75,7 +75,18 @@ class SeqioCorpus(Corpus):
     # An autotuner sleeps longer and longer between its rounds, and closing the pipeline waits for
     # it to wake: at the end of a run for up to a minute.
     options.autotune.enabled = False
-    return SeqioDocuments(dataset.with_options(options), self.label)
+    return SeqioDocuments(dataset.with_options(options), self.label, self._files(shard))
+
+  def _files(self, shard: int) -> list[str]:
+    """The text shards that a shard of the stream reads."""
+    provider = self._provider
+    with run_context.use(self._context):
+      return [
+        file
+        for task in (provider.tasks if isinstance(provider, seqio.Mixture) else [provider])
+        if isinstance(task.source, TextShardSource)
+        for file in task.source.files(self._arguments["split"], shard, self.num_shards)
+      ]
 
   def _join(self, features: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     """Concatenates the chosen features; all but the last one carry no loss."""
@@ -89,15 +100,16 @@ class SeqioCorpus(Corpus):
 class SeqioDocuments(DocumentIterator):
   """What a tf.data pipeline of (tokens, loss) yields."""
 
-  def __init__(self, dataset: tf.data.Dataset, label: str):
+  def __init__(self, dataset: tf.data.Dataset, label: str, files: Sequence[str]):
     self._iterator = iter(dataset)
-    self._label = label
+    self._label, self._files = label, files
 
   def __next__(self) -> Document:
     try:
       tokens, loss = next(self._iterator)
     except tf.errors.OpError as error:
-      raise ValueError(f"reading {self._label} failed: {_sentence(error)}") from error
+      damaged = find_damaged(self._files) if self._files else None
+      raise ValueError(f"reading {damaged or self._label} failed: {_sentence(error)}") from error
     return Document(tokens.numpy(), loss.numpy())
 
   @override
@@ -121,9 +133,16 @@ class SeqioDocuments(DocumentIterator):
       ) from error
 
 
+# What TensorFlow puts around an error's own words: the operation, the iterator, the kind.
+_AROUND = re.compile(
+  r"^({{.*?}} )?(Error in user-defined function .*? with iterator: \S+: )?(ValueError: )?"
+  r"|(' failed with .*| \[Op:\w+\] name:.*)$"
+)
+
+
 def _sentence(error: tf.errors.OpError) -> str:
   """Returns the first line of what TensorFlow says, without the operation it says it of."""
-  return re.sub(r"^{{.*?}} ", "", str(error.message).strip().splitlines()[0])
+  return _AROUND.sub("", str(error.message).strip().splitlines()[0])
 
 
 def open_corpus(
@@ -134,15 +153,17 @@ def open_corpus(
   seed: int,
   split_default: str,
   repeat: bool,
+  strict: bool,
 ) -> SeqioCorpus:
   """Finds what `config` names and binds it to the run.
 
   Raises:
-    ValueError: for an unknown mixture, split or feature, or a file without a usable line.
+    ValueError: for an unknown mixture, split or feature, a file without a usable line, or, if
+      `strict`, one with a line that is not.
   """
   options = config.seqio_dataset
   split = options.split or split_default
-  num_shards, num_examples, skipped = options.num_shards, None, collections.Counter()
+  num_shards, num_examples, skipped = options.num_shards, None, Skipped(strict=strict)
   if config.type == "seqio":
     provider = tasks.find(options.mixture_or_task_name, options.module)
     if split not in provider.splits:
@@ -152,8 +173,7 @@ def open_corpus(
   else:
     processor = TextProcessor(config.text_processor, tokenizer)
     if config.type == "json":
-      examples = JsonLines(config.json_dataset.path, processor)
-      skipped = examples.skipped
+      examples = JsonLines(config.json_dataset.path, processor, skipped)
     else:
       examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset, split_default))
     if not len(examples):
@@ -180,7 +200,7 @@ def _example_task(
   config: DatasetConfig,
   examples: JsonLines | HuggingFaceRows,
   processor: TextProcessor,
-  skipped: collections.Counter[str],
+  skipped: Skipped,
 ) -> seqio.Task:
   """Makes a seqio task of numbered JSON objects; it is not registered."""
 
@@ -190,7 +210,7 @@ def _example_task(
     try:
       return tuple(processor(parse_json(line)))
     except Unusable as error:  # counted here, left out where documents become rows
-      skip(skipped, path, error)
+      skipped.warn_and_add(path, str(error))
       return np.zeros(0, np.int32), np.zeros(0, np.int32)
 
   def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:

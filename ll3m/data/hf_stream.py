@@ -4,8 +4,6 @@ Python generators cannot be part of a tf.data pipeline whose position is saved, 
 `datasets`' own state beside; rows, shards and batches are made as for every other dataset.
 """
 
-import collections
-import functools
 import json
 from collections.abc import Callable
 from typing import Any, override
@@ -19,7 +17,7 @@ from ll3m.data.huggingface import load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Unusable, skip
+from ll3m.data.unusable import Skipped, Unusable
 
 # Documents that wait in a shard while a random one of them is taken; they are saved.
 _SHUFFLE_BUFFER = 128
@@ -37,19 +35,20 @@ class StreamingCorpus(Corpus):
     num_shards: int,
     shuffle_seed: int | None,
     repeat: bool,
+    skipped: Skipped,
   ):
     """Wraps a `datasets.IterableDataset`; nothing is read yet."""
     self._rows, self._processor = rows, processor
     self._shuffle_seed, self._repeat = shuffle_seed, repeat
     self.label, self.num_shards, self.num_examples = label, num_shards, None
-    self.skipped: collections.Counter[str] = collections.Counter()
+    self.skipped = skipped
 
   @override
   def open_shard(self, shard: int) -> "StreamedDocuments":
     return StreamedDocuments(
       lambda: split_dataset_by_node(self._rows, rank=shard, world_size=self.num_shards),
       self._processor,
-      functools.partial(skip, self.skipped, self.label),
+      lambda reason: self.skipped.warn_and_add(self.label, str(reason)),
       seed=None if self._shuffle_seed is None else [self._shuffle_seed, shard],
       repeat=self._repeat,
     )
@@ -140,6 +139,7 @@ def open_corpus(
   seed: int,
   split_default: str,
   repeat: bool,
+  strict: bool,
 ) -> StreamingCorpus:
   """Opens the dataset that `config` names.
 
@@ -155,4 +155,5 @@ def open_corpus(
     num_shards=options.num_shards,
     shuffle_seed=seed if shuffle else None,
     repeat=repeat,
+    skipped=Skipped(strict=strict),
   )

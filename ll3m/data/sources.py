@@ -1,6 +1,5 @@
 """Where documents come from, as seqio sources that can be split into any number of shards."""
 
-import collections
 import functools
 import gzip
 import importlib.metadata
@@ -17,9 +16,9 @@ from absl import logging
 from etils import epath
 
 from ll3m.data import run_context
-from ll3m.data.config import SPLITS, list_files, text_shards
+from ll3m.data.files import SPLITS, list_files, text_shards
 from ll3m.data.text_processor import TextProcessor, parse_json
-from ll3m.data.unusable import Unusable, describe
+from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import map_graph, python_op
 
 # One in this many of the built-in documents is held out for validation.
@@ -55,23 +54,47 @@ class TextShardSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **_: Any,
   ) -> tf.data.Dataset:
-    files = self.list_shards(split)
     index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
-    by_file = len(files) >= count
-    dataset = tf.data.Dataset.from_tensor_slices(files[index::count] if by_file else files)
+    files = self.files(split, index, count)
+    by_file = len(self.list_shards(split)) >= count
+    dataset = tf.data.Dataset.from_tensor_slices(files)
     # Files are shuffled only where a file belongs to one shard: shards that divide the examples
     # of all files must see these in the same order.
     if by_file and shuffle:
       dataset = dataset.shuffle(len(files), seed=seed)
-    dataset = dataset.interleave(
-      lambda file: tf.data.TFRecordDataset(file, buffer_size=1 << 18),
-      cycle_length=4,
-      block_length=16,
-    )
+    dataset = dataset.interleave(_records, cycle_length=4, block_length=16)
     if not by_file:
       dataset = dataset.shard(count, index)
-    features = {"text": tf.io.FixedLenFeature([], tf.string)}
-    return map_graph(dataset, lambda record: tf.io.parse_single_example(record, features))
+    return map_graph(dataset, _parse_text)
+
+  def files(self, split: str, index: int, count: int) -> Sequence[str]:
+    """Returns the files that a shard reads, of `count` shards."""
+    files = self.list_shards(split)
+    return files[index::count] if len(files) >= count else files
+
+
+@tf.autograph.experimental.do_not_convert
+def _records(file: tf.Tensor | str) -> tf.data.Dataset:
+  return tf.data.TFRecordDataset(file, buffer_size=1 << 18)
+
+
+def _parse_text(record: tf.Tensor) -> dict[str, tf.Tensor]:
+  return tf.io.parse_single_example(record, {"text": tf.io.FixedLenFeature([], tf.string)})
+
+
+def find_damaged(files: Sequence[str]) -> str | None:
+  """Returns the first file of `id`, `text` that cannot be read to its end; reads them to find it.
+
+  TensorFlow says where in a file the damage is, but not in which.
+  """
+  logging.warning("reading failed: looking through %d files for the damaged one", len(files))
+  count = tf.autograph.experimental.do_not_convert(lambda number, _: number + 1)
+  for file in files:
+    try:
+      map_graph(_records(file), _parse_text).reduce(np.int64(0), count)
+    except tf.errors.OpError:
+      return file
+  return None
 
 
 class IndexedSource(seqio.DataSource):
@@ -164,39 +187,39 @@ def _is_held_out(name: str) -> bool:
 
 
 class JsonLines(Sequence[bytes]):
-  """The usable lines of JSON Lines files, by number; `skipped` counts the others by reason."""
+  """The usable lines of JSON Lines files, by number."""
 
-  def __init__(self, path: str, processor: TextProcessor):
+  def __init__(self, path: str, processor: TextProcessor, skipped: Skipped):
     """Scans the files once.
 
     Args:
       path: file or glob.
       processor: says which examples are usable.
+      skipped: counts the others.
 
     Raises:
-      ValueError: if no line is usable.
+      ValueError: if no line is usable, or one is not and none may be skipped.
     """
-    self.skipped: collections.Counter[str] = collections.Counter()
     self._buffers, found = [], []
     for number, file in enumerate(list_files(path, "json_dataset.path")):
       buffer = _open_bytes(file)
       self._buffers.append(buffer)
-      start = 0
+      start = line = 0
       while start < len(buffer):
         end = buffer.find(b"\n", start)
+        line += 1
         end = len(buffer) if end < 0 else end
         reason = _problem(buffer[start:end], processor)
         if reason is None:
           found.append((number, start, end))
         elif reason:
-          self.skipped[reason] += 1
+          skipped.add(f"{file}:{line}", reason)
         start = end + 1
     self._lines = np.array(found, np.int64).reshape(-1, 3)
-    skipped = describe(self.skipped)
     if not found:
-      raise ValueError(f"{path} has no usable line: {skipped or 'it is empty'}")
-    if skipped:
-      logging.warning("%s: %d usable lines, %s", path, len(found), skipped)
+      raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
+    if skipped.counts:
+      logging.warning("%s: %d usable lines, %s", path, len(found), skipped.describe())
 
   def __len__(self) -> int:
     return len(self._lines)

@@ -6,6 +6,7 @@ own, copy the last lines of this file into a module of yours and name it with
 """
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 
 import seqio
@@ -48,7 +49,16 @@ def add_text_task(name: str, source: seqio.DataSource) -> None:
 
 
 def add_mixture(name: str, rates: Sequence[tuple[str, float]]) -> None:
-  """Registers a mixture that draws from its tasks in proportion to their rates."""
+  """Registers a mixture that draws from its tasks in proportion to their rates.
+
+  Raises:
+    ValueError: a rate is no positive number.
+  """
+  for task, rate in rates:
+    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+      raise ValueError(
+        f"mixture {name!r}: the rate of {task!r} must be a positive number, got {rate!r}"
+      )
   seqio.MixtureRegistry.add(name, list(rates), default_rate=1.0, sample_fn=_sample)
 
 

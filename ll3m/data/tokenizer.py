@@ -134,6 +134,20 @@ def load_tokenizer(
   return tokenizer
 
 
+def find_fault(folder: epath.Path, embedding_size: int) -> str | None:
+  """Says why the tokenizer that travels with a checkpoint cannot serve it; None if it can.
+
+  Args:
+    folder: its files.
+    embedding_size: V, rows of the embedding.
+  """
+  try:
+    load_tokenizer(TokenizerConfig(), checkpoint_dir=folder, embedding_size=embedding_size)
+  except (ValueError, OSError) as error:
+    return str(error)
+  return None
+
+
 def _open(path: epath.Path, extra_tokens: Sequence[str]) -> Tokenizer:
   # Imported here, because they are built on this module's Tokenizer.
   from ll3m.data.tokenizer_backends import (

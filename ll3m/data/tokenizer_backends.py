@@ -58,7 +58,7 @@ class HuggingFaceTokenizer(Tokenizer):
     try:
       encoder = tokenizers.Tokenizer.from_str(self._source)
     except Exception as error:  # the library raises bare Exception
-      raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+      raise ValueError(f"{self._folder}/tokenizer.json cannot be read: {error}") from error
     encoder.no_padding()
     encoder.no_truncation()
     encoder.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in self._extra_tokens])
@@ -178,13 +178,21 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_settings(folder: epath.Path) -> dict[str, Any]:
-  """Returns tokenizer_config.json over special_tokens_map.json."""
+  """Returns tokenizer_config.json over special_tokens_map.json.
+
+  Raises:
+    ValueError: one of them is no JSON object.
+  """
   settings = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (folder / name).exists():
-      settings |= {
-        k: v for k, v in json.loads((folder / name).read_text()).items() if v is not None
-      }
+      try:
+        found = json.loads((folder / name).read_text())
+      except ValueError as error:
+        raise ValueError(f"{folder / name} is not JSON: {error}") from error
+      if not isinstance(found, dict):
+        raise ValueError(f"{folder / name} must hold an object, got {type(found).__name__}")
+      settings |= {key: value for key, value in found.items() if value is not None}
   return settings
 
 

@@ -1,9 +1,10 @@
 """Examples that cannot be learnt from: why, and how they are counted."""
 
 import collections
-from collections.abc import Mapping
 
 from absl import logging
+
+_NAMED = 3  # examples in one message
 
 
 class Unusable(ValueError):
@@ -25,15 +26,47 @@ def require_unicode(text: str) -> str:
   return text
 
 
-def skip(skipped: collections.Counter[str], label: str, reason: Unusable) -> None:
-  """Counts an example that was left out, and says so the first time; totals come at the end."""
-  if not skipped:
-    logging.warning("%s: leaving out examples that cannot be used; the first: %s", label, reason)
-  skipped[str(reason)] += 1
+class Skipped:
+  """The examples that were left out.
 
+  Attributes:
+    counts: how many, by reason.
+    first: the first few that differ, each as "place: reason".
+  """
 
-def describe(skipped: Mapping[str, int]) -> str:
-  """Returns how many examples were left out, by reason; "" if none were."""
-  reasons = collections.Counter(skipped).most_common()
-  listing = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
-  return f"skipped {sum(skipped.values()):,}: {listing}" if reasons else ""
+  def __init__(self, *, strict: bool = False):
+    """Begins with none; if `strict`, there may be none."""
+    self.counts: collections.Counter[str] = collections.Counter()
+    self.first: list[str] = []
+    self._strict = strict
+
+  def add(self, place: str, reason: str) -> None:
+    """Counts an example.
+
+    Args:
+      place: where it is, "file:line" where that is known.
+      reason: why it cannot be used, the same for its like.
+
+    Raises:
+      ValueError: none may be left out.
+    """
+    if self._strict:
+      raise ValueError(f"{place}: {reason} (--strict)")
+    self.counts[reason] += 1
+    named = f"{place}: {reason}"
+    if len(self.first) < _NAMED and named not in self.first:
+      self.first.append(named)
+
+  def warn_and_add(self, place: str, reason: str) -> None:
+    """Counts an example of a stream, and says so the first time: totals come only at the end."""
+    first = not self.counts
+    self.add(place, reason)
+    if first:
+      logging.warning("leaving out examples that cannot be used; the first: %s: %s", place, reason)
+
+  def describe(self) -> str:
+    """Returns how many there are, by reason, and the first of them; "" for none."""
+    if not self.counts:
+      return ""
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in self.counts.most_common())
+    return f"skipped {self.counts.total():,}: {reasons}; the first: {'; '.join(self.first)}"

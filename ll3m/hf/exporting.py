@@ -178,7 +178,10 @@ def _config_files(
 def _token_ids(tokenizer_dir: Any) -> dict[str, int]:
   from transformers import AutoTokenizer  # slow to import, and seldom needed
 
-  tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+  try:
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+  except Exception:  # whatever its files make transformers raise; the command says what is wrong
+    return {}
   ids = {key: getattr(tokenizer, key) for key in _TOKEN_KEYS}
   return {key: value for key, value in ids.items() if value is not None}
 

@@ -41,11 +41,10 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    needed = _NEEDED.search(str(error))
+    needed = needed_bytes(error)
     if needed is None:
       raise
-    number, unit = (part for part in needed.groups() if part is not None)
-    return Attempt(time.perf_counter() - start, int(float(number) * _UNITS[unit]), None)
+    return Attempt(time.perf_counter() - start, needed, None)
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   used = (
@@ -56,3 +55,12 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
     + memory.generated_code_size_in_bytes
   )
   return Attempt(seconds, used, hlo.parse(compiled.as_text()))
+
+
+def needed_bytes(error: Exception) -> int | None:
+  """Returns what the compiler says that a program needs of a device; None if it says nothing."""
+  needed = _NEEDED.search(str(error))
+  if needed is None:
+    return None
+  number, unit = (part for part in needed.groups() if part is not None)
+  return int(float(number) * _UNITS[unit])

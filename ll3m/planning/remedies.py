@@ -1,11 +1,24 @@
-"""What would make a training run fit: changes that were tried, not guessed."""
+"""What would make a training run fit: `plan` tries it, `train` names it when memory runs out."""
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator
 
-from ll3m.core import sharding
+import jax
+
+from ll3m.core import chips, sharding
 from ll3m.models.transformer import REMAT_POLICIES
+from ll3m.planning.attempt import needed_bytes
 from ll3m.planning.plan import Plan
 from ll3m.planning.training import TrainingJob
+from ll3m.training.setup import StatePlan, bytes_per_device
+
+_NOTHING = (
+  "none of full rematerialisation, smaller micro-steps and more fsdp makes it fit: it needs more "
+  "chips, or chips with more memory"
+)
+# How jax says that memory is exhausted, compiling and running.
+_EXHAUSTED = re.compile("RESOURCE_EXHAUSTED|Out of memory")
 
 
 def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan]) -> str:
@@ -17,17 +30,44 @@ def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan])
     try_job: plans a job.
   """
   state = plan.bytes_per_chip["parameters"] + plan.bytes_per_chip["optimizer"]
-  if state < plan.hbm_bytes:
-    for text, changed in _less_activations(job):
-      if try_job(changed).fits:
-        return f"it fits with {text}"
-  for text, changed in _less_state(job):
+  for text, changed in _changes(job, state_fits=state < plan.hbm_bytes):
     if try_job(changed).fits:
       return f"it fits with {text}"
-  return (
-    "none of full rematerialisation, smaller micro-steps and more fsdp makes it fit: it needs more "
-    "chips, or chips with more memory"
-  )
+  return _NOTHING
+
+
+@contextlib.contextmanager
+def advising(job: TrainingJob, state: StatePlan) -> Iterator[None]:
+  """Says of memory that runs out inside what the job takes of it, and what would need less.
+
+  Raises:
+    MemoryError: it ran out.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not _EXHAUSTED.search(str(error)):
+      raise
+    held, needed = bytes_per_device(state.state), needed_bytes(error)
+    chip = chips.of_device(job.devices[0])
+    changes = _changes(job, state_fits=chip is None or held < chip.hbm_bytes)
+    # Of the micro-steps, the first: smaller ones are asked for in the same way.
+    texts = [text for text, changed in changes if 2 * changed.rows >= job.rows]
+    raise MemoryError(
+      f"the run does not fit into a device's memory: parameters and optimizer take "
+      f"{held / chips.GIB:.2f} GiB of each"
+      + (f", the training step {needed / chips.GIB:.2f} GiB" if needed else "")
+      + "; "
+      + (f"less is needed with {', or '.join(texts)} (ll3m.plan tries them)" if texts else _NOTHING)
+      + f"; {str(error).splitlines()[0]}"
+    ) from error
+
+
+def _changes(job: TrainingJob, *, state_fits: bool) -> Iterator[tuple[str, TrainingJob]]:
+  """Yields changes that need less memory, and how to ask for them, from the cheapest in time."""
+  if state_fits:
+    yield from _less_activations(job)
+  yield from _less_state(job)
 
 
 def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:

@@ -13,7 +13,7 @@ from ll3m.training.inputs import batch_shapes
 from ll3m.training.metrics import flops_per_token, mean_keys
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.program import make_program
-from ll3m.training.run import TrainOptions
+from ll3m.training.run import Run, TrainOptions
 from ll3m.training.setup import bytes_per_device
 
 
@@ -51,6 +51,18 @@ class TrainingJob:
       optimizer = dataclasses.replace(job.optimizer, accumulate_gradient_steps=steps)
       job = dataclasses.replace(job, optimizer=optimizer)
     return job
+
+
+def job_of(run: Run) -> TrainingJob:
+  """Returns what of a run its memory and time depend on."""
+  return TrainingJob(
+    options=run.options,
+    optimizer=run.optimizer,
+    preset=families.Preset(run.family, run.config),
+    devices=list(run.mesh.devices.flat),
+    rows=run.train_dataset.seqio_dataset.batch_size,
+    length=run.length,
+  )
 
 
 def plan_training(job: TrainingJob) -> Plan:

@@ -2,13 +2,13 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import Mesh
 
 from ll3m.data.batch import Batch
-from ll3m.data.unusable import describe
+from ll3m.data.unusable import Skipped
 from ll3m.models.transformer import Params
 from ll3m.training import metrics
 from ll3m.training.inputs import to_devices
@@ -22,7 +22,7 @@ def evaluate(
   *,
   steps: int,
   mesh: Mesh,
-  skipped: Mapping[str, int],
+  skipped: Skipped,
   on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
   """Runs an evaluation.
@@ -33,7 +33,7 @@ def evaluate(
     batches: this process's rows of each batch, [b, T].
     steps: how many batches at most; fewer if the data ends before.
     mesh: the devices.
-    skipped: examples that `batches` left out so far, by reason.
+    skipped: the examples that `batches` left out so far.
     on_batch: called after every batch.
 
   Returns:
@@ -48,6 +48,6 @@ def evaluate(
     sums.append(jax.device_get(eval_step(params, to_devices(batch, mesh))))
     on_batch()
   if not sums or metrics.add(sums).weight == 0:
-    why = describe(skipped)
+    why = skipped.describe()
     raise ValueError("the evaluation data holds no token to predict" + (why and f"; {why}"))
   return metrics.eval_record(metrics.add(sums), time.perf_counter() - start)

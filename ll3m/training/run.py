@@ -25,7 +25,7 @@ from ll3m.core.run import (
   restore_step,
 )
 from ll3m.data.batch import Batch
-from ll3m.data.config import DatasetConfig, GinConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, GinConfig, StrictConfig, TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelSource
@@ -41,7 +41,7 @@ LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(TrainModelOptions, GinConfig):
+class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   """Flags of the command itself."""
 
   load_checkpoint: str | None = flags.option(
@@ -234,6 +234,9 @@ def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> Tra
   else:
     dtype = jax.tree.leaves(plan.params)[0].dtype
     params = run.source.load_params(dtype=dtype, shardings=plan.param_shardings)
+  # If there was no memory for them, jax says so here; on CPUs, who asks for a result of `start`
+  # that does not need them would wait for ever.
+  jax.block_until_ready(params)
   return plan.start(params, jax.random.key_data(jax.random.key(seed)))
 
 
@@ -263,6 +266,7 @@ def open_batches(run: Run) -> Any:
     seed=run.options.seed,
     split_default="train",
     repeat=True,
+    strict=run.options.strict,
   )
   if run.dataset_state:
     batches.set_state(run.dataset_state)
@@ -287,6 +291,7 @@ def open_held_out(run: Run) -> Any:
     seed=run.options.seed,
     split_default="validation",
     repeat=False,
+    strict=run.options.strict,
   )
 
 

@@ -4,6 +4,7 @@ Oracle for the order: lines dealt to shards like cards, each shard's tokens cut 
 dealt to batches. Oracle for resuming and splitting: the same stream, uninterrupted on one process.
 """
 
+import collections
 import itertools
 import json
 
@@ -166,20 +167,42 @@ def test_the_runs_tokenizer_is_used_and_not_the_first_ones(tokenizer, mistral_mo
   assert texts[0][:15] == texts[1][:15]
 
 
-def test_bad_lines_are_skipped_and_counted(write_jsonl, tokenizer, caplog):
-  path = write_jsonl(*lines(9), "{nonsense", {"txt": "a"}, "", "[3]", {"text": 3}, "{nonsense",
-                     r'{"text": "a\ud800b"}')  # fmt: skip
-  config = json_config(path, batch_size=1, num_shards=1)
+BAD = {
+  b'{"text": "cut': "not JSON",
+  b'{"text": "a raw \0"}': "not JSON",
+  b'{"txt": "misspelt"}': "no field 'text'",
+  b'{"text": "\xff\xfe"}': "not UTF-8",
+  b'{"text": ""}': "no text to learn from",
+  b'{"text": 7}': "field 'text' is not text",
+  b'["text"]': "not a JSON object",
+  b'{"text": "a\\ud800b"}': "not Unicode text",
+}
+
+
+def test_bad_lines_are_skipped_counted_and_the_first_are_named(tmp_path, tokenizer, caplog):
+  texts = ["first", "an escaped \0", "if x: " * 200_000, "last"]
+  good = [json.dumps({"text": text}).encode() for text in texts]
+  good[-1] = good[-1][:-1] + b', "more": "' + b"x" * 10_000_000 + b'"}'
+  path = tmp_path / "data.jsonl"
+  path.write_bytes(b"\n".join([good[0], b"", *BAD, *good[1:]]))
+  config = json_config(str(path), batch_size=1, num_shards=1, task_feature_lengths=(100_000,))
   stream = open_dataset(config, tokenizer, rows=[0], repeat=False)
-  found = documents_of(list(stream), tokenizer.eos_id)
-  assert [tokenizer.decode(d) for d in found] == [e["text"] for e in lines(9)]
-  assert stream.skipped == {
-    "not JSON": 2, "no field 'text'": 1, "not a JSON object": 1, "field 'text' is not text": 1,
-    "not Unicode text": 1,
-  }  # fmt: skip
-  assert "9 usable lines, skipped 6: not JSON (2)" in caplog.text
-  with pytest.raises(ValueError, match=r"no usable line: skipped 9: no field 'prompt' \(9\)"):
-    open_dataset(json_config(write_jsonl(*lines(9)), "prompt"), tokenizer, rows=[0])
+  tokens = np.concatenate([batch.inputs[batch.segment_ids > 0] for batch in stream])
+  assert tokenizer.decode(tokens) == "".join(texts)
+  assert stream.skipped.counts == collections.Counter(BAD.values())
+  named = "; ".join(f"{path}:{n}: {r}" for n, r in zip((3, 4, 5), BAD.values(), strict=False))
+  assert f"{path}: 4 usable lines, skipped 8: not JSON (2), " in caplog.text
+  assert f"; the first: {named}\n" in caplog.text
+  with pytest.raises(ValueError, match=f"^{path}:3: not JSON \\(--strict\\)$"):
+    open_dataset(config, tokenizer, rows=[0], strict=True)
+  wanted = json_config(str(path), "prompt")
+  with pytest.raises(ValueError, match=r"no usable line: skipped 12: no field 'prompt' \(8\)"):
+    open_dataset(wanted, tokenizer, rows=[0])
+
+
+def test_strict_takes_what_is_usable(write_jsonl, tokenizer):
+  config = json_config(write_jsonl(*lines(5), "", *lines(5)))
+  assert next(open_dataset(config, tokenizer, rows=range(8), strict=True)).mask.any()
 
 
 def test_few_lines_make_fewer_shards(write_jsonl, tokenizer):

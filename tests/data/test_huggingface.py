@@ -64,7 +64,7 @@ def test_every_example_is_read_once(source, tokenizer, streaming, num_shards):
   }  # fmt: skip
   tokens = np.concatenate([b.inputs[b.segment_ids > 0] for b in batches])
   assert counts == {"tokens": len(tokens), "ends": int(np.sum(tokens == tokenizer.eos_id))}
-  assert stream.skipped == {"field 'prompt' is not text": len(EXAMPLES) - len(USABLE)}
+  assert stream.skipped.counts == {"field 'prompt' is not text": len(EXAMPLES) - len(USABLE)}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -96,7 +96,17 @@ def test_rows_without_the_field_are_what_the_error_is_about(source, tokenizer, s
   with pytest.raises(ValueError, match=r"no usable document; skipped .*: no field 'txt' \("):
     next(open_dataset(wrong, tokenizer, rows=range(3)))
   (warning,) = (record.getMessage() for record in caplog.records)  # once, not once an example
-  assert "leaving out examples that cannot be used; the first: no field 'txt'" in warning
+  assert "leaving out examples that cannot be used; the first: " in warning
+  assert warning.endswith(f"{source}: no field 'txt'")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_strict_stops_at_a_row_that_cannot_be_used(source, tokenizer, streaming):
+  stream = open_dataset(
+    config(source, streaming=streaming), tokenizer, rows=range(3), repeat=False, strict=True
+  )
+  with pytest.raises(ValueError, match=rf"{source}: field 'prompt' is not text \(--strict\)$"):
+    list(stream)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

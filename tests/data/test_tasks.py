@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from ll3m.data import tasks
 from ll3m.data.batches import open_dataset
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig
 
@@ -84,13 +85,60 @@ def test_shards_of_a_mixture_draw_independently(tmp_path, tokenizer):
   assert len({row.tobytes() for row in rows}) == 4
 
 
-def test_a_damaged_shard_is_an_error(tmp_path, tokenizer):
-  write_shards(tmp_path, "wiki", "train", ["some text"] * 8, 1)
-  file = tmp_path / "wiki" / "train-00000-of-00001.tfrecord"
-  file.write_bytes(file.read_bytes()[:-5])
-  stream = open_dataset(config("wiki"), tokenizer, rows=range(4), data_dir=str(tmp_path))
-  with pytest.raises(ValueError, match="^reading wiki failed: truncated record"):
-    list(itertools.islice(stream, 10))
+def flip(file):
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+
+
+def lose_text(file):
+  import tensorflow as tf
+
+  with tf.io.TFRecordWriter(str(file)) as writer:
+    writer.write(tf.train.Example().SerializeToString())
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda file: file.write_bytes(file.read_bytes()[:-5]), "truncated record at "),
+    (flip, "corrupted record at "),
+    (lambda file: file.write_text("<!DOCTYPE html>" * 20), "corrupted record at 0 .Is this even"),
+    (lose_text, "Feature: text .data type: string. is required but could not be found.$"),
+  ],
+)
+@pytest.mark.parametrize("num_files", [3, 8])  # by example, by file
+def test_a_damaged_shard_is_named(tmp_path, tokenizer, num_files, damage, message):
+  write_shards(tmp_path, "wiki", "train", ["some text"] * 40, num_files)
+  write_shards(tmp_path, "cc_en", "train", ["some text"] * 40, num_files)
+  file = tmp_path / "wiki" / f"train-00002-of-{num_files:05d}.tfrecord"
+  damage(file)
+  mixture = config("wikipedia_mixture")
+  stream = open_dataset(mixture, tokenizer, rows=range(4), data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match=f"^reading {file} failed: {message}"):
+    list(itertools.islice(stream, 40))
+
+
+def test_held_out_text_smaller_than_a_batch(tmp_path, tokenizer):
+  write_shards(tmp_path, "wiki", "validation", ["one", "two"], 1)
+  arguments = {"rows": range(4), "data_dir": str(tmp_path), "split_default": "validation"}
+  (batch,) = open_dataset(config("wiki"), tokenizer, repeat=False, **arguments)
+  assert sorted(texts_of([batch], tokenizer)) == ["one", "two"]
+  assert not batch.mask[2:].any()
+
+
+def test_data_that_ends_begins_anew(tmp_path, tokenizer):
+  write_shards(tmp_path, "wiki", "train", ["one", "two"], 1)
+  options = config("wiki", num_shards=2, batch_size=2, pack=False)
+  stream = open_dataset(options, tokenizer, rows=range(2), data_dir=str(tmp_path))
+  texts = texts_of(list(itertools.islice(stream, 9)), tokenizer)
+  assert sorted(texts) == ["one"] * 9 + ["two"] * 9
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_no_positive_number(rate):
+  with pytest.raises(ValueError, match=f"rate of 'wiki' must be a positive number, got {rate!r}"):
+    tasks.add_mixture("mixture_for_test", [("cc_en", 1.0), ("wiki", rate)])
 
 
 def test_too_few_documents_for_the_shards(tmp_path, tokenizer):

@@ -142,6 +142,10 @@ def test_files_that_are_no_tokenizer(tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
   with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
     load(tmp_path)
+  for text, message in (("{", "tokenizer_config.json is not JSON"), ("[]", "must hold an object")):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+      load(tmp_path)
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
     load(tmp_path / "empty")

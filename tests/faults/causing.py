@@ -21,13 +21,21 @@ PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 class Job:
   """A training run in a process of its own, whose every line can be waited for."""
 
-  def __init__(self, arguments: list[str], output: Path, *, file_limit: int | None = None):
+  def __init__(
+    self,
+    arguments: list[str],
+    output: Path,
+    *,
+    file_limit: int | None = None,
+    memory_limit: int | None = None,
+  ):
     """Starts it.
 
     Args:
       arguments: its flags.
       output: its output_dir.
       file_limit: bytes that no file may exceed: writing more fails as on a full disk.
+      memory_limit: bytes of address space, in which threads and mapped files count too.
     """
     self.output = output
     self._log = output.with_suffix(".log")
@@ -40,8 +48,10 @@ class Job:
         stdout=log,
         stderr=log,
       )
-    if file_limit is not None:
-      resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    limits = {resource.RLIMIT_FSIZE: file_limit, resource.RLIMIT_AS: memory_limit}
+    for what, most in limits.items():
+      if most is not None:
+        resource.prlimit(self._process.pid, what, (most, most))
 
   def __enter__(self) -> "Job":
     return self

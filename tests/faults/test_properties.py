@@ -4,20 +4,29 @@ import json
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ll3m import families
-from ll3m.core import checkpoint
+from ll3m.core import checkpoint, sharding
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_step
+from ll3m.data.batch import Batch
 from ll3m.decoding.sampling import Sampling, sample
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.exporting import export_model
 from ll3m.hf.mapping import expected_tensors
 from ll3m.hf.model_files import open_model
+from ll3m.hf.sources import open_source
+from ll3m.models.transformer import make_model
+from ll3m.training.optimizer import OptimizerConfig, make_optimizer
+from ll3m.training.setup import build_model, plan_state
+from ll3m.training.step import init_state, make_train_step
 from tests.faults.causing import SOAK
 
 EXAMPLES = 200 if SOAK else 20
@@ -92,3 +101,85 @@ def test_a_masked_token_is_never_drawn(logits, temperature, top_k, top_p, seed):
   assert np.isfinite(row[0, token])
   if temperature == 0 or top_k == 1:
     assert row[0, token] == row.max()
+
+
+MESHES = st.sampled_from([f"{a},{b},{8 // a // b}" for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)
+                          if a * b <= 8])  # fmt: skip
+
+
+@given(
+  model=models(),
+  meshes=st.tuples(MESHES, MESHES),
+  optimizer=st.sampled_from(["adamw", "lion", "adafactor"]),
+  dtype=st.sampled_from(["f32", "bf16"]),
+  seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=not SOAK)
+def test_a_checkpoint_is_the_same_on_any_mesh(model, meshes, optimizer, dtype, seed):
+  family, config = model
+  rule = make_optimizer(OptimizerConfig(type=optimizer), 10)
+  plans = []
+  for mesh_dim in meshes:
+    mesh = sharding.make_mesh(mesh_dim)
+    plans.append(plan_state(build_model(config, mesh, dtype="f32"), rule, mesh, param_dtype=dtype))
+  draw = np.random.default_rng(seed)
+  before = jax.tree.map(
+    lambda x: (100 * draw.standard_normal(x.shape)).astype(x.dtype), plans[0].state
+  )
+  placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), before, plans[0].state)
+  with tempfile.TemporaryDirectory() as folder:
+    with RunCheckpoints(folder, CheckpointerConfig()) as checkpoints:
+      checkpoints.save(
+        1,
+        params=placed.params,
+        opt_state=placed.opt_state,
+        meta=checkpoint.model_meta(family.name, config) | {"step": 1},
+        dataset={},
+      )
+    step, there = Path(folder) / "checkpoints" / "1", plans[1]
+    after = restore_step(step, params=there.params, opt_state=there.state.opt_state)
+    loaded = open_source(folder).load_params(shardings=there.param_shardings)
+    for found, wanted, like in (
+      (after.params, before.params, there.params),
+      (after.opt_state, before.opt_state, there.state.opt_state),
+      (loaded, before.params, there.params),
+    ):
+      jax.tree.map(same, found, wanted, like)
+
+
+def same(found, wanted, like):
+  assert found.dtype == like.dtype and found.sharding.is_equivalent_to(like.sharding, found.ndim)
+  assert np.asarray(found).tobytes() == wanted.tobytes()
+
+
+TINY = families.get_preset("llama2_7b").config.replace(
+  vocab_size=19, d_model=8, d_ff=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
+  max_positions=8,
+)  # fmt: skip
+ROWS, LENGTH = 12, 5
+
+
+@given(
+  steps=st.sampled_from([2, 3, 4, 6, 12]),
+  keep=st.lists(st.floats(0, 1), min_size=ROWS, max_size=ROWS),
+  seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=not SOAK)
+def test_accumulating_any_split_equals_the_big_batch(steps, keep, seed):
+  """Rows keep any share of their targets, so that micro-steps weigh anything, also nothing."""
+  draw = np.random.default_rng(seed)
+  tokens = draw.integers(0, TINY.vocab_size, (ROWS, LENGTH + 1), dtype=np.int32)
+  mask = (draw.random((ROWS, LENGTH)) < np.array(keep)[:, None]).astype(np.float32)
+  positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)
+  rows = Batch(tokens[:, :-1], tokens[:, 1:], mask, np.ones_like(positions), positions)
+  order = draw.permutation(ROWS)
+  whole, _ = ACCUMULATE(START, jax.tree.map(lambda x: x[None], rows))
+  parts = jax.tree.map(lambda x: x[order].reshape(steps, ROWS // steps, LENGTH), rows)
+  split, metrics = ACCUMULATE(START, parts)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), split.params, whole.params)
+  assert float(metrics.sums.weight) == mask.sum()
+
+
+MODEL, RULE = make_model(TINY), optax.sgd(lambda updates: 1.0)
+ACCUMULATE = jax.jit(make_train_step(MODEL, RULE, lambda step: 1.0))
+START = init_state(MODEL.init(jax.random.key(0)), RULE, jnp.zeros(2, jnp.uint32))

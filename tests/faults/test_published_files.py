@@ -134,6 +134,7 @@ def test_everything_that_is_wrong_is_listed_at_once(sharded):
     ({"vocab_size": 100}, "model.embed_tokens.weight (expected (100, "),
     ({"intermediate_size": 7}, "mlp.up_proj.weight (expected (7, "),
     ({"num_hidden_layers": 3}, "missing (9): model.layers.2."),
+    ({"num_hidden_layers": 1}, "not expected (9): model.layers.1."),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"hidden_act": "relu"}, "the activation 'relu'"),
     ({"model_type": "phi"}, "config.json"),

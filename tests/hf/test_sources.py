@@ -91,13 +91,25 @@ def test_companions_travel_on(source, tmp_path):
   assert [f.name for f in (output / "hf").iterdir()] == ["config.json"]
 
 
-def test_parameters_must_be_those_of_the_config(tiny, tmp_path):
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("d_ff", 16, r"mlp/up/w \(expected .*16\), got .*24\)\)"),
+    ("head_dim", 6, r"attention/query/w \(expected \(3, 12, 18\), got \(3, 12, 12\)\)"),
+    ("num_kv_heads", 3, r"attention/key/w \(expected \(3, 12, 12\), got \(3, 12, 4\)\)"),
+    ("vocab_size", 38, r"embed/embedding \(expected \(38, 12\), got \(37, 12\)\)"),
+    ("num_layers", 2, r"attention/key/w \(expected \(2, 12, 4\), got \(3, 12, 4\)\)"),
+    ("tie_embeddings", True, r"\(1\): head/w \(expected none, got \("),
+  ],
+)
+def test_parameters_must_be_those_of_the_config(tiny, tmp_path, field, value, message):
   conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
   manifest = tmp_path / "converted" / "ll3m.json"
   meta = json.loads(manifest.read_text())
-  meta["config"]["d_ff"] = 16
+  assert meta["config"][field] != value
+  meta["config"][field] = value
   manifest.write_text(json.dumps(meta))
-  with pytest.raises(ValueError, match=r"mlp/up/w \(expected .*16\), got .*24\)\)"):
+  with pytest.raises(ValueError, match=f"does not fit its config .*{message}"):
     sources.open_source(str(tmp_path / "converted"), verify=False).load_params()
 
 

@@ -86,6 +86,16 @@ def test_shards_hold_every_document_once_in_order(corpus, tmp_path):
     assert examples == [expected[i::3] for i in range(3)]
 
 
+def test_strict_stops_at_a_document_that_cannot_be_used(corpus, tmp_path):
+  folder, _ = corpus
+  done = prepare(
+    f"--input={folder}/*.jsonl", f"--output_dir={tmp_path}/x", "--workers=1", "--strict"
+  )
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1] == f"error: {folder}/a.jsonl:41: not JSON (--strict)"
+  assert not list((tmp_path / "x").iterdir())
+
+
 def test_paragraphs_may_be_documents_and_shards_are_never_overwritten(corpus, tmp_path):
   folder, _ = corpus
   done = prepare(f"--input={folder}/c.txt", f"--output_dir={tmp_path}/x", "--num_shards=1",
