@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from ll3m.core import flags
-from ll3m.data import quiet
+from ll3m.core import flags, stderr
 from ll3m.data.files import SPLITS, list_files
 from ll3m.data.text_processor import parse_json
 from ll3m.data.unusable import Skipped, Unusable, require_unicode
@@ -112,7 +111,7 @@ def write(
   Raises:
     ValueError: if a split would be empty, or a document is unusable and none may be skipped.
   """
-  with quiet.tensorflow_import():
+  with stderr.tensorflow_import():
     import tensorflow as tf
 
   def example(identity: str, text: str) -> bytes:

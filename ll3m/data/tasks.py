@@ -48,7 +48,7 @@ def add_text_task(name: str, source: seqio.DataSource) -> None:
   )
 
 
-def add_mixture(name: str, rates: Sequence[tuple[str, float]]) -> None:
+def add_mixture(name: str, rates: Sequence[tuple[str, float | int]]) -> None:
   """Registers a mixture that draws from its tasks in proportion to their rates.
 
   Raises:
