@@ -29,6 +29,7 @@ from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
 from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
+from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
   FLAG_GROUPS,
@@ -102,13 +103,19 @@ def run_to_the_end() -> bool:
     if held_out_batches is not None:
       evaluate = jax.jit(make_eval_step(program.model))
       held_out = held_out_evaluation(run, held_out_batches, evaluate, stop)
-    with Logger(
-      run.logger,
-      total_steps=options.total_steps,
-      first_step=int(state.step),
-      flag_values=run.settings(),
-    ) as logger:
-      finished = train(run, state, batches, train_step, held_out, checkpoints, logger, stop)
+    profiler = Profiler(run.logger.output_dir, options.profiled(), made=int(state.step))
+    with (
+      Logger(
+        run.logger,
+        total_steps=options.total_steps,
+        first_step=int(state.step),
+        flag_values=run.settings(),
+      ) as logger,
+      profiler,
+    ):
+      finished = train(
+        run, state, batches, train_step, held_out, checkpoints, logger, profiler, stop
+      )
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := stream.skipped.describe()):
       say(f"{name}_dataset: {skipped}")
@@ -123,6 +130,7 @@ def train(
   held_out: Callable[[Any], dict[str, float]] | None,
   checkpoints: RunCheckpoints,
   logger: Logger,
+  profiler: Profiler,
   stop: StopRequest,
 ) -> bool:
   """Steps from where the state stands to the end of the run.
@@ -170,11 +178,13 @@ def train(
     logger.log(step, held_out(state.params))
   stop.defer()
   while step < options.total_steps:
-    batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
-    state, step_metrics = train_step(state, to_devices(batch, run.mesh))
-    if under_way:  # one step is always under way while the next batch is read
-      watch.look(*under_way)
+    with profiler.step(step + 1):
+      batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
+      state, step_metrics = train_step(state, to_devices(batch, run.mesh))
+      if under_way:  # one step is always under way while the next batch is read
+        watch.look(*under_way)
     step += 1
+    profiler.finish(step, step_metrics)
     under_way = (step, step_metrics, batch)
     pending.append(step_metrics)
     checkpoints.check()

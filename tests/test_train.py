@@ -20,6 +20,7 @@ from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.training import logger
 from tests import tiny_runs
+from tests.traces import traced_steps
 
 TOTAL = 40
 
@@ -49,6 +50,7 @@ def finished(arguments, run_command, tmp_path_factory) -> Path:
     f"--logger.output_dir={output}",
     "--logger.online",
     "--checkpointer.max_to_keep=3",
+    "--profile_steps=3:4",
     env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
   )
   assert done.returncode == 0, done.stderr
@@ -112,6 +114,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert list((finished / "wandb").glob(f"offline-run-*-{experiment}/*.wandb"))
   assert json.loads((finished / "flags.json").read_text())["optimizer.adamw_optimizer.lr"] == 0.01
   assert checkpoint.finished_steps(finished) == [20, 30, 40]
+  assert traced_steps(finished) == [3, 4]
   assert "step 40/40" in (finished / "stderr.txt").read_text()
   assert "\x1b" not in (finished / "stderr.txt").read_text()  # no control codes in a log
 

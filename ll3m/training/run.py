@@ -33,6 +33,7 @@ from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.profiling import parse_steps
 from ll3m.training.setup import StatePlan, TrainModelOptions, bytes_per_device
 from ll3m.training.step import TrainState
 from ll3m.training.stopping import StopRequest
@@ -73,6 +74,11 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   data_dir: str | None = flags.option(
     None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
   )
+  profile_steps: str | None = flags.option(
+    None,
+    "Write a trace of these optimizer steps, FIRST:LAST, both included, to output_dir/profile, for "
+    "xprof or TensorBoard.",
+  )
   dry_run: bool = flags.option(
     False, "Check every flag, trace the training step and print the plan; train nothing."
   )
@@ -103,6 +109,11 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
         f"--save_milestone_freq ({self.save_milestone_freq}) must be a multiple of "
         f"--save_model_freq ({self.save_model_freq}): milestones are checkpoints that are kept"
       )
+    self.profiled()  # which checks them
+
+  def profiled(self) -> range:
+    """Returns the steps to trace."""
+    return parse_steps(self.profile_steps, self.total_steps) if self.profile_steps else range(0)
 
 
 # The flags of a run, by what stands before the dot in their names.

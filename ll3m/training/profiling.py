@@ -1,0 +1,84 @@
+"""Traces of single steps, for xprof: `--profile_steps`."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from ll3m.training.logger import say
+
+# Below output_dir; TensorBoard and xprof look for traces in `plugins/profile` of a folder.
+FOLDER = "profile"
+
+
+def parse_steps(text: str, total_steps: int) -> range:
+  """Reads "FIRST:LAST", both included.
+
+  Args:
+    text: the flag's value.
+    total_steps: of the run.
+
+  Raises:
+    ValueError: these are no steps of the run.
+  """
+  match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+  first, last = map(int, match.groups()) if match else (0, 0)
+  if not 1 <= first <= last <= total_steps:
+    raise ValueError(
+      f"--profile_steps must be FIRST:LAST, both within 1..{total_steps} (--total_steps), "
+      f"got {text!r}"
+    )
+  return range(first, last + 1)
+
+
+class Profiler:
+  """Traces some steps of a run, host and devices, each process its own.
+
+  Use as a context manager around all steps: a trace that is under way is written when it ends.
+  """
+
+  def __init__(self, output_dir: str, steps: range, *, made: int = 0):
+    """Args: the run's folder; which steps; how many are made already."""
+    self._folder = epath.Path(output_dir) / FOLDER
+    self._steps = steps[max(0, made + 1 - steps.start) :] if steps else steps
+    self._tracing = False
+    if steps and not self._steps:
+      say(f"nothing to trace: step {made} is made, --profile_steps ends at {steps[-1]}")
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._stop()
+
+  @contextlib.contextmanager
+  def step(self, number: int) -> Iterator[None]:
+    """Marks what is done for a step; begins the trace at the first one that was asked for.
+
+    Args:
+      number: of the step, from 1.
+    """
+    if number in self._steps and not self._tracing:
+      jax.profiler.start_trace(self._folder)
+      self._tracing = True
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+      yield
+
+  def finish(self, number: int, result: Any) -> None:
+    """Ends the trace after the last step that was asked for, when the devices are done with it.
+
+    Args:
+      number: of the step.
+      result: arrays that it computes.
+    """
+    if self._tracing and number >= self._steps[-1]:
+      jax.block_until_ready(result)
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._tracing:
+      self._tracing = False
+      jax.profiler.stop_trace()
