@@ -19,7 +19,7 @@ from ll3m.hf.sources import open_source
 from ll3m.planning import decoding, remedies, report, topology, training
 from ll3m.planning.plan import Plan
 from ll3m.training.optimizer import refuse_unchosen
-from ll3m.training.run import FLAG_GROUPS
+from ll3m.training.options import FLAG_GROUPS
 from ll3m.training.setup import check_length, choose_model
 
 

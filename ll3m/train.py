@@ -29,12 +29,11 @@ from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, LoggerConfig, say
 from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
+from ll3m.training.options import FLAG_GROUPS, TrainOptions
 from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
-  FLAG_GROUPS,
   Run,
-  TrainOptions,
   check_settings,
   fixed_settings,
   held_out_evaluation,

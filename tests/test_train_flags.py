@@ -105,6 +105,10 @@ CASES = {
     JSON | {"train_dataset.seqio_dataset.split": "train"},
     "--train_dataset.seqio_dataset.split has no effect with --train_dataset.type=json",
   ),
+  "profile beyond the end": (
+    {"profile_steps": "3:5", "total_steps": "4"},
+    "--profile_steps must be FIRST:LAST, both within 1..4 (--total_steps), got '3:5'",
+  ),
   "strict without rows": (
     {"strict": "true"},
     "--strict has no effect on datasets of type seqio",

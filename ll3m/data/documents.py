@@ -108,7 +108,9 @@ class SeqioDocuments(DocumentIterator):
     try:
       tokens, loss = next(self._iterator)
     except tf.errors.OpError as error:
-      damaged = find_damaged(self._files) if self._files else None
+      # Other kinds are not of damage, and reading all files for them may take hours.
+      of_damage = isinstance(error, tf.errors.DataLossError | tf.errors.InvalidArgumentError)
+      damaged = find_damaged(self._files) if of_damage and self._files else None
       raise ValueError(f"reading {damaged or self._label} failed: {_sentence(error)}") from error
     return Document(tokens.numpy(), loss.numpy())
 

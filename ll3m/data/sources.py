@@ -83,9 +83,9 @@ def _parse_text(record: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def find_damaged(files: Sequence[str]) -> str | None:
-  """Returns the first file of `id`, `text` that cannot be read to its end; reads them to find it.
+  """Returns the first text shard that cannot be read to its end; None if all can.
 
-  TensorFlow says where in a file the damage is, but not in which.
+  TensorFlow says where in a file the damage is, but not in which: they are read to find it.
   """
   logging.warning("reading failed: looking through %d files for the damaged one", len(files))
   count = tf.autograph.experimental.do_not_convert(lambda number, _: number + 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from absl import logging
 from etils import epath
 
 from ll3m import families
@@ -180,7 +181,10 @@ def _token_ids(tokenizer_dir: Any) -> dict[str, int]:
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-  except Exception:  # whatever its files make transformers raise; the command says what is wrong
+  except Exception as error:  # whatever its files make transformers raise
+    logging.warning(
+      "config.json will name no token ids: transformers cannot read the tokenizer: %s", error
+    )
     return {}
   ids = {key: getattr(tokenizer, key) for key in _TOKEN_KEYS}
   return {key: value for key, value in ids.items() if value is not None}

@@ -38,7 +38,11 @@ def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan])
 
 @contextlib.contextmanager
 def advising(job: TrainingJob, state: StatePlan) -> Iterator[None]:
-  """Says of memory that runs out inside what the job takes of it, and what would need less.
+  """When memory runs out inside, says what the job takes of it and what would need less.
+
+  Args:
+    job: what is compiled and run.
+    state: its parameters and optimizer on the devices.
 
   Raises:
     MemoryError: it ran out.

@@ -12,8 +12,9 @@ from ll3m.planning.plan import Plan, Work
 from ll3m.training.inputs import batch_shapes
 from ll3m.training.metrics import flops_per_token, mean_keys
 from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.options import TrainOptions
 from ll3m.training.program import make_program
-from ll3m.training.run import Run, TrainOptions
+from ll3m.training.run import Run
 from ll3m.training.setup import bytes_per_device
 
 

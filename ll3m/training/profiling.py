@@ -43,7 +43,7 @@ class Profiler:
   def __init__(self, output_dir: str, steps: range, *, made: int = 0):
     """Args: the run's folder; which steps; how many are made already."""
     self._folder = epath.Path(output_dir) / FOLDER
-    self._steps = steps[max(0, made + 1 - steps.start) :] if steps else steps
+    self._steps = steps[max(0, made + 1 - steps.start) :]
     self._tracing = False
     if steps and not self._steps:
       say(f"nothing to trace: step {made} is made, --profile_steps ends at {steps[-1]}")

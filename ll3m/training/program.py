@@ -10,7 +10,7 @@ from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.models.transformer import Model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from ll3m.training.run import TrainOptions
+from ll3m.training.options import TrainOptions
 from ll3m.training.setup import StatePlan, build_model, plan_state
 from ll3m.training.step import make_train_step
 

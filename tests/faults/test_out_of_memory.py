@@ -16,7 +16,7 @@ from ll3m.planning.training import TrainingJob
 from ll3m.training.inputs import batch_shapes
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.program import make_program
-from ll3m.training.run import TrainOptions
+from ll3m.training.options import TrainOptions
 
 family, config = families.get_preset("llama2_7b")
 job = TrainingJob(

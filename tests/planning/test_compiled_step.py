@@ -22,7 +22,7 @@ from ll3m.planning import costs, hlo, topology
 from ll3m.training.inputs import batch_shapes
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.program import make_program
-from ll3m.training.run import TrainOptions
+from ll3m.training.options import TrainOptions
 
 kind, length, rows, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
 config = families.get_preset("mistral_7b").config.replace(

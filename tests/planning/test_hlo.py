@@ -43,8 +43,9 @@ def test_a_slice_of_a_stack_is_all_that_is_read():
     return jax.lax.scan(lambda x, w: (x * w, None), x, stack)[0]
 
   found = costs.hbm_bytes(module_of(step, (size,), (layers, size)))
-  stack_once = layers * size * 4
-  assert 2 * stack_once < found < 6 * stack_once  # beside it x is read and written
+  row = size * 4
+  # Each layer's slice and x are read and x is written; then x is copied once, and there are counts.
+  assert 0 <= found - 3 * layers * row < 3 * row
 
 
 NESTED = """HloModule jit_step

@@ -9,7 +9,7 @@ from ll3m import families
 from ll3m.planning import remedies
 from ll3m.planning.training import TrainingJob, largest_batch
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.run import TrainOptions
+from ll3m.training.options import TrainOptions
 
 
 def job(rows=8, **options):

@@ -16,7 +16,8 @@ from ll3m.hf.model_files import open_model
 from ll3m.hf.sources import open_source
 from ll3m.training.logger import LoggerConfig
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.run import Run, TrainOptions, write_companions
+from ll3m.training.options import TrainOptions
+from ll3m.training.run import Run, write_companions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "llama2"
 

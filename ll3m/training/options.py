@@ -1,0 +1,102 @@
+"""The options of a training run, and how their flags are named."""
+
+import dataclasses
+
+from ll3m.core import flags
+from ll3m.core.processes import ProcessesConfig
+from ll3m.core.run import CheckpointerConfig
+from ll3m.data.config import DatasetConfig, GinConfig, StrictConfig, TokenizerConfig
+from ll3m.training.logger import LoggerConfig
+from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.profiling import parse_steps
+from ll3m.training.setup import TrainModelOptions
+
+LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
+  """Flags of the command itself."""
+
+  load_checkpoint: str | None = flags.option(
+    None,
+    "params::PATH (parameters of a converted folder or a run), trainstate::PATH (a run's "
+    "parameters, optimizer, RNG and step), trainstate_params::PATH (only its parameters), or "
+    "hf::DIR (a Hugging Face folder). Random parameters by default.",
+  )
+  load_dataset_state: str | None = flags.option(
+    None, "Take the position in the data from this run's output_dir or step folder."
+  )
+  total_steps: int = flags.option(10_000, "Optimizer steps of the whole run.")
+  seed: int = flags.option(42, "Of the random parameters and of the data's order.")
+  z_loss: float = flags.option(0.0, "Weight of the z-loss log(Z)^2.")
+  log_freq: int = flags.option(10, "Optimizer steps between records.")
+  save_model_freq: int = flags.option(
+    0, "Optimizer steps between checkpoints; the last step is always saved."
+  )
+  save_milestone_freq: int = flags.option(
+    0, "Checkpoints at multiples of this are never deleted; 0 for none."
+  )
+  max_nonfinite_steps: int = flags.option(
+    5, "End the run when loss or gradient are not finite in this many steps in a row."
+  )
+  eval_steps: int = flags.option(0, "Batches of an evaluation; 0 for no evaluation.")
+  eval_freq: int = flags.option(
+    0, "Optimizer steps between evaluations; 0 for the first and last step only."
+  )
+  data_dir: str | None = flags.option(
+    None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
+  )
+  profile_steps: str | None = flags.option(
+    None,
+    "Write a trace of these optimizer steps, FIRST:LAST, both included, to output_dir/profile, for "
+    "xprof or TensorBoard.",
+  )
+  dry_run: bool = flags.option(
+    False, "Check every flag, trace the training step and print the plan; train nothing."
+  )
+
+  def __post_init__(self):
+    for name, least in (
+      ("total_steps", 1),
+      ("log_freq", 1),
+      ("save_model_freq", 0),
+      ("save_milestone_freq", 0),
+      ("max_nonfinite_steps", 1),
+      ("eval_steps", 0),
+      ("eval_freq", 0),
+      ("z_loss", 0),
+    ):
+      if not getattr(self, name) >= least:
+        raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+    kind, _, path = (self.load_checkpoint or "").partition("::")
+    if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
+      raise ValueError(
+        f"--load_checkpoint expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
+        f"got {self.load_checkpoint!r}"
+      )
+    if self.save_milestone_freq and not (
+      self.save_model_freq and self.save_milestone_freq % self.save_model_freq == 0
+    ):
+      raise ValueError(
+        f"--save_milestone_freq ({self.save_milestone_freq}) must be a multiple of "
+        f"--save_model_freq ({self.save_model_freq}): milestones are checkpoints that are kept"
+      )
+    self.profiled()  # which checks them
+
+  def profiled(self) -> range:
+    """Returns the steps to trace."""
+    return parse_steps(self.profile_steps, self.total_steps) if self.profile_steps else range(0)
+
+
+# The flags of a run, by what stands before the dot in their names.
+FLAG_GROUPS = {
+  "": TrainOptions,
+  "optimizer": OptimizerConfig,
+  "checkpointer": CheckpointerConfig,
+  "logger": LoggerConfig,
+  "tokenizer": TokenizerConfig,
+  "train_dataset": DatasetConfig,
+  "eval_dataset": DatasetConfig,
+  "jax_distributed": ProcessesConfig,
+}
