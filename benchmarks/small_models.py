@@ -15,7 +15,8 @@ from benchmarks.validation import largest_error, mode_of
 from ll3m import families
 from ll3m.core.config import ModelConfig
 from ll3m.data.batch import Batch
-from ll3m.decoding.decoder import make_decoder, unstack
+from ll3m.decoding.decoder import make_decoder
+from ll3m.decoding.weights import unstack
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import Model, Params, make_model
 from ll3m.training.loss import token_sums

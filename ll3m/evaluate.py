@@ -6,7 +6,7 @@ import json
 import jax
 from tqdm import tqdm
 
-from ll3m.core import flags, sharding
+from ll3m.core import flags, processes, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.data import gin_settings
 from ll3m.data.config import (
@@ -45,16 +45,32 @@ class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
       raise ValueError(f"--eval_steps must be at least 1, got {self.eval_steps}")
 
 
-flags.define("", EvaluateOptions)
-flags.define("tokenizer", TokenizerConfig)
-flags.define("eval_dataset", DatasetConfig)
+FLAG_GROUPS = {
+  "": EvaluateOptions,
+  "tokenizer": TokenizerConfig,
+  "eval_dataset": DatasetConfig,
+  "jax_distributed": processes.ProcessesConfig,
+}
+for prefix, options_class in FLAG_GROUPS.items():
+  flags.define(prefix, options_class)
 
 
 def main() -> None:
-  """Evaluates."""
-  options = flags.read("", EvaluateOptions)
-  flags.require(options.checkpoint, "checkpoint")
-  dataset = flags.read("eval_dataset", DatasetConfig)
+  """Evaluates, on this host alone or together with others; process 0 prints."""
+  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
+  flags.require(values[""].checkpoint, "checkpoint")
+  with processes.joined(values["jax_distributed"], values):
+    measure(values[""], values["eval_dataset"], values["tokenizer"])
+
+
+def measure(
+  options: EvaluateOptions, dataset: DatasetConfig, tokenizer_config: TokenizerConfig
+) -> None:
+  """Checks everything that can be known without weights, loads them, and prints the loss.
+
+  Raises:
+    ValueError: what is wrong with the flags, the model's files or the data.
+  """
   refuse_unread(dataset, "eval_dataset")
   refuse_strict(dataset)
   dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
@@ -64,7 +80,7 @@ def main() -> None:
   mesh = sharding.make_mesh(options.mesh_dim)
   rows = sharding.local_rows(mesh, dataset.seqio_dataset.batch_size)
   tokenizer = load_tokenizer(
-    gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig)),
+    gin_settings.apply(options, tokenizer_config),
     checkpoint_dir=source.tokenizer_dir,
     family=family.name,
     embedding_size=config.vocab_size,

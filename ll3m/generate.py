@@ -10,12 +10,17 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from ll3m.core import flags
+from ll3m.core import flags, processes, sharding
+from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.unusable import Unusable, require_unicode
+from ll3m.models.transformer import Params, make_model
+from ll3m.training.logger import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class GenerateConfig(flags.VerifyConfig):
   )
   batch_size: int = flags.option(8, "How many prompts of a file are continued at a time.")
   dtype: str = flags.option("f32", "Of parameters, activations and cache.", choices=COMPUTED)
+  mesh_dim: str | None = flags.option(
+    None,
+    "Sizes of the mesh axes dp,fsdp,mp over all devices, as in training, e.g. 1,1,-1 or mp:-1; "
+    "one device by default.",
+  )
 
   def __post_init__(self):
     flags.require(self.checkpoint, "checkpoint")
@@ -54,20 +64,36 @@ class GenerateConfig(flags.VerifyConfig):
       raise ValueError("give either --prompt or --prompt_file")
     if self.stream and (self.prompt is None or self.json):
       raise ValueError("--stream shows a single --prompt as text, without --json")
+    if self.mesh_dim is not None:
+      sharding.parse_mesh_dim(self.mesh_dim)
     if self.batch_size < 1:
       raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}")
     if not 0 <= self.seed < 2**31:
       raise ValueError(f"--seed must be within 0..{2**31 - 1}, got {self.seed}")
 
 
-flags.define("", GenerateConfig)
-flags.define("tokenizer", TokenizerConfig)
+FLAG_GROUPS = {
+  "": GenerateConfig,
+  "tokenizer": TokenizerConfig,
+  "jax_distributed": processes.ProcessesConfig,
+}
+for prefix, options_class in FLAG_GROUPS.items():
+  flags.define(prefix, options_class)
 
 
 def main() -> None:
-  """Checks everything that can be known without weights, loads them, and generates."""
-  config = flags.read("", GenerateConfig)
+  """Generates, on this host alone or together with others; process 0 prints."""
+  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
+  with processes.joined(values["jax_distributed"], values):
+    generate(values[""], values["tokenizer"])
 
+
+def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
+  """Checks everything that can be known without weights, loads them, and generates.
+
+  Raises:
+    ValueError: what is wrong with the request, or with the model's files.
+  """
   from ll3m.data.tokenizer import load_tokenizer
   from ll3m.decoding.engine import Engine, check_request
   from ll3m.decoding.sampling import Sampling
@@ -77,7 +103,7 @@ def main() -> None:
   texts = _read_prompts(config)
   source = open_source(config.checkpoint, verify=config.verify)
   tokenizer = load_tokenizer(
-    flags.read("tokenizer", TokenizerConfig),
+    tokenizer_config,
     checkpoint_dir=source.tokenizer_dir,
     family=source.family,
     embedding_size=source.config.vocab_size,
@@ -86,8 +112,13 @@ def main() -> None:
   check_request(source.config, prompts, config.max_new_tokens)
 
   dtype = DTYPES[config.dtype]
+  mesh, shardings = _placement(config, source.config)
   engine = Engine(
-    source.config, source.load_params(dtype=dtype), num_tokens=tokenizer.vocab_size, dtype=dtype
+    source.config,
+    source.load_params(dtype=dtype, shardings=shardings),
+    num_tokens=tokenizer.vocab_size,
+    dtype=dtype,
+    mesh=mesh,
   )
   stop_tokens = _stop_tokens(source, tokenizer, config.chat)
   timer = _Timer()
@@ -111,7 +142,18 @@ def main() -> None:
       elif not config.stream:
         print(completion)
   sys.stdout.flush()
-  print(timer.report(), file=sys.stderr)
+  say(timer.report())
+
+
+def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None, Params | None]:
+  """Returns the mesh, and how the parameters lie on it; None where one device is enough."""
+  if config.mesh_dim is None:
+    return None, None
+  mesh = sharding.make_mesh(config.mesh_dim)
+  shapes = jax.eval_shape(make_model(model).init, jax.random.key(0))
+  for text in sharding.unsplit(shapes, mesh):
+    say(f"not split: {text}")
+  return mesh, sharding.parameter_shardings(shapes, mesh)
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:

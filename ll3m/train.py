@@ -53,10 +53,7 @@ for prefix, options_class in FLAG_GROUPS.items():
 def main() -> None:
   """Trains, on this host alone or together with others."""
   values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
-  settings = {}
-  for group, options in values.items():
-    settings |= flags.to_dict(options, group)
-  with processes.joined(values["jax_distributed"], settings):
+  with processes.joined(values["jax_distributed"], values):
     finished = run_to_the_end()
   if not finished:  # only now: all processes have left in peace
     say("stopped by SIGTERM; the same command goes on from here")

@@ -122,6 +122,10 @@ def test_bfloat16_runs(generate):
       "prompt 1 has 80 tokens, which with 20 new ones is more than the 96 positions",
     ),
     (["--prompt=a", "--max_new_token=3"], "Did you mean: max_new_tokens"),
+    (
+      ["--prompt=a", "--max_new_tokens=1", "--mesh_dim=3,1,1"],
+      "error: --mesh_dim=3,1,1 needs 3 devices, there are",
+    ),
     (["--prompt_file=/nowhere"], "error: --prompt_file: no such file: /nowhere"),
   ],
 )

@@ -123,6 +123,12 @@ def test_decoding(run_command):
   read = (matrices(config) - config.d_model * config.vocab_size) * 2 + cache
   assert plan["step_seconds"]["hbm"] == pytest.approx(read / 4 / 819e9, rel=0.05)
   assert plan["tokens_per_second"] == pytest.approx(ROWS / plan["step_seconds"]["hbm"])
+  # Two sums of activations per layer, and one of the embedding's; weights and cache stay in place.
+  sent = {collective["kind"]: collective["bytes"] for collective in plan["collectives"]}
+  ring = 2 * (4 - 1) / 4
+  sums = (2 * config.num_layers + 1) * ROWS * config.d_model * 2
+  assert sent.pop("all-reduce") == pytest.approx(ring * sums, rel=0.02)
+  assert sum(sent.values()) < 0.01 * sums
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ So every process also has a line to process 0, on which they watch each other (s
 import contextlib
 import dataclasses
 import functools
+import io
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,16 +66,16 @@ class ProcessesConfig:
 
 
 @contextlib.contextmanager
-def joined(config: ProcessesConfig, settings: Mapping[str, Any]) -> Iterator[None]:
+def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]:
   """Joins the run's processes while it is open; does nothing for a run of one.
 
   It closes when all processes have come to its end. If one fails or dies before, every one, that
   one included, ends at once with a sentence that names it and exit code 1: nothing that would wait
-  for the others, as jax does at exit, is run any more.
+  for the others, as jax does at exit, is run any more. Only process 0 writes to standard output.
 
   Args:
     config: `--jax_distributed.*`.
-    settings: every flag, which all processes must have alike.
+    groups: {prefix: dataclass} of all flags, which all processes must have alike.
 
   Raises:
     ValueError: a process does not come in time, or was started with other flags.
@@ -98,13 +100,17 @@ def joined(config: ProcessesConfig, settings: Mapping[str, Any]) -> Iterator[Non
   elif process == 0:
     # jax would share a port that is in use, and wait there for ever.
     open_port(int(address.rpartition(":")[2])).close()
+  settings: dict[str, Any] = {}
+  for prefix, options in groups.items():
+    settings |= flags.to_dict(options, prefix)
   same = {name: value for name, value in settings.items() if name not in _OWN}
   line = meet(address, process, count, config.timeout, same)
   if not config.auto:
     jax.distributed.initialize(address, count, process, **timeouts)
   line.watch()
   try:
-    yield
+    with contextlib.redirect_stdout(io.StringIO() if process else sys.stdout):
+      yield
   except Exception as error:
     line.end({"failed": flags.sentence(error)}, functools.partial(flags.end, error))
   line.leave()

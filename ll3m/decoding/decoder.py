@@ -19,36 +19,20 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ll3m.core.config import ModelConfig
+from ll3m.decoding.weights import joins
 from ll3m.models.attention import Attend, causal_attention
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import Norm
 from ll3m.models.transformer import Embed, Params, block, logits
-from ll3m_kernels import flash_attention
-
-# Matrices that read the same input, and the one that they become.
-JOINED = {
-  "attention/query_key_value": ("attention/query", "attention/key", "attention/value"),
-  "mlp/gate_up": ("mlp/gate", "mlp/up"),
-}
+from ll3m_kernels import Sharding, flash_attention
 
 # A layer's keys and values. Heads come first, as the product with the queries wants them: else
 # XLA:CPU copies the whole cache at every step.
 LayerCache = tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]
-
-
-class Weights(NamedTuple):
-  """Parameters, taken apart for decoding by `unstack`.
-
-  Attributes:
-    layers: of each layer, with joined matrices.
-    ends: embedding, final norm and head.
-  """
-
-  layers: list[Params]
-  ends: Params
 
 
 class Decoder(NamedTuple):
@@ -75,23 +59,32 @@ def make_decoder(
   Args:
     config: the architecture.
     dtype: of activations and cache.
-    kernels: how to call them.
+    kernels: how to call them. On a mesh, weights lie there as `weights.shardings` says, and B is a
+      multiple of dp x fsdp.
   """
+  joined = joins(kernels)
 
   def apply(params: Params, function: Callable, *args: Any) -> Any:
     return hk.without_apply_rng(hk.transform(function)).apply(params, *args)
 
   def layer(params, x, columns, starts, attend: Attend):
     positions = jnp.maximum(columns - starts[:, None], 0)
-    return apply(
+    y, kept = apply(
       params,
-      lambda x: block(config, x, positions, attend, fused=True, kernels=kernels),
+      lambda x: block(config, x, positions, attend, fused=joined, kernels=kernels),
       x,
     )
+    return kernels.constrain(y), kept
+
+  def keep(array):
+    if kernels.sharding is None:
+      return array
+    return jax.lax.with_sharding_constraint(array, cache_placement(config, kernels.sharding))
 
   @jax.jit
   def embed(ends, tokens):
-    return apply(ends, lambda tokens: Embed(config, dtype, kernels=kernels)(tokens), tokens)
+    embed = lambda tokens: Embed(config, dtype, kernels=kernels)(tokens)  # noqa: E731
+    return kernels.constrain(apply(ends, embed, tokens))
 
   @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
   def prefill_layer(params, x, starts, cache_length):
@@ -102,7 +95,7 @@ def make_decoder(
       attended = causal_attention(
         config, query, key, value, segment_ids=segment_ids, kernels=kernels
       )
-      return attended, (_to_ring(key, cache_length), _to_ring(value, cache_length))
+      return attended, tuple(keep(_to_ring(x, cache_length)) for x in (key, value))
 
     return layer(params, x, columns, starts, attend)
 
@@ -117,7 +110,7 @@ def make_decoder(
 
     def attend(query, key, value):
       kept = tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), slot, axis=2)
+        keep(jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), slot, axis=2))
         for old, new in zip(cache, (key, value), strict=True)
       )
       # Without it XLA:CPU fuses the update twice, into the result and into the product, and copies
@@ -152,42 +145,11 @@ def make_decoder(
   return Decoder(prefill, step, last_logits)
 
 
-def unstack(config: ModelConfig, params: Params, dtype: Any) -> Weights:
-  """Takes the layers apart and joins the matrices that read the same input.
-
-  XLA:CPU copies a layer's slice out of the stack at every step, and small products do not fill
-  its threads: SmolLM2 decoded 12.6 tokens/s stacked, 22 with arrays per layer, 38 joined.
-
-  Args:
-    config: the architecture.
-    params: stacked over layers, as `models.transformer.make_model` has them.
-    dtype: of the result.
-  """
-  prefix = "layers/"
-  stacked = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
-  groups = {module: (module,) for module in stacked}
-  for joined, members in JOINED.items():
-    if all(member in stacked for member in members):
-      groups = {k: v for k, v in groups.items() if k not in members} | {joined: members}
-  ends = {
-    module: {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
-    for module, arrays in params.items()
-    if not module.startswith(prefix)
-  }
-  # A plain (not gated) network keeps its single matrix: `mlp/up` under either name.
-  layers = [
-    {
-      module: {
-        name: jnp.concatenate(
-          [jnp.asarray(stacked[member][name][layer], dtype) for member in members], axis=-1
-        )
-        for name in stacked[members[0]]
-      }
-      for module, members in groups.items()
-    }
-    for layer in range(config.num_layers)
-  ]
-  return Weights(layers, ends)
+def cache_placement(config: ModelConfig, sharding: Sharding) -> NamedSharding:
+  """Returns how keys and values [B, K, C, H] lie on a mesh: by heads too, where these divide."""
+  divides = config.num_kv_heads % sharding.head_shards == 0
+  spec = PartitionSpec(sharding.batch_axes, sharding.head_axis if divides else None)
+  return NamedSharding(sharding.mesh, spec)
 
 
 def _to_ring(columns: Float[Array, "B T K H"], length: int) -> Float[Array, "B K C H"]:

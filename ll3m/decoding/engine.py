@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ll3m.core.config import ModelConfig
-from ll3m.decoding.decoder import make_decoder, unstack
+from ll3m.core.sharding import replicated
+from ll3m.decoding.decoder import make_decoder
 from ll3m.decoding.sampling import Sampling, sample
+from ll3m.decoding.weights import joins, place_weights, unstack
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.transformer import Params
 
@@ -33,7 +36,7 @@ class Engine:
     *,
     num_tokens: int | None = None,
     dtype: Any = jnp.float32,
-    kernels: Kernels = DEFAULT_KERNELS,
+    mesh: Mesh | None = None,
   ):
     """Prepares the parameters for decoding; the given ones are not needed afterwards.
 
@@ -42,7 +45,7 @@ class Engine:
       params: stacked over layers, as `models.transformer.make_model` has them.
       num_tokens: ids from here on pad the vocabulary and are never generated; None if none do.
       dtype: of parameters, activations and cache.
-      kernels: how to call them.
+      mesh: devices to split them over, as in training; None for where the parameters are.
 
     Raises:
       ValueError: more tokens than the vocabulary has.
@@ -54,13 +57,19 @@ class Engine:
         f"that, got {num_tokens}"
       )
     self._config = config
-    self._weights = unstack(config, params, dtype)
+    kernels = DEFAULT_KERNELS if mesh is None else Kernels.on(mesh)
+    self._row_shards = 1 if mesh is None else kernels.sharding.batch_shards
+    self._weights = unstack(config, params, dtype, joined=joins(kernels))
+    if mesh is not None:
+      self._weights = place_weights(self._weights, mesh)
     self._decoder = make_decoder(config, dtype=dtype, kernels=kernels)
 
     def choose(ends, hidden, seeds, positions, sampling):
       logits = self._decoder.logits(ends, hidden)
       real = jnp.arange(config.vocab_size) < num_tokens
-      return sample(jnp.where(real[None], logits, -jnp.inf), seeds, positions, sampling)
+      tokens = sample(jnp.where(real[None], logits, -jnp.inf), seeds, positions, sampling)
+      # Every process reads all of them.
+      return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, replicated(mesh))
 
     self._choose = jax.jit(choose, static_argnames="sampling")
 
@@ -97,6 +106,10 @@ class Engine:
     return self._steps(prompts, max_new_tokens, sampling, seeds, frozenset(stop_tokens))
 
   def _steps(self, prompts, max_new_tokens, sampling, seeds, stop_tokens):
+    running = [True] * len(prompts)
+    # Rows that divide over the devices: the last one stands in for those that are missing.
+    missing = -len(prompts) % self._row_shards
+    prompts, seeds = [*prompts, *prompts[-1:] * missing], [*seeds, *seeds[-1:] * missing]
     length = _bucket(max(len(prompt) for prompt in prompts))
     padded = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -109,7 +122,6 @@ class Engine:
     def choose(hidden, column):
       return self._choose(self._weights.ends, hidden, seeds, column - starts, sampling=sampling)
 
-    running = [True] * len(prompts)
     hidden, cache = self._decoder.prefill(self._weights, padded, starts, columns)
     tokens = choose(hidden, length)
     for column in range(length, length + max_new_tokens):
@@ -118,7 +130,7 @@ class Engine:
         # Under way before the host looks at the current tokens; in vain if they are the last.
         hidden, cache = self._decoder.step(self._weights, cache, current, np.int32(column), starts)
         tokens = choose(hidden, column + 1)
-      row_tokens = np.asarray(current).tolist()
+      row_tokens = np.asarray(current)[: len(running)].tolist()
       yield [token if run else None for token, run in zip(row_tokens, running, strict=True)]
       running = [
         run and token not in stop_tokens for token, run in zip(row_tokens, running, strict=True)

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from ll3m.core.sharding import BATCH_AXES, HEAD_AXIS
 from ll3m_kernels import Sharding
 
 
@@ -22,6 +23,11 @@ class Kernels:
 
   implementation: str | None = None
   sharding: Sharding | None = None
+
+  @classmethod
+  def on(cls, mesh: Mesh, *, implementation: str | None = None) -> "Kernels":
+    """Returns how a model of ours calls them on a mesh: see `ll3m.core.sharding`."""
+    return cls(implementation, Sharding(mesh, BATCH_AXES, HEAD_AXIS))
 
   @property
   def options(self) -> dict[str, Any]:

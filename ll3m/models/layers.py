@@ -93,7 +93,7 @@ class FeedForward(hk.Module):
   """The gated (SwiGLU, GeGLU) or plain feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, fused: bool, name: str = "mlp"):
-    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.decoder`)."""
+    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.weights`)."""
     super().__init__(name=name)
     self._config = config
     self._fused = fused

@@ -8,21 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ll3m.core import chips, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
-from ll3m.decoding.decoder import JOINED, Weights, make_decoder, unstack
+from ll3m.decoding.decoder import cache_placement, make_decoder
 from ll3m.decoding.engine import GREEDY, cache_length
 from ll3m.decoding.sampling import sample
+from ll3m.decoding.weights import Weights, joins, shardings, unstack
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import make_model
 from ll3m.planning.attempt import Attempt, compile_program
 from ll3m.planning.plan import Plan, Work
 from ll3m.planning.training import TrainingJob, machine
 from ll3m.training.setup import bytes_per_device
-from ll3m_kernels import Sharding
 
 
 def plan_decoding(job: TrainingJob) -> Plan:
@@ -86,8 +86,7 @@ def plan_decoding(job: TrainingJob) -> Plan:
 
 
 def _attempt(job: TrainingJob, config: ModelConfig, mesh: Mesh, columns: int) -> Attempt:
-  kernels = Kernels(sharding=Sharding(mesh, sharding.BATCH_AXES, sharding.HEAD_AXIS))
-  decoder = make_decoder(config, dtype=DTYPES[job.options.dtype], kernels=kernels)
+  decoder = make_decoder(config, dtype=DTYPES[job.options.dtype], kernels=Kernels.on(mesh))
 
   def step(weights, cache, tokens, column, starts, seeds):
     hidden, cache = decoder.step(weights, cache, tokens, column, starts)
@@ -108,31 +107,20 @@ def _shapes(
 ) -> tuple[Weights, list[tuple[jax.ShapeDtypeStruct, ...]]]:
   """Returns the shapes and shardings of a decoder's weights and of its cache."""
   dtype = DTYPES[job.options.dtype]
+  kernels = Kernels.on(mesh)
 
   def init(rng):
-    return unstack(config, make_model(config).init(rng), dtype)
+    return unstack(config, make_model(config).init(rng), dtype, joined=joins(kernels))
 
   shapes = jax.eval_shape(init, jax.random.key(0))
-
-  def place(params: dict, *, layer: bool) -> dict:
-    placed = {}
-    for module, arrays in params.items():
-      first = JOINED.get(module, (module,))[0]  # what is joined lies as its first part does
-      placed[module] = {}
-      for name, x in arrays.items():
-        path = f"layers/{first}/{name}" if layer else f"{first}/{name}"
-        spec = sharding.parameter_spec(path, (1,) * layer + x.shape, mesh)
-        placement = NamedSharding(mesh, PartitionSpec(*spec[layer:]))
-        placed[module][name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement)
-    return placed
-
-  weights = Weights(
-    [place(params, layer=True) for params in shapes.layers], place(shapes.ends, layer=False)
+  weights = jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+    shapes,
+    shardings(shapes, mesh),
   )
-  heads = sharding.HEAD_AXIS if config.num_kv_heads % mesh.shape[sharding.HEAD_AXIS] == 0 else None
   kept = jax.ShapeDtypeStruct(
     (job.rows, config.num_kv_heads, columns, config.head_dim),
     dtype,
-    sharding=NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, heads)),
+    sharding=cache_placement(config, kernels.sharding),
   )
   return weights, [(kept, kept)] * config.num_layers

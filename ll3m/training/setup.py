@@ -18,7 +18,6 @@ from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
 from ll3m.training.optimizer import state_shardings
 from ll3m.training.step import TrainState, init_state
-from ll3m_kernels import Sharding
 
 Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
@@ -126,8 +125,7 @@ def check_length(length: int, config: ModelConfig) -> None:
 
 def build_model(config: ModelConfig, mesh: Mesh, *, dtype: str, remat: str = "nothing") -> Model:
   """Builds the decoder for a mesh: activations are split by rows, attention also by heads."""
-  activations = Sharding(mesh, sharding.BATCH_AXES, sharding.HEAD_AXIS)
-  return make_model(config, dtype=DTYPES[dtype], remat=remat, kernels=Kernels(sharding=activations))
+  return make_model(config, dtype=DTYPES[dtype], remat=remat, kernels=Kernels.on(mesh))
 
 
 @dataclasses.dataclass(frozen=True)

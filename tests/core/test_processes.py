@@ -34,5 +34,5 @@ def test_options_that_make_no_sense(options, message):
 
 
 def test_a_run_of_one_process_joins_nobody():
-  with joined(ProcessesConfig(), {"seed": 1}):
+  with joined(ProcessesConfig(), {"": ProcessesConfig()}):
     pass

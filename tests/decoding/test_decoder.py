@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ll3m.decoding.decoder import make_decoder, unstack
+from ll3m.decoding.decoder import make_decoder
+from ll3m.decoding.weights import unstack
 from ll3m.families import FAMILIES, get_preset
 from ll3m.models.transformer import make_model
 
@@ -103,19 +104,3 @@ def test_a_ring_shorter_than_the_prompt_keeps_its_end():
   found = np.asarray(decoder.logits(weights.ends, hidden))[0]
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found / scale, expected / scale, **TOLERANCE)
-
-
-def test_unstacking_joins_without_changing_a_weight():
-  config = CONFIGS["phi"].replace(gated_mlp=True)
-  params = random_params(config)
-  weights = unstack(config, params, jnp.float32)
-  assert len(weights.layers) == config.num_layers
-  for i, layer in enumerate(weights.layers):
-    for name in ("w", "b"):
-      parts = [params[f"layers/attention/{part}"][name][i] for part in ("query", "key", "value")]
-      joined = layer["attention/query_key_value"][name]
-      np.testing.assert_array_equal(joined, np.concatenate(parts, axis=-1))
-      parts = [params[f"layers/mlp/{part}"][name][i] for part in ("gate", "up")]
-      np.testing.assert_array_equal(layer["mlp/gate_up"][name], np.concatenate(parts, axis=-1))
-    np.testing.assert_array_equal(layer["mlp/down"]["w"], params["layers/mlp/down"]["w"][i])
-  assert set(weights.ends) == {"embed", "final_norm", "head"}

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ll3m.core.sharding import make_mesh, parameter_shardings
 from ll3m.decoding.engine import Engine, check_request
 from ll3m.decoding.sampling import Sampling
 from ll3m.models.transformer import make_model
@@ -30,6 +31,27 @@ def test_greedy_equals_a_loop_of_full_forwards(name):
   params = random_params(config)
   found = Engine(config, params).generate(PROMPTS, max_new_tokens=9)
   assert found == [brute_force(config, params, prompt, 9) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+  ("name", "mesh_dim"),
+  [("mistral", "2,2,2"), ("gemma", "1,1,8"), ("phi", "8,1,1"), ("phi", "1,4,2")],
+)
+def test_a_mesh_changes_nothing(name, mesh_dim):
+  """Three rows over up to eight devices; heads and vocabulary (61) that mostly do not divide."""
+  config = CONFIGS[name]
+  params = random_params(config)
+  mesh = make_mesh(mesh_dim)
+  placed = jax.tree.map(jax.device_put, params, parameter_shardings(params, mesh))
+  found = Engine(config, placed, mesh=mesh).generate(PROMPTS, max_new_tokens=9)
+  assert found == [brute_force(config, params, prompt, 9) for prompt in PROMPTS]
+
+
+def test_drawing_does_not_depend_on_the_mesh(mistral):
+  config, params, engine = mistral
+  options = {"max_new_tokens": 8, "sampling": Sampling(0.7, 20, 0.9), "seeds": [3, 4, 5]}
+  on_mesh = Engine(config, params, mesh=make_mesh("2,2,2")).generate(PROMPTS, **options)
+  assert on_mesh == engine.generate(PROMPTS, **options)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 20, 0.9)])
