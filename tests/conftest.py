@@ -17,6 +17,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import jax
 import pytest
 
+from tests.compiled import COMPILED_ONCE
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
@@ -78,6 +80,8 @@ def run_command() -> Callable[..., subprocess.CompletedProcess]:
 
   def run(verb: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    if verb == "train":
+      environment |= COMPILED_ONCE
     return subprocess.run(
       [sys.executable, "-m", f"ll3m.{verb}", *arguments],
       env=environment | options.pop("env", {}),

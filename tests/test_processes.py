@@ -16,6 +16,7 @@ from ll3m.core import checkpoint
 from ll3m.training.logger import METRICS, read_metrics
 from ll3m.training.stopping import EXIT_CODE
 from tests import tiny_runs
+from tests.compiled import COMPILED_ONCE
 from tests.waiting import wait_for
 
 STEPS = 10
@@ -40,7 +41,8 @@ def arguments(byte_tokenizer) -> list[str]:
 def start(
   *arguments: str, devices: int, folder: Path | None = None, command: str = "train"
 ) -> subprocess.Popen:
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  environment = os.environ | COMPILED_ONCE
+  environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   return subprocess.Popen(
     [sys.executable, "-m", f"ll3m.{command}", *arguments],
     env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

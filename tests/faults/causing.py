@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.compiled import COMPILED_ONCE
+
 SOAK = bool(os.environ.get("LL3M_SOAK"))
 REPETITIONS = 20 if SOAK else 4
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
@@ -28,6 +30,7 @@ class Job:
     *,
     file_limit: int | None = None,
     memory_limit: int | None = None,
+    compiles: bool = False,
   ):
     """Starts it.
 
@@ -36,11 +39,14 @@ class Job:
       output: its output_dir.
       file_limit: bytes that no file may exceed: writing more fails as on a full disk.
       memory_limit: bytes of address space, in which threads and mapped files count too.
+      compiles: even if another run has compiled the same.
     """
     self.output = output
     self._log = output.with_suffix(".log")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PYTHONUNBUFFERED"] = "1"
+    if not compiles:
+      environment |= COMPILED_ONCE
     with self._log.open("w") as log:
       self._process = subprocess.Popen(
         [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"],

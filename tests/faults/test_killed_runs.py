@@ -88,7 +88,7 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
     return job.said()
 
   # While it compiles, which nothing on the main thread can interrupt: there is nothing to save.
-  with start(output, *rarely) as job:
+  with start(output, *rarely, compiles=True) as job:
     job.wait_for(lambda: (output / "tokenizer" / "tokenizer.json").exists())
     time.sleep(0.3)
     said = stop(job, within=2, saves=(0,))
