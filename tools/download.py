@@ -48,6 +48,8 @@ def download(options: DownloadOptions, output: Path) -> None:
   """Fetches safetensors where there are any, else .bin files."""
   import huggingface_hub
 
+  # What it says, it prints itself; absl's handler would print it once more.
+  huggingface_hub.logging.disable_propagation()
   api = huggingface_hub.HfApi(token=options.access_token)
   # Not list_repo_files, which would wait for ever for a server that does not answer.
   timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
