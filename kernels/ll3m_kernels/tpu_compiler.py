@@ -37,15 +37,23 @@ _USED = re.compile(
 )
 
 
-def devices(topology: str) -> Sequence[jax.Device]:
+def devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   """Returns the devices of a topology, such as "v5e:8x8", to build meshes and shardings of.
+
+  Args:
+    topology: generation and chips along each dimension.
+    num_slices: how many of them, joined by the network of the data center.
 
   Raises:
     RuntimeError: libtpu is missing, or knows no such topology.
   """
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+  if topology.startswith("v4:"):
+    # As jax has them on the hardware: both cores of a chip are one device.
+    options["chip_config_name"] = "megacore"
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def compile_for(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import topologies
 
 from ll3m_kernels import tpu_compiler
 
@@ -21,15 +20,9 @@ def devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   if num_slices < 1:
     raise ValueError(f"--num_slices must be at least 1, got {num_slices}")
   try:
-    found = tpu_compiler.devices(topology)  # which also sets up libtpu's environment
-    if num_slices > 1:
-      described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, num_slices=num_slices
-      )
-      found = described.devices
+    return tpu_compiler.devices(topology, num_slices)
   except (RuntimeError, ImportError) as error:
     raise ValueError(
       f"--topology expects a machine that libtpu knows, such as v5e:8x8, v5p:4x4x4 or v3:4x8, got "
       f"{topology!r}: {error}"
     ) from error
-  return found
