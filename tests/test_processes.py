@@ -148,18 +148,32 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
   assert losses(output) == pytest.approx(losses(alone), abs=2e-5)
 
 
+def printed(*processes: subprocess.Popen) -> list[str]:
+  """Returns what each wrote to standard output, once all have ended well."""
+  results = [process.communicate(timeout=240) for process in processes]
+  assert not any(process.returncode for process in processes), results
+  # Between CPUs, jax's transport reports to standard output, too.
+  return ["".join(x for x in out.splitlines(True) if "[Gloo]" not in x) for out, _ in results]
+
+
 def test_two_processes_generate_what_one_does(together, start_two):
   """Float32 sums of other orders: the random model's most likely tokens are far apart."""
   asked = [f"--checkpoint={together}", "--prompt=def f", "--max_new_tokens=12", "--json"]
-  one = start(*asked, command="generate", devices=1)
-  expected, stderr = one.communicate(timeout=240)
-  assert one.returncode == 0, stderr
-  two = start_two(*asked, "--mesh_dim=1,2,4", command="generate")
-  printed = [process.communicate(timeout=240) for process in two]
-  assert [process.returncode for process in two] == [0, 0], printed
-  # Between CPUs, jax's transport reports to standard output, too.
-  ours = ["".join(x for x in text.splitlines(True) if "[Gloo]" not in x) for text, _ in printed]
-  assert json.loads(expected)["tokens"] and ours == [expected, ""]
+  (expected,) = printed(start(*asked, command="generate", devices=1))
+  assert json.loads(expected)["tokens"]
+  found = printed(*start_two(*asked, "--mesh_dim=1,2,4", command="generate"))
+  assert found == [expected, ""]
+
+
+def test_two_processes_evaluate_what_one_does(arguments, together, start_two):
+  data = [flag.replace("train_", "eval_") for flag in arguments if flag.startswith("--train_data")]
+  asked = [f"--checkpoint={together}", *data, "--eval_steps=3", "--json"]
+  (one,) = printed(start(*asked, command="evaluate", devices=1))
+  expected = json.loads(one)
+  first, second = printed(*start_two(*asked, "--mesh_dim=2,2,2", command="evaluate"))
+  found = json.loads(first)
+  assert not second and found["targets"] == expected["targets"] > 100
+  assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
 def test_other_flags_are_told_to_both(arguments, start_two, tmp_path):
