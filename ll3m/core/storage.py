@@ -16,7 +16,7 @@ from ll3m.core import stderr
 
 _SCHEME = "gs://"
 # What TensorFlow makes of an answer that is no success: the answer's JSON is in the middle of it.
-_ANSWER = re.compile(r"HTTP response code (\d+) with body '(.*)'(?: when (.*))?", re.DOTALL)
+_ANSWER = re.compile(r"HTTP response code (\d+) with body '(.*)'(?:\s+when (.*))?", re.DOTALL)
 _MESSAGE = re.compile(r'"message":\s*"([^"]*)"')
 
 

@@ -2,15 +2,16 @@
 
 Nothing in the libraries is replaced: TensorFlow's file system (which etils takes for gs://),
 TensorStore and google-cloud-storage send what they would send to Google. TensorFlow's endpoint is
-compiled in, but its curl heeds https_proxy: so this server is that proxy, ends TLS itself for
-Google's hosts, with a certificate whose authority lives as long as the server, and answers. Every
-other host is refused.
+compiled in, but its curl heeds https_proxy, as TensorStore's does: so this server is that proxy,
+ends TLS itself for Google's hosts, with a certificate whose authority lives as long as the server,
+and answers. Every other host is refused. google-cloud-storage heeds STORAGE_EMULATOR_HOST.
 
 It is the part of the JSON API that these three use
 (https://cloud.google.com/storage/docs/json_api/v1): preconditions, byte ranges, resumable uploads,
 rewriting, and listings that come in pages. PyPI's gcp-storage-emulator lacks what matters here: it
 fails on empty uploads, with which TensorFlow makes folders, ignores ifGenerationMatch, on which
-TensorStore relies, and never cuts a listing into pages.
+TensorStore and our lease rely, ignores startOffset, without which TensorStore's listing aborts the
+process, and never cuts a listing into pages.
 """
 
 import contextlib
@@ -266,6 +267,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.server.bucket(bucket)
     self._json({"kind": "storage#bucket", "name": bucket, "location": "US"})
 
+  def get_layout(self, query: dict[str, str], body: bytes, bucket: str) -> None:
+    """Says that folders of a bucket are only the beginnings of names."""
+    self.server.bucket(bucket)
+    flat = {"hierarchicalNamespace": {"enabled": False}, "locationType": "multi-region"}
+    self._json({"kind": "storage#storageLayout", "bucket": bucket, "location": "US"} | flat)
+
   def list_objects(self, query: dict[str, str], body: bytes, bucket: str) -> None:
     """Lists names, and what they have in common up to the delimiter, a page at a time."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
@@ -369,6 +376,7 @@ _BUCKET = r"/storage/v1/b/([^/]+)"
 _OBJECT = _BUCKET + r"/o/([^/]+)"
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
   ("GET", _BUCKET, _Handler.get_bucket),
+  ("GET", _BUCKET + "/storageLayout", _Handler.get_layout),
   ("GET", _BUCKET + "/o", _Handler.list_objects),
   ("GET", _OBJECT, _Handler.get_object),
   ("DELETE", _OBJECT, _Handler.delete_object),

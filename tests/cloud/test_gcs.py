@@ -114,7 +114,10 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
-  """Two jobs at once in one folder, of which one is refused and one killed; then one to the end."""
+  """Two jobs at once in one folder, of which one is refused and one killed; then one to the end.
+
+  The last step that was saved is damaged meanwhile: it has to be set aside.
+  """
   gcs.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
   jobs = [start("train", *ON_GCS, "--total_steps=1000000") for _ in range(2)]
   said: dict[int, str] = {}
@@ -124,7 +127,7 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
 
   for job in jobs:
     threading.Thread(target=listen, args=(job,), daemon=True).start()
-  wait_for(lambda: any(job.poll() is not None for job in jobs) and finished_steps(gcs))
+  wait_for(lambda: any(job.poll() is not None for job in jobs) and len(finished_steps(gcs)) > 1)
   (refused,) = [job for job in jobs if job.poll() is not None]
   (holder,) = [job for job in jobs if job is not refused]
   wait_for(lambda: refused.pid in said)
@@ -132,8 +135,10 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   assert said[refused.pid].splitlines()[-1].startswith(who)
   holder.send_signal(signal.SIGKILL)
   holder.wait()
-  last = finished_steps(gcs)[-1]
+  *_, before, last = finished_steps(gcs)
   total = last + 2 * OFTEN
+  gcs.put("bucket", f"runs/one/checkpoints/{last}/params/_METADATA", b"damaged", {})
+  damaged = gcs.files(f"runs/one/checkpoints/{last}")
   gcs.put("bucket", f"runs/one/checkpoints/{total + OFTEN}/params/left", b"by a killed save", {})
   local = tmp_path_factory.mktemp("runs") / "local"
   more = (f"--total_steps={total}", f"--profile_steps={total - 1}:{total}")
@@ -143,7 +148,8 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   assert code == 0, told
   assert their_code == 0, their_told
   stored = gcs.download("runs/one", tmp_path_factory.mktemp("runs") / "stored")
-  return Runs(total, last, told, stored, local)
+  assert files(stored / "damaged" / str(last)) == damaged
+  return Runs(total, before, told, stored, local)
 
 
 def test_a_killed_run_comes_to_the_same_end_as_one_on_a_disk(runs):
