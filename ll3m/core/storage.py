@@ -58,5 +58,5 @@ def explain(text: str) -> str | None:
   code, body, doing = answer.groups()
   message = _MESSAGE.search(body)
   reason = message[1] if message else " ".join(body.split()) or "no reason was given"
-  where = f"failed {' '.join(doing.split())}" if doing else "failed"
+  where = f"failed when {' '.join(doing.split())}" if doing else "failed"
   return f"Google Cloud Storage {where}: {reason} (HTTP {code})"
