@@ -62,7 +62,7 @@ def end() -> Callable[[subprocess.Popen], tuple[int, str, str]]:
 
   def end(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
-      printed, said = process.communicate(timeout=120)
+      printed, said = process.communicate(timeout=240)
     finally:
       process.kill()
     return process.returncode, printed, said

@@ -127,7 +127,9 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
 
   for job in jobs:
     threading.Thread(target=listen, args=(job,), daemon=True).start()
-  wait_for(lambda: any(job.poll() is not None for job in jobs) and len(finished_steps(gcs)) > 1)
+  wait_for(
+    lambda: any(job.poll() is not None for job in jobs) and len(finished_steps(gcs)) > 1, 240
+  )
   (refused,) = [job for job in jobs if job.poll() is not None]
   (holder,) = [job for job in jobs if job is not refused]
   wait_for(lambda: refused.pid in said)
