@@ -18,6 +18,7 @@ from ll3m.core import flags, processes, sharding
 from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
 from ll3m.core.claim import claim
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
+from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
@@ -160,6 +161,7 @@ def train(
     pending, since = [], time.perf_counter()
 
   def save() -> None:
+    logger.flush()
     checkpoints.save(
       step,
       params=state.params,
@@ -218,6 +220,7 @@ def read_run() -> Run:
   logger = flags.read("logger", LoggerConfig)
   if not options.dry_run:
     flags.require(logger.output_dir, "logger.output_dir")
+    require_bucket(logger.output_dir)
     if (epath.Path(logger.output_dir) / MANIFEST).exists():
       raise ValueError(
         f"--logger.output_dir={logger.output_dir} holds a converted model: give a folder of the "

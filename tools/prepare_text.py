@@ -21,6 +21,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ll3m.core import flags, stderr
+from ll3m.core.storage import require_bucket
 from ll3m.data.files import SPLITS, list_files
 from ll3m.data.text_processor import parse_json
 from ll3m.data.unusable import Skipped, Unusable, require_unicode
@@ -91,6 +92,7 @@ def main() -> None:
   files = [file for pattern in config.input for file in list_files(pattern, "--input")]
   kinds = {file: _kind(file, config.plain_text) for file in files}
   target = epath.Path(config.output_dir)
+  require_bucket(target)
   splits = SPLITS if config.validation_fraction else SPLITS[:1]
   for split in splits:
     if any(target.glob(f"{split}-*.tfrecord")):

@@ -28,6 +28,7 @@ from etils import epath
 
 from ll3m.core import digests
 from ll3m.core.config import ModelConfig
+from ll3m.core.storage import is_remote
 
 FORMAT = 1
 MANIFEST = "ll3m.json"
@@ -85,7 +86,8 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
     ValueError: the folder holds no complete model, or a damaged one.
   """
   path = absolute(path)
-  if not path.is_dir():
+  # TensorFlow's is_dir takes it for a no when access is refused; exists says so.
+  if not (path.exists() and path.is_dir()):
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if not (path / STEPS).is_dir():
     return _open(path, verify)
@@ -133,7 +135,7 @@ def _open(path: epath.Path, verify: bool) -> Checkpoint:
 def absolute(path: epath.PathLike) -> epath.Path:
   """Returns a path as Orbax wants it: remote as it is, local from the root."""
   path = epath.Path(path)
-  return path if "://" in os.fspath(path) else path.expanduser().absolute()
+  return path if is_remote(path) else path.expanduser().absolute()
 
 
 def finished_steps(output_dir: epath.PathLike) -> list[int]:

@@ -20,6 +20,8 @@ from typing import Any
 from absl import app, logging
 from absl import flags as absl_flags
 
+from ll3m.core import storage
+
 _HELP = "help"
 _CHOICES = "choices"
 _REPEATED = "repeated"
@@ -256,6 +258,7 @@ def run(main: Callable[[], None]) -> None:
     if not _DEBUG.value:
       logging.get_absl_handler().addFilter(_without_traceback)
     try:
+      storage.prepare(sys.argv[1:])
       main()
     except Exception as error:  # the boundary between library errors and the person who typed
       end(error)
@@ -273,6 +276,8 @@ def _without_traceback(record: Any) -> bool:
 
 def sentence(error: Exception) -> str:
   """Returns what an error says to the person who typed, on one line."""
+  if answer := storage.explain(str(error)):
+    return answer
   text = " ".join(str(error).split()) or type(error).__name__
   if isinstance(error, _EXPLAINED):
     return text

@@ -16,6 +16,7 @@ import tensorstore as ts
 from etils import epath
 
 from ll3m.core import digests
+from ll3m.core.storage import is_remote
 
 # A large layer is cut into chunks of about this size, so that converting needs little memory.
 CHUNK_BYTES = 64 * 2**20
@@ -48,7 +49,7 @@ class ParameterWriter:
     """
     directory.mkdir(parents=True, exist_ok=True)
     self._directory = directory
-    self._remote = "://" in str(directory)
+    self._remote = is_remote(directory)
     self._paths = list(shapes)
     self._stacked = dict(stacked)
     self._rows: dict[str, int] = {}
@@ -200,9 +201,8 @@ def naming(directory: epath.Path, name: str) -> Iterator[None]:
 
 
 def _kvstore(path: epath.Path) -> dict[str, str] | str:
-  text = str(path)
-  if "://" in text:
-    return f"{text}/"
+  if is_remote(path):
+    return f"{path}/"
   return {"driver": "file", "path": f"{path.resolve()}/"}
 
 

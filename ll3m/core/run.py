@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from ll3m.core import checkpoint as folders
 from ll3m.core import digests, flags
 from ll3m.core.checkpoint import BytesRestore, BytesSave, flatten, nest
+from ll3m.core.storage import is_remote
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's, which it writes once more when all else is done
 DAMAGED = "damaged"  # where steps go that cannot be gone on from, beside `checkpoints/`
@@ -68,14 +69,17 @@ class RunCheckpoints:
     """
     self._config = config
     self._saving = 0  # the step that is, or was last, being saved
+    steps = folders.absolute(output_dir) / folders.STEPS
+    if is_remote(steps):
+      _clear_unfinished(steps)
     policies = [ocp.checkpoint_managers.LatestN(config.max_to_keep)]
     if milestone_steps:
       policies.append(ocp.checkpoint_managers.EveryNSteps(milestone_steps))
     self._manager = ocp.CheckpointManager(
-      folders.absolute(output_dir) / folders.STEPS,
+      steps,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not is_remote(steps),
         async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
       ),
       item_handlers={
@@ -194,6 +198,20 @@ class RunCheckpoints:
     place = next(home / name for name in names if not (home / name).exists())
     (self._manager.directory / str(step)).rename(place)
     logging.warning("the damaged step %d was moved to %s", step, place)
+
+
+def _clear_unfinished(steps: epath.Path) -> None:
+  """Deletes the steps in an object store that were not saved to their end.
+
+  They have their own name from the beginning, and Orbax takes every folder for one of them that it
+  did not finish: a foreign one too.
+  """
+  if jax.process_index() == 0 and steps.is_dir():
+    finished = folders.finished_steps(steps.parent)
+    for folder in steps.iterdir():
+      if folder.name.isdigit() and int(folder.name) not in finished:
+        folder.rmtree()
+  _meet("unfinished steps are cleared")
 
 
 def _meet(where: str) -> None:

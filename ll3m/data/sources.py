@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from ll3m.core.storage import is_remote
 from ll3m.data import run_context
 from ll3m.data.files import SPLITS, list_files, text_shards
 from ll3m.data.text_processor import TextProcessor, parse_json
@@ -236,7 +237,7 @@ def _open_bytes(file: str) -> bytes | mmap.mmap:
       return gzip.decompress(epath.Path(file).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
       raise ValueError(f"{file} is not a complete gzip file: {error}") from error
-  if "://" in file or os.path.getsize(file) == 0:
+  if is_remote(file) or os.path.getsize(file) == 0:
     return epath.Path(file).read_bytes()
   with open(file, "rb") as opened:
     return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)

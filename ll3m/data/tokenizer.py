@@ -80,7 +80,7 @@ class Tokenizer(abc.ABC):
     files, folder = self.files(), epath.Path(folder)
     if folder.exists():
       folder.rmtree()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # TensorFlow may still take it for there
     for name, content in files.items():
       (folder / name).write_bytes(content)
 

@@ -17,6 +17,7 @@ from etils import epath
 
 from ll3m.core import checkpoint, digests, parameter_store
 from ll3m.core.progress import byte_bar
+from ll3m.core.storage import is_remote, require_bucket
 from ll3m.hf.mapping import parameter_shapes
 from ll3m.hf.matching import listing
 from ll3m.hf.model_files import HfModel
@@ -114,6 +115,7 @@ def prepare_output(output: epath.Path, nbytes: int) -> None:
   Raises:
     ValueError: there is something else, or too little room.
   """
+  require_bucket(output)
   if output.exists() and not output.is_dir():
     raise ValueError(f"the output folder {output} is a file")
   unfinished = (output / UNFINISHED).exists()
@@ -122,7 +124,7 @@ def prepare_output(output: epath.Path, nbytes: int) -> None:
   if unfinished:
     output.rmtree()
   output.mkdir(parents=True, exist_ok=True)
-  if "://" not in str(output):
+  if not is_remote(output):
     free = shutil.disk_usage(output).free
     if free < nbytes:
       raise ValueError(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ll3m import families
 from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
 from ll3m.core.progress import byte_bar
+from ll3m.core.storage import is_remote
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec, expected_tensors
 from ll3m.hf.matching import check_parameters
@@ -75,6 +77,8 @@ def export_model(
       are damaged, or do not fit the dtype.
   """
   start = time.perf_counter()
+  if is_remote(output):
+    raise ValueError(f"an exported folder is written to a local disk, got {output}")
   output = Path(output)
   _check_output(output)
   family = families.FAMILIES[checkpoint.family]
@@ -112,8 +116,6 @@ def export_model(
 
 
 def _check_output(output: Path) -> None:
-  if "://" in str(output) or str(output).startswith(("gs:/", "s3:/")):
-    raise ValueError(f"an exported folder is written to a local disk, got {output}")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"the output folder {output} already holds something; give a new one")
 
@@ -176,11 +178,14 @@ def _config_files(
   return files
 
 
-def _token_ids(tokenizer_dir: Any) -> dict[str, int]:
+def _token_ids(tokenizer_dir: epath.Path) -> dict[str, int]:
   from transformers import AutoTokenizer  # slow to import, and seldom needed
 
   try:
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads local disks only
+      for file in tokenizer_dir.iterdir():
+        file.copy(epath.Path(folder) / file.name)
+      tokenizer = AutoTokenizer.from_pretrained(folder)
   except Exception as error:  # whatever its files make transformers raise
     logging.warning(
       "config.json will name no token ids: transformers cannot read the tokenizer: %s", error

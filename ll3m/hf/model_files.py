@@ -13,6 +13,7 @@ from etils import epath
 from ll3m import families
 from ll3m.core import checkpoint
 from ll3m.core.config import ModelConfig
+from ll3m.core.storage import is_remote
 from ll3m.hf import torch_bin, weights
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec
@@ -100,7 +101,7 @@ def open_model(
     NotImplementedError: a format or an architecture that is not supported.
     FileNotFoundError: no such folder, or nothing in it to convert.
   """
-  if "://" in str(path):
+  if is_remote(path):
     raise NotImplementedError(f"published models are read from a local disk, got {path}")
   path = Path(path)
   if not path.exists():

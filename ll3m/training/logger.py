@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,11 +18,15 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ll3m.core import flags
+from ll3m.core.storage import is_remote
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 FLAGS = "flags.json"
 EXPERIMENT_ID = "wandb_id"
+
+# Object stores cannot append: there, all records are written anew, and no more often than this.
+_UPLOAD_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Logger:
     self._records: list[dict[str, Any]] = []
     self._bar = None
     self._total_steps = total_steps
+    self._uploaded = 0  # how many records an object store has
+    self._upload_at = 0.0
     if self._quiet:
       return
     self._dir = epath.Path(config.output_dir)
@@ -96,6 +103,7 @@ class Logger:
 
   def __exit__(self, *exception: Any) -> None:
     if not self._quiet:
+      self.flush()
       with self._optional("the plot"):
         plot_losses(self._records, self._dir / CURVE)
     self._closing.close()
@@ -115,6 +123,11 @@ class Logger:
       with self._optional(name):
         sink(step, record)
     self._show(step, record)
+
+  def flush(self) -> None:
+    """Writes the records that are not written yet: before a step is saved that comes after them."""
+    if not self._quiet and is_remote(self._dir) and self._uploaded < len(self._records):
+      self._rewrite()
 
   def has(self, step: int, name: str) -> bool:
     """Says whether a value was logged at a step; all processes have to ask, and are told the same.
@@ -168,7 +181,7 @@ class Logger:
       project=config.project,
       id=config.experiment_id or self._experiment_id(resume=resume),
       resume="allow",
-      dir=os.fspath(self._dir),
+      dir=None if is_remote(self._dir) else os.fspath(self._dir),  # it writes to local disks only
       config=dict(flag_values),
     )
     self._add_sink(
@@ -214,20 +227,23 @@ class Logger:
       )
 
   def _append(self, record: Mapping[str, Any]) -> None:
-    if _is_local(self._path):
+    if is_remote(self._path):
+      if time.monotonic() >= self._upload_at:
+        self._rewrite()
+    else:
       with open(self._path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    else:  # object stores cannot append
-      self._rewrite()
 
   def _rewrite(self) -> None:
     text = "".join(json.dumps(record) + "\n" for record in self._records)
-    if _is_local(self._path):
+    if is_remote(self._path):  # there, a file appears at once
+      self._path.write_text(text)
+      self._uploaded = len(self._records)
+      self._upload_at = time.monotonic() + _UPLOAD_SECONDS
+    else:
       part = self._path.with_name(f"{METRICS}.part")
       part.write_text(text)
       part.replace(self._path)
-    else:
-      self._path.write_text(text)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -262,10 +278,6 @@ def plot_losses(records: list[dict[str, Any]], path: epath.Path) -> None:
   with path.open("wb") as file:
     figure.savefig(file, format="png", dpi=120)
   pyplot.close(figure)
-
-
-def _is_local(path: epath.Path) -> bool:
-  return "://" not in os.fspath(path)
 
 
 def _duration(seconds: float) -> str:

@@ -2,12 +2,15 @@
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
+from ll3m.core.storage import is_remote
 from ll3m.training.logger import say
 
 # Below output_dir; TensorBoard and xprof look for traces in `plugins/profile` of a folder.
@@ -38,6 +41,7 @@ class Profiler:
   """Traces some steps of a run, host and devices, each process its own.
 
   Use as a context manager around all steps: a trace that is under way is written when it ends.
+  jax writes traces to local disks only: for an object store, they are copied there at the end.
   """
 
   def __init__(self, output_dir: str, steps: range, *, made: int = 0):
@@ -45,6 +49,7 @@ class Profiler:
     self._folder = epath.Path(output_dir) / FOLDER
     self._steps = steps[max(0, made + 1 - steps.start) :]
     self._tracing = False
+    self._local: tempfile.TemporaryDirectory | None = None
     if steps and not self._steps:
       say(f"nothing to trace: step {made} is made, --profile_steps ends at {steps[-1]}")
 
@@ -62,7 +67,9 @@ class Profiler:
       number: of the step, from 1.
     """
     if number in self._steps and not self._tracing:
-      jax.profiler.start_trace(self._folder)
+      if is_remote(self._folder):
+        self._local = tempfile.TemporaryDirectory()
+      jax.profiler.start_trace(self._folder if self._local is None else self._local.name)
       self._tracing = True
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
       yield
@@ -82,3 +89,14 @@ class Profiler:
     if self._tracing:
       self._tracing = False
       jax.profiler.stop_trace()
+      if self._local is not None:
+        with self._local as folder:
+          _copy(Path(folder), self._folder)
+
+
+def _copy(folder: Path, place: epath.Path) -> None:
+  """Copies all files below a folder."""
+  for file in filter(Path.is_file, folder.rglob("*")):
+    to = place / file.relative_to(folder)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(file.read_bytes())

@@ -1,0 +1,387 @@
+"""Google Cloud Storage on this machine, in memory, for the libraries as they are.
+
+Nothing in the libraries is replaced: TensorFlow's file system (which etils takes for gs://),
+TensorStore and google-cloud-storage send what they would send to Google. TensorFlow's endpoint is
+compiled in, but its curl heeds https_proxy, as TensorStore's does: so this server is that proxy,
+ends TLS itself for Google's hosts, with a certificate whose authority lives as long as the server,
+and answers. Every other host is refused. google-cloud-storage heeds STORAGE_EMULATOR_HOST.
+
+It is the part of the JSON API that these three use
+(https://cloud.google.com/storage/docs/json_api/v1): preconditions, byte ranges, resumable uploads,
+rewriting, and listings that come in pages. PyPI's gcp-storage-emulator lacks what matters here: it
+fails on empty uploads, with which TensorFlow makes folders, ignores ifGenerationMatch, on which
+TensorStore and our lease rely, ignores startOffset, without which TensorStore's listing aborts the
+process, and never cuts a listing into pages.
+"""
+
+import contextlib
+import http.server
+import itertools
+import json
+import re
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import trustme
+
+HOSTS = ("www.googleapis.com", "storage.googleapis.com")
+TOKEN = "a token"
+FORBIDDEN = "forbidden"  # a bucket that the token has no rights to
+# Google answers at most 1,000 names at a time; here, pages are so short that long ones have some.
+PAGE = 10
+
+
+class Object(NamedTuple):
+  """A version of an object."""
+
+  data: bytes
+  generation: int
+
+
+class Failed(Exception):
+  """An answer that is no success."""
+
+  def __init__(self, status: HTTPStatus, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+class GcsServer(http.server.ThreadingHTTPServer):
+  """The service; use as a context manager.
+
+  Attributes:
+    buckets: bucket -> name -> object.
+    requests: every request so far, "POST /upload/storage/v1/b/...".
+    refused: what was asked that this server does not know: hosts and paths.
+  """
+
+  daemon_threads = True
+
+  def __init__(self, *buckets: str):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.buckets: dict[str, dict[str, Object]] = {name: {} for name in buckets}
+    self.requests: list[str] = []
+    self.refused: list[str] = []
+    self.uploads: dict[str, tuple[str, str, dict[str, str]]] = {}
+    self.lock = threading.RLock()
+    self._generations = itertools.count(1)
+    self._authority = trustme.CA()
+    self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    self._authority.issue_cert(*HOSTS).configure_cert(self.tls)
+
+  def __enter__(self) -> "GcsServer":
+    threading.Thread(target=self.serve_forever, daemon=True).start()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.shutdown()
+    self.server_close()
+
+  def environment(self, folder: Path) -> dict[str, str]:
+    """Returns what makes a process talk to this server, and to nothing else.
+
+    Args:
+      folder: where the authority's certificate is put.
+    """
+    authority = folder / "authority.pem"
+    self._authority.cert_pem.write_to_path(str(authority))
+    here = f"http://127.0.0.1:{self.server_port}"
+    return {
+      "https_proxy": here,
+      "no_proxy": "127.0.0.1,localhost",
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": TOKEN,
+      "CURL_CA_BUNDLE": str(authority),  # TensorFlow's
+      "TENSORSTORE_CA_BUNDLE": str(authority),
+      "STORAGE_EMULATOR_HOST": here,  # google-cloud-storage's, which then asks for no login
+    }
+
+  def files(self, folder: str) -> dict[str, bytes]:
+    """Returns what lies below a folder of the first bucket, by its path in the folder."""
+    start = folder.rstrip("/") + "/"
+    with self.lock:
+      found = dict(next(iter(self.buckets.values())))
+    return {
+      name.removeprefix(start): object.data
+      for name, object in found.items()
+      if name.startswith(start) and not name.endswith("/")  # which stands for a folder
+    }
+
+  def download(self, folder: str, place: Path) -> Path:
+    """Copies a folder of the first bucket to a disk, and returns where it is."""
+    for name, data in self.files(folder).items():
+      (place / name).parent.mkdir(parents=True, exist_ok=True)
+      (place / name).write_bytes(data)
+    return place
+
+  def find(self, bucket: str, name: str) -> Object:
+    """Returns an object.
+
+    Raises:
+      Failed: there is none.
+    """
+    if found := self.bucket(bucket).get(name):
+      return found
+    raise Failed(HTTPStatus.NOT_FOUND, f"No such object: {bucket}/{name}")
+
+  def bucket(self, name: str) -> dict[str, Object]:
+    """Returns the objects of a bucket.
+
+    Raises:
+      Failed: there is no such bucket, or it is not the token's.
+    """
+    if name == FORBIDDEN:
+      raise Failed(HTTPStatus.FORBIDDEN, f"no access to the Google Cloud Storage bucket {name}")
+    if name not in self.buckets:
+      raise Failed(HTTPStatus.NOT_FOUND, "The specified bucket does not exist.")
+    return self.buckets[name]
+
+  def put(self, bucket: str, name: str, data: bytes, query: dict[str, str]) -> dict[str, Any]:
+    """Writes an object if the preconditions hold, and returns its resource."""
+    with self.lock:
+      self.check(query, self.bucket(bucket).get(name))
+      self.bucket(bucket)[name] = Object(data, next(self._generations))
+      return self.resource(bucket, name)
+
+  def check(self, query: dict[str, str], found: Object | None) -> None:
+    """Demands the preconditions of a request.
+
+    Raises:
+      Failed: they do not hold.
+    """
+    generation = found.generation if found else 0
+    if int(query.get("ifGenerationMatch", generation)) != generation:
+      raise Failed(HTTPStatus.PRECONDITION_FAILED, "ifGenerationMatch does not hold")
+    if "ifGenerationNotMatch" in query and int(query["ifGenerationNotMatch"]) == generation:
+      raise Failed(HTTPStatus.NOT_MODIFIED, "")
+
+  def resource(self, bucket: str, name: str) -> dict[str, Any]:
+    """Returns what the API says of an object."""
+    found = self.find(bucket, name)
+    return {
+      "kind": "storage#object",
+      "bucket": bucket,
+      "name": name,
+      "generation": str(found.generation),
+      "metageneration": "1",
+      "size": str(len(found.data)),
+      "updated": "2026-01-01T00:00:00.000Z",
+    }
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  """Answers a connection; after CONNECT, what comes within TLS."""
+
+  protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True  # headers and body are two writes: 40 ms otherwise
+  server: GcsServer
+
+  def log_message(self, *_: Any) -> None:
+    """Says nothing."""
+
+  def do_CONNECT(self) -> None:
+    host = self.path.partition(":")[0]
+    if host not in HOSTS:
+      self.server.refused.append(self.path)
+      self._answer(HTTPStatus.FORBIDDEN, b"")
+      return
+    self.send_response(HTTPStatus.OK)
+    self.end_headers()
+    self.wfile.flush()
+    try:
+      self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
+    except OSError:  # who asked went away, or does not trust us
+      self.close_connection = True
+      return
+    self.rfile = self.connection.makefile("rb")
+    self.wfile = self.connection.makefile("wb", buffering=0)
+    self.close_connection = False
+
+  def handle(self) -> None:
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # a process that was killed
+      super().handle()
+
+  def finish(self) -> None:
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+      super().finish()
+    self.connection.close()
+
+  def do_GET(self) -> None:
+    self._route()
+
+  def do_POST(self) -> None:
+    self._route()
+
+  def do_PUT(self) -> None:
+    self._route()
+
+  def do_DELETE(self) -> None:
+    self._route()
+
+  def _route(self) -> None:
+    url = urlsplit(self.path)
+    query = {name: values[0] for name, values in parse_qs(url.query, True).items()}
+    body = self._body()
+    self.server.requests.append(f"{self.command} {self.path}")
+    for method, pattern, action in _ROUTES:
+      match = re.fullmatch(pattern, url.path)
+      if method == self.command and match:
+        try:
+          action(self, query, body, *map(unquote, match.groups()))
+        except Failed as failure:
+          message = {"error": {"code": failure.status, "message": str(failure)}}
+          self._answer(failure.status, json.dumps(message).encode())
+        return
+    self.server.refused.append(f"{self.command} {self.path}")
+    self._answer(HTTPStatus.NOT_IMPLEMENTED, b"")
+
+  def _body(self) -> bytes:
+    if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+      return b"".join(self._chunks())
+    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+  def _chunks(self) -> Iterator[bytes]:
+    while size := int(self.rfile.readline().split(b";")[0], 16):
+      yield self.rfile.read(size)
+      self.rfile.readline()
+    self.rfile.readline()
+
+  def _answer(self, status: int, data: bytes, **headers: str) -> None:
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name.replace("_", "-"), value)
+    self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    if self.command != "HEAD" and status != HTTPStatus.NOT_MODIFIED:
+      self.wfile.write(data)
+
+  def _json(self, value: Any) -> None:
+    self._answer(HTTPStatus.OK, json.dumps(value).encode(), Content_Type="application/json")
+
+  def get_bucket(self, query: dict[str, str], body: bytes, bucket: str) -> None:
+    """Says that a bucket is there."""
+    self.server.bucket(bucket)
+    self._json({"kind": "storage#bucket", "name": bucket, "location": "US"})
+
+  def get_layout(self, query: dict[str, str], body: bytes, bucket: str) -> None:
+    """Says that folders of a bucket are only the beginnings of names."""
+    self.server.bucket(bucket)
+    flat = {"hierarchicalNamespace": {"enabled": False}, "locationType": "multi-region"}
+    self._json({"kind": "storage#storageLayout", "bucket": bucket, "location": "US"} | flat)
+
+  def list_objects(self, query: dict[str, str], body: bytes, bucket: str) -> None:
+    """Lists names, and what they have in common up to the delimiter, a page at a time."""
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+    first, end = query.get("startOffset", ""), query.get("endOffset", chr(0x10FFFF))
+    with self.server.lock:
+      found = sorted(self.server.bucket(bucket))
+    names = [name for name in found if name.startswith(prefix) and first <= name < end]
+    entries: dict[str, bool] = {}  # name or common prefix -> whether it is an object
+    for name in names:
+      head, cut, _ = name[len(prefix) :].partition(delimiter or "\0")
+      entries[prefix + head + cut] = not cut
+    rest = [entry for entry in entries if entry > query.get("pageToken", "")]
+    page = rest[: min(PAGE, int(query.get("maxResults", PAGE)))]
+    with self.server.lock:
+      answer = {
+        "kind": "storage#objects",
+        "items": [self.server.resource(bucket, e) for e in page if entries[e]],
+        "prefixes": [entry for entry in page if not entries[entry]],
+      }
+    if len(page) < len(rest):
+      answer["nextPageToken"] = page[-1]
+    self._json({name: value for name, value in answer.items() if value})
+
+  def get_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
+    """Answers what an object is, or with alt=media what is in it."""
+    if query.get("alt") == "media":
+      self.read_object(query, body, bucket, name)
+      return
+    found = self.server.find(bucket, name)
+    self.server.check(query, found)
+    self._json(self.server.resource(bucket, name))
+
+  def read_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
+    """Answers what is in an object, or in a range of it."""
+    found = self.server.find(bucket, name)
+    self.server.check(query, found)
+    headers = {"x_goog_generation": str(found.generation)}
+    total = len(found.data)
+    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+    if not wanted:
+      self._answer(HTTPStatus.OK, found.data, **headers)
+      return
+    first, last = int(wanted[1]), min(int(wanted[2] or total - 1), total - 1)
+    if first >= total:
+      headers["Content_Range"] = f"bytes */{total}"
+      self._answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, b"", **headers)
+      return
+    headers["Content_Range"] = f"bytes {first}-{last}/{total}"
+    self._answer(HTTPStatus.PARTIAL_CONTENT, found.data[first : last + 1], **headers)
+
+  def upload(self, query: dict[str, str], body: bytes, bucket: str) -> None:
+    """Writes an object at once, or says where its bytes are to be sent."""
+    if query["uploadType"] == "media":
+      self._json(self.server.put(bucket, query["name"], body, query))
+      return
+    if query["uploadType"] == "multipart":  # the resource as JSON, and the bytes
+      boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+      _, *parts, _ = (b"\r\n" + body).split(b"\r\n--" + boundary)
+      resource, data = (part.partition(b"\r\n\r\n")[2] for part in parts)
+      self._json(self.server.put(bucket, json.loads(resource)["name"], data, query))
+      return
+    self.server.bucket(bucket)
+    number = str(len(self.server.uploads))
+    self.server.uploads[number] = bucket, query["name"], query
+    place = f"https://{HOSTS[0]}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
+    self._answer(HTTPStatus.OK, b"", Location=place)
+
+  def resume_upload(self, query: dict[str, str], body: bytes, _: str) -> None:
+    """Takes the bytes of an upload: all of them, which is what these libraries send."""
+    bucket, name, asked = self.server.uploads[query["upload_id"]]
+    content_range = self.headers.get("Content-Range")
+    if content_range and content_range != f"bytes 0-{len(body) - 1}/{len(body)}":
+      raise Failed(HTTPStatus.NOT_IMPLEMENTED, f"Content-Range: {content_range}")
+    self._json(self.server.put(bucket, name, body, asked))
+
+  def rewrite(self, query: dict[str, str], body: bytes, *place: str) -> None:
+    """Copies an object."""
+    bucket, name, to_bucket, to_name = place
+    resource = self.server.put(to_bucket, to_name, self.server.find(bucket, name).data, query)
+    size = resource["size"]
+    self._json(
+      {
+        "kind": "storage#rewriteResponse",
+        "done": True,
+        "objectSize": size,
+        "totalBytesRewritten": size,
+        "resource": resource,
+      }
+    )
+
+  def delete_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
+    """Deletes an object."""
+    with self.server.lock:
+      self.server.check(query, self.server.find(bucket, name))
+      del self.server.buckets[bucket][name]
+    self.send_response(HTTPStatus.NO_CONTENT)
+    self.end_headers()
+
+
+_BUCKET = r"/storage/v1/b/([^/]+)"
+_OBJECT = _BUCKET + r"/o/([^/]+)"
+_ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+  ("GET", _BUCKET, _Handler.get_bucket),
+  ("GET", _BUCKET + "/storageLayout", _Handler.get_layout),
+  ("GET", _BUCKET + "/o", _Handler.list_objects),
+  ("GET", _OBJECT, _Handler.get_object),
+  ("DELETE", _OBJECT, _Handler.delete_object),
+  ("POST", _OBJECT + r"/rewriteTo/b/([^/]+)/o/([^/]+)", _Handler.rewrite),
+  ("POST", "/upload" + _BUCKET + "/o", _Handler.upload),
+  ("PUT", "/upload" + _BUCKET + "/o", _Handler.resume_upload),
+  ("GET", r"/(?!storage/)([^/]+)/(.+)", _Handler.read_object),
+]

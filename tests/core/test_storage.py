@@ -1,0 +1,36 @@
+"""What errors of Google Cloud Storage say."""
+
+import json
+
+import pytest
+
+from ll3m.core import flags, storage
+
+BODY = json.dumps({"error": {"code": 403, "message": "you may not"}}, indent=1)
+HTTP = "Error executing an HTTP request: HTTP response code"
+
+
+@pytest.mark.parametrize(
+  ("text", "sentence"),
+  [
+    (f"{HTTP} 403 with body '{BODY}'\n\t when reading metadata of gs://b/x",
+     "failed when reading metadata of gs://b/x: you may not (HTTP 403)"),
+    (f"{HTTP} 403 with body '{BODY}'", "failed: you may not (HTTP 403)"),
+    (f"{HTTP} 404 with body 'Not\n Found'", "failed: Not Found (HTTP 404)"),
+    (f"{HTTP} 401 with body ''", "failed: no reason was given (HTTP 401)"),
+  ],
+)  # fmt: skip
+def test_an_answer_becomes_a_sentence(text, sentence):
+  assert flags.sentence(RuntimeError(text)) == f"Google Cloud Storage {sentence}"
+
+
+def test_other_errors_stay_as_they_are():
+  assert storage.explain("HTTP response code 403") is None
+  assert flags.sentence(ValueError("no  such\nthing")) == "no such thing"
+
+
+@pytest.mark.parametrize("path", ["gs://b/x", "s3://b/x"])
+def test_what_is_remote(path, tmp_path):
+  assert storage.is_remote(path)
+  assert not storage.is_remote(tmp_path)
+  storage.require_bucket(tmp_path)  # there is none to look for
