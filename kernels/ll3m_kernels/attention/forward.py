@@ -7,12 +7,14 @@ and which no query sees; tiles of other segments are skipped by the ranges of th
 Scores are [queries, keys]: each square of K^T and V is loaded into the matrix unit once for a whole
 block of queries. Sums over keys stay spread over the lanes until the end; only the largest score is
 sought across them. Where the mask cuts a tile, which place that is was known beforehand
-(`tiles.cuts`), and the queries, some at a time, meet only the keys that they see.
+(`tiles.cuts`), and the queries, some at a time, meet only the keys that they see: those at both
+edges of a window at once, which one update of the softmax serves.
 """
 
 import enum
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -180,11 +182,11 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     if ids is not None:
       scratch[-1][...] = tiles.column(ids.queries[0])
 
-  def add(step: tiles.Step, tile: Any, distance: Any, may_end: bool) -> None:
-    """Adds to some queries what some keys of a tile give."""
-    rows, columns = step.rows, step.columns
+  def score(rows: slice, piece: tiles.Piece, may_end: bool) -> tuple[Array, Array]:
+    """Returns the masked scores of some keys, and their values."""
+    columns = piece.columns
     count = columns.stop - columns.start
-    index = tiles.keys_at(layout, tile, columns.start, count)
+    index = tiles.keys_at(layout, piece.tile, columns.start, count)
     keys, values = key_ref[0, 0, index, :], value_ref[0, 0, index, :]
     if scaling is _Scaling.HALVES:
       # Vectors that are not whole are moved as float32: there is nothing narrower to do it.
@@ -193,37 +195,43 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     scores = dot(queries_ref[rows, :], keys, (1, 1))
     if scaling is _Scaling.SCORES:
       scores, _ = tiles.scale(spec, scores)
-    if distance is not None:
-      scores = _mask_edges(spec, scores, step, distance)
+    if piece.distance is not None:
+      scores = _mask_edges(spec, scores, rows, piece)
     left = None
     if may_end:
-      left = layout.num_keys - first_key - tile * layout.keys - columns.start
+      left = layout.num_keys - first_key - piece.tile * layout.keys - columns.start
       values = tiles.existing(values, 0, left)
-      if distance is not None and hides_end:
+      if piece.distance is not None and hides_end:
         left = None
     same = None
     if ids is not None:
       same = (_widen(scratch[-1][rows, :], count), ids.keys[0, :, index])
-    scores = tiles.mask(spec, scores, 1, count=left, ids=same)
+    return tiles.mask(spec, scores, 1, count=left, ids=same), values
+
+  def add(rows: slice, pieces: Sequence[tiles.Piece], may_end: bool) -> None:
+    """Adds to some queries what some keys give: one update, of however many pieces."""
+    scores, values = zip(*(score(rows, piece, may_end) for piece in pieces), strict=True)
     before = largest_ref[rows, :]  # the same in every lane
-    largest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-    weights = power(scores - _widen(largest, count))
+    largest = before
+    for part in scores:
+      largest = jnp.maximum(largest, jnp.max(part, axis=1, keepdims=True))
+    weights = [power(part - _widen(largest, part.shape[1])) for part in scores]
     shrink = power(before - largest)
     largest_ref[rows, :] = largest
-    total_ref[rows, :] = shrink * total_ref[rows, :] + _narrow(weights)
-    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + dot(
-      weights.astype(values.dtype), values
+    total_ref[rows, :] = shrink * total_ref[rows, :] + sum(map(_narrow, weights))
+    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + sum(
+      dot(part.astype(value.dtype), value) for part, value in zip(weights, values, strict=True)
     )
 
   def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
-    everything = tiles.Step(slice(0, layout.queries), slice(0, layout.keys), slice(0, 0))
-    add(everything, tile, distance, may_end)
+    piece = tiles.Piece(tile, distance, slice(0, layout.keys), slice(0, 0))
+    add(slice(0, layout.queries), [piece], may_end)
 
-  def add_square(tile: Any, distance: int, may_end: bool) -> None:
-    for step in tiles.staircase(spec, layout, distance):
-      add(step, tile, distance, may_end)
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool) -> None:
+    for rows, pieces in tiles.staircase(spec, layout, squares):
+      add(rows, pieces, may_end)
 
-  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_square)
+  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
 
   @pl.when(j == key_blocks - 1)
   def _():
@@ -236,22 +244,22 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
 
 
 def _mask_edges(
-  spec: specs.Spec, scores: Float[Array, "q k"], step: tiles.Step, distance: Any
+  spec: specs.Spec, scores: Float[Array, "q k"], rows: slice, piece: tiles.Piece
 ) -> Float[Array, "q k"]:
-  """Masks what position hides from some queries of a step, and leaves alone what all see."""
-  rows, columns, whole = step
+  """Masks what position hides from some queries of a piece, and leaves alone what all see."""
+  _, distance, columns, whole = piece
   if whole.start >= whole.stop:
     return tiles.mask(spec, scores, 1, distance=distance + columns.start - rows.start)
-  pieces = []
+  parts = []
   for start, stop in (
     (columns.start, whole.start), (whole.start, whole.stop), (whole.stop, columns.stop)
   ):  # fmt: skip
-    piece = scores[:, start - columns.start : stop - columns.start]
+    part = scores[:, start - columns.start : stop - columns.start]
     if start < stop and start != whole.start:
-      piece = tiles.mask(spec, piece, 1, distance=distance + start - rows.start)
+      part = tiles.mask(spec, part, 1, distance=distance + start - rows.start)
     if start < stop:
-      pieces.append(piece)
-  return jnp.concatenate(pieces, axis=1)
+      parts.append(part)
+  return jnp.concatenate(parts, axis=1)
 
 
 def _widen(x: Array, size: int) -> Array:

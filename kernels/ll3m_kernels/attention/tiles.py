@@ -5,7 +5,7 @@ A tile is some keys and a block of queries. Positions are int32, also under `jax
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,46 +130,80 @@ def cuts(spec: specs.Spec, layout: Layout) -> list[int] | None:
   return sorted(found) if len(found) <= _MOST_CUTS else None
 
 
-class Step(NamedTuple):
-  """Queries that are taken together where the mask cuts a square, and keys of the square.
+class Piece(NamedTuple):
+  """Keys that some queries meet.
 
   Attributes:
-    rows: the queries, of a block.
-    columns: the keys that some of them see, in whole lanes.
-    whole: the keys that all of them see.
+    tile: what the keys are of, a tile or a square, by its first tile among the resident ones.
+    distance: how far right of the block's first query that begins; None if position hides none of
+      the keys from any of the queries.
+    columns: the keys, of that tile or square.
+    whole: those that all of the queries see, if it is known which ones; else none.
   """
 
-  rows: slice
+  tile: Any
+  distance: Any
   columns: slice
   whole: slice
 
 
-def staircase(spec: specs.Spec, layout: Layout, cut: int) -> list[Step]:
-  """Follows the mask's edge through a square that begins so far right of the first query."""
-  left, right = spec.span
+def staircase(
+  spec: specs.Spec, layout: Layout, squares: Sequence[tuple[Any, int]]
+) -> list[tuple[slice, list[Piece]]]:
+  """Follows the mask's edges through the squares of a block of queries that it cuts.
+
+  Args:
+    spec: of the call.
+    layout: of the kernel.
+    squares: the first tile of each, and how far right of the first query it begins.
+
+  Returns:
+    Queries of the block that are taken together, and the keys of all the squares that some of them
+    see, in whole lanes.
+  """
   size = next((size for size in _STEPS if layout.queries % size == 0), layout.queries)
   steps = []
   for row in range(0, layout.queries, size):
-    last = row + size - 1
-    start, whole_start = 0, 0
-    if left is not None:
-      start = max(row - left - cut, 0) // LANES * LANES
-      whole_start = up(max(last - left - cut, 0), LANES)
-    stop = whole_stop = layout.queries
-    if right is not None:
-      stop = min(up(last + right - cut + 1, LANES), layout.queries)
-      seen = row + right - cut + 1
-      whole_stop = stop if seen >= stop else seen // LANES * LANES
-    if start < stop:
-      whole = slice(whole_start, max(whole_start, whole_stop))
-      steps.append(Step(slice(row, row + size), slice(start, stop), whole))
-  merged = []
-  for step in steps:
-    is_whole = step.whole == step.columns
-    if merged and is_whole and merged[-1][1:] == step[1:]:
-      step = step._replace(rows=slice(merged.pop().rows.start, step.rows.stop))
-    merged.append(step)
-  return merged
+    rows = slice(row, row + size)
+    pieces = [_piece(spec, layout, rows, *square) for square in squares]
+    pieces = [piece for piece in pieces if piece.columns.start < piece.columns.stop]
+    if steps and _same_whole(steps[-1][1], pieces):
+      rows = slice(steps.pop()[0].start, rows.stop)
+    if pieces:
+      steps.append((rows, pieces))
+  return steps
+
+
+def _fits_tile(layout: Layout, steps: list[tuple[slice, list[Piece]]]) -> bool:
+  """Returns whether no step has more scores than a tile, for which memory is counted."""
+  return all(
+    (rows.stop - rows.start) * sum(p.columns.stop - p.columns.start for p in pieces)
+    <= layout.queries * layout.keys
+    for rows, pieces in steps
+  )
+
+
+def _same_whole(some: Sequence[Piece], others: Sequence[Piece]) -> bool:
+  """Returns whether all that two groups of queries see is the same keys, and they see all these."""
+  # Tiles are computed numbers, which distances stand for.
+  return [piece[1:] for piece in some] == [piece[1:] for piece in others] and all(
+    piece.whole == piece.columns for piece in others
+  )
+
+
+def _piece(spec: specs.Spec, layout: Layout, rows: slice, tile: Any, cut: int) -> Piece:
+  """Returns what some queries see of a square."""
+  left, right = spec.span
+  start, whole_start = 0, 0
+  if left is not None:
+    start = max(rows.start - left - cut, 0) // LANES * LANES
+    whole_start = up(max(rows.stop - 1 - left - cut, 0), LANES)
+  stop = whole_stop = layout.queries
+  if right is not None:
+    stop = min(up(rows.stop + right - cut, LANES), layout.queries)
+    seen = rows.start + right - cut + 1
+    whole_stop = stop if seen >= stop else seen // LANES * LANES
+  return Piece(tile, cut, slice(start, stop), slice(whole_start, max(whole_start, whole_stop)))
 
 
 def for_each_tile(
@@ -179,7 +213,7 @@ def for_each_tile(
   first_key: Any,
   ids: Ids | None,
   body: Callable[[Any, Any, bool], None],
-  square: Callable[[Any, int, bool], None] | None = None,
+  squares: Callable[[Sequence[tuple[Any, int]], bool], None] | None = None,
 ) -> None:
   """Calls `body(tile, distance, may_end)` for the resident tiles that a block's queries see.
 
@@ -192,12 +226,14 @@ def for_each_tile(
     body: gets a tile's number among the resident ones; how far right of the first query it
       begins, or None if position hides none of it from any query; and whether it may reach beyond
       the last key.
-    square: the same for the squares that `cuts` found, if it did; its distance is one of them.
+    squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
+      distance of each. It is given all of them at once where all are resident and seen, since one
+      update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
   base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
-  found = cuts(spec, layout) if square is not None else None
+  found = cuts(spec, layout) if squares is not None else None
   unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
 
   def local(tile: Any) -> Any:
@@ -246,11 +282,21 @@ def for_each_tile(
   square_may_end = layout.num_keys % layout.queries != 0
   last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
   last_stop = stop
-  for cut in found:
-    tile = (query_block + cut // layout.queries) * unit - base
-    pl.when((tile + unit > start) & (tile < stop))(
+  places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
+  seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
+  # Ids skip squares one by one.
+  if ids is None and len(places) > 1 and _fits_tile(layout, staircase(spec, layout, places)):
+    all_seen = functools.reduce(jnp.logical_and, seen)
+    pl.when(all_seen)(lambda: squares(places, square_may_end))
+    seen = [one & ~all_seen for one in seen]
+  last_stop = stop
+  for (tile, cut), is_seen in zip(places, seen, strict=True):
+    pl.when(is_seen)(
       functools.partial(
-        where_ids_meet, tile, unit, functools.partial(square, tile, cut, square_may_end)
+        where_ids_meet,
+        tile,
+        unit,
+        functools.partial(squares, [(tile, cut)], square_may_end),
       )
     )
     last_stop = jnp.where(tile == last, last, last_stop)

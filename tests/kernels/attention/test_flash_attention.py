@@ -21,6 +21,9 @@ from tests.kernels.tolerances import assert_close
 SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
 # Squares of several tiles, which the mask cuts in five steps.
 STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
+# The same of one tile, as large as the steps of several squares that are taken together.
+TOGETHER = BlockSizes(640, 640, 1280, 256, 128, 512)
+ALL_TOGETHER = BlockSizes(640, 640, 1920, 256, 128, 512)
 
 
 def segments(batch, length, count, seed=0):
@@ -66,6 +69,20 @@ CASES = {
   "stairs_of_a_window": (
     (1, 1400, 1400, 1, 1, 8, 8),
     {"is_causal": True, "local_window_size": (639, 0), "block_sizes": STAIRS},
+  ),
+  # Of three blocks of queries, the first sees one square, the second two at once, and the third two
+  # that are not resident at the same time.
+  "stairs_together": (
+    (1, 1850, 1850, 2, 1, 8, 8),
+    {"is_causal": True, "local_window_size": (639, 0), "block_sizes": TOGETHER},
+  ),
+  "three_stairs_together": (
+    (1, 1850, 1850, 1, 1, 8, 8),
+    {"is_causal": True, "local_window_size": (700, 0), "block_sizes": ALL_TOGETHER},
+  ),
+  "stairs_of_two_sides_together": (
+    (1, 1300, 1920, 1, 1, 8, 8),
+    {"local_window_size": (300, 400), "block_sizes": ALL_TOGETHER},
   ),
   "stairs_of_two_sides": (
     (1, 1300, 1700, 1, 1, 8, 8),
