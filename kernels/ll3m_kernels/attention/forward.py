@@ -14,7 +14,7 @@ edges of a window at once, which one update of the softmax serves.
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -218,8 +218,8 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     weights = [power(part - _widen(largest, part.shape[1])) for part in scores]
     shrink = power(before - largest)
     largest_ref[rows, :] = largest
-    total_ref[rows, :] = shrink * total_ref[rows, :] + sum(map(_narrow, weights))
-    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + sum(
+    total_ref[rows, :] = shrink * total_ref[rows, :] + _add_up(map(_narrow, weights))
+    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + _add_up(
       dot(part.astype(value.dtype), value) for part, value in zip(weights, values, strict=True)
     )
 
@@ -262,6 +262,10 @@ def _mask_edges(
   return jnp.concatenate(parts, axis=1)
 
 
+def _add_up(parts: Iterable[Array]) -> Array:
+  return functools.reduce(jnp.add, parts)
+
+
 def _widen(x: Array, size: int) -> Array:
   """Repeats [n, 128], the same in every lane, to [n, size]."""
   return jnp.concatenate([x] * pl.cdiv(size, LANES), axis=1)[:, :size]
@@ -285,4 +289,4 @@ def _narrow(x: Float[Array, "n m"]) -> Float[Array, "n 128"]:
     rest = jnp.sum(x[:, whole:], axis=1, keepdims=True)
     lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
     parts.append(jnp.where(lane == 0, rest, 0.0))
-  return functools.reduce(jnp.add, parts)
+  return _add_up(parts)

@@ -281,7 +281,6 @@ def for_each_tile(
     return
   square_may_end = layout.num_keys % layout.queries != 0
   last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
-  last_stop = stop
   places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
   seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
   # Ids skip squares one by one.
