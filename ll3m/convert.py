@@ -54,15 +54,17 @@ def main() -> None:
   config = flags.read("", ConvertConfig)
 
   from ll3m.core.checkpoint import TOKENIZER
+  from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.conversion import convert_model
   from ll3m.hf.model_files import open_model
 
   output = config.output_dir or config.output_file
   model = open_model(config.checkpoint_dir, config.checkpoint_type, config.model)
-  done = convert_model(
-    model, output, DTYPES.get(config.dtype), allow_nonfinite=config.allow_nonfinite
-  )
+  with writing(output):
+    done = convert_model(
+      model, output, DTYPES.get(config.dtype), allow_nonfinite=config.allow_nonfinite
+    )
   if model.ignored:
     print(f"ignored {len(model.ignored)} tensors that are not parameters:")
     print("\n".join(f"  {name}" for name in model.ignored))

@@ -37,6 +37,7 @@ def main() -> None:
   config = flags.read("", ExportConfig)
 
   from ll3m.core.checkpoint import open_checkpoint
+  from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.exporting import export_model, parse_size
 
@@ -46,12 +47,13 @@ def main() -> None:
       f"Hugging Face folder already"
     )
   checkpoint = open_checkpoint(config.checkpoint, verify=config.verify)
-  done = export_model(
-    checkpoint,
-    config.output_dir,
-    dtype=DTYPES.get(config.dtype),
-    max_shard_bytes=parse_size(config.max_shard_size),
-  )
+  with writing(config.output_dir):
+    done = export_model(
+      checkpoint,
+      config.output_dir,
+      dtype=DTYPES.get(config.dtype),
+      max_shard_bytes=parse_size(config.max_shard_size),
+    )
   if checkpoint.tokenizer_dir is None:
     print(f"{config.checkpoint} holds no tokenizer; none was exported")
   elif fault := find_fault(checkpoint.tokenizer_dir, checkpoint.config.vocab_size):

@@ -1,13 +1,14 @@
-"""Folders in an object store (gs://): what they need, and what they say when something is wrong.
+"""Where things are written, object stores (gs://) above all: what is needed, and what went wrong.
 
 etils reads and writes them through TensorFlow's file system, Orbax and `parameter_store` through
 TensorStore. An object appears whole or not at all; what object stores lack are renaming of a
 folder at once, appending, and locks (see `lease`).
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 from etils.epath import backend
@@ -45,6 +46,23 @@ def require_bucket(path: epath.PathLike) -> None:
     bucket = "/".join(os.fspath(path).split("/")[:3])
     if not epath.Path(bucket).exists():
       raise FileNotFoundError(f"there is no bucket {bucket}")
+
+
+@contextlib.contextmanager
+def writing(folder: epath.PathLike) -> Iterator[None]:
+  """Names the folder where the operating system does not say to what it could not write.
+
+  It does so only when a file is opened: a disk that is full shows later.
+
+  Raises:
+    OSError: with the folder's name.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
 
 
 def explain(text: str) -> str | None:

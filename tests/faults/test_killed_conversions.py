@@ -119,7 +119,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MEBIBYTE, MEBIBYTE))
   _, said = process.communicate(timeout=120)
   assert process.returncode == 1
-  assert said.splitlines()[-1].startswith("error: ") and "File too large" in said.splitlines()[-1]
+  last = said.splitlines()[-1]
+  assert last.startswith("error: ") and "File too large" in last and str(output) in last
   assert "Traceback" not in said
   assert files(source) == before and (tmp_path / "earlier" / "work").read_text() == "mine"
   if verb == "convert":
