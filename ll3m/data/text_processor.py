@@ -89,13 +89,13 @@ def _text(example: dict[str, Any], name: str) -> str:
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-  """Parses one JSON object.
+  """Parses one JSON object; a file's byte order mark may stand before it.
 
   Raises:
     Unusable: if it is anything else.
   """
   try:
-    example = json.loads(line.decode("utf-8"))
+    example = json.loads(line.decode("utf-8-sig"))
   except UnicodeDecodeError:
     raise Unusable("not UTF-8") from None
   except (json.JSONDecodeError, RecursionError):

@@ -70,3 +70,7 @@ def test_choices_that_the_tokenizer_cannot_serve(tokenizer, mistral_model):
     TextProcessor(
       TextProcessorConfig("messages"), load_tokenizer(TokenizerConfig(path=str(mistral_model)))
     )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row():
+  assert parse_json(b'\xef\xbb\xbf{"text": "a"}\r') == {"text": "a"}
