@@ -19,7 +19,7 @@ from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.unusable import Unusable, require_unicode
-from ll3m.models.transformer import Params, make_model
+from ll3m.models.transformer import make_model
 from ll3m.training.logger import say
 
 
@@ -145,7 +145,7 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
   say(timer.report())
 
 
-def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None, Params | None]:
+def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None, dict | None]:
   """Returns the mesh, and how the parameters lie on it; None where one device is enough."""
   if config.mesh_dim is None:
     return None, None

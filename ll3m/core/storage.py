@@ -6,6 +6,7 @@ folder at once, appending, and locks (see `lease`).
 """
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from ll3m.core import stderr
 _SCHEME = "gs://"
 # What TensorFlow makes of an answer that is no success: the answer's JSON is in the middle of it.
 _ANSWER = re.compile(r"HTTP response code (\d+) with body '(.*)'(?:\s+when (.*))?", re.DOTALL)
+# Of what the operating system fails with, that which is the folder's fault.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MESSAGE = re.compile(r'"message":\s*"([^"]*)"')
 
 
@@ -50,9 +53,9 @@ def require_bucket(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(folder: epath.PathLike) -> Iterator[None]:
-  """Names the folder where the operating system does not say to what it could not write.
+  """Names the folder to which no more could be written, which the operating system does not.
 
-  It does so only when a file is opened: a disk that is full shows later.
+  It names a file only when that is opened: a disk that is full shows later.
 
   Raises:
     OSError: with the folder's name.
@@ -60,7 +63,7 @@ def writing(folder: epath.PathLike) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno is None or error.filename is not None:
+    if error.errno not in _FULL or error.filename is not None:
       raise
     raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
 

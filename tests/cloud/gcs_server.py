@@ -16,7 +16,6 @@ process, and never cuts a listing into pages.
 
 import contextlib
 import http.server
-import itertools
 import json
 import re
 import ssl
@@ -24,38 +23,24 @@ import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import trustme
 
+from tests.cloud.gcs_store import Failed, Store
+
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 TOKEN = "a token"
-FORBIDDEN = "forbidden"  # a bucket that the token has no rights to
 # Google answers at most 1,000 names at a time; here, pages are so short that long ones have some.
 PAGE = 10
-
-
-class Object(NamedTuple):
-  """A version of an object."""
-
-  data: bytes
-  generation: int
-
-
-class Failed(Exception):
-  """An answer that is no success."""
-
-  def __init__(self, status: HTTPStatus, message: str):
-    super().__init__(message)
-    self.status = status
 
 
 class GcsServer(http.server.ThreadingHTTPServer):
   """The service; use as a context manager.
 
   Attributes:
-    buckets: bucket -> name -> object.
+    store: what lies in it.
     requests: every request so far, "POST /upload/storage/v1/b/...".
     refused: what was asked that this server does not know: hosts and paths.
   """
@@ -64,12 +49,10 @@ class GcsServer(http.server.ThreadingHTTPServer):
 
   def __init__(self, *buckets: str):
     super().__init__(("127.0.0.1", 0), _Handler)
-    self.buckets: dict[str, dict[str, Object]] = {name: {} for name in buckets}
+    self.store = Store(*buckets)
     self.requests: list[str] = []
     self.refused: list[str] = []
     self.uploads: dict[str, tuple[str, str, dict[str, str]]] = {}
-    self.lock = threading.RLock()
-    self._generations = itertools.count(1)
     self._authority = trustme.CA()
     self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     self._authority.issue_cert(*HOSTS).configure_cert(self.tls)
@@ -98,78 +81,6 @@ class GcsServer(http.server.ThreadingHTTPServer):
       "CURL_CA_BUNDLE": str(authority),  # TensorFlow's
       "TENSORSTORE_CA_BUNDLE": str(authority),
       "STORAGE_EMULATOR_HOST": here,  # google-cloud-storage's, which then asks for no login
-    }
-
-  def files(self, folder: str) -> dict[str, bytes]:
-    """Returns what lies below a folder of the first bucket, by its path in the folder."""
-    start = folder.rstrip("/") + "/"
-    with self.lock:
-      found = dict(next(iter(self.buckets.values())))
-    return {
-      name.removeprefix(start): object.data
-      for name, object in found.items()
-      if name.startswith(start) and not name.endswith("/")  # which stands for a folder
-    }
-
-  def download(self, folder: str, place: Path) -> Path:
-    """Copies a folder of the first bucket to a disk, and returns where it is."""
-    for name, data in self.files(folder).items():
-      (place / name).parent.mkdir(parents=True, exist_ok=True)
-      (place / name).write_bytes(data)
-    return place
-
-  def find(self, bucket: str, name: str) -> Object:
-    """Returns an object.
-
-    Raises:
-      Failed: there is none.
-    """
-    if found := self.bucket(bucket).get(name):
-      return found
-    raise Failed(HTTPStatus.NOT_FOUND, f"No such object: {bucket}/{name}")
-
-  def bucket(self, name: str) -> dict[str, Object]:
-    """Returns the objects of a bucket.
-
-    Raises:
-      Failed: there is no such bucket, or it is not the token's.
-    """
-    if name == FORBIDDEN:
-      raise Failed(HTTPStatus.FORBIDDEN, f"no access to the Google Cloud Storage bucket {name}")
-    if name not in self.buckets:
-      raise Failed(HTTPStatus.NOT_FOUND, "The specified bucket does not exist.")
-    return self.buckets[name]
-
-  def put(self, bucket: str, name: str, data: bytes, query: dict[str, str]) -> dict[str, Any]:
-    """Writes an object if the preconditions hold, and returns its resource."""
-    with self.lock:
-      self.check(query, self.bucket(bucket).get(name))
-      self.bucket(bucket)[name] = Object(data, next(self._generations))
-      return self.resource(bucket, name)
-
-  def check(self, query: dict[str, str], found: Object | None) -> None:
-    """Demands the preconditions of a request.
-
-    Raises:
-      Failed: they do not hold.
-    """
-    generation = found.generation if found else 0
-    if int(query.get("ifGenerationMatch", generation)) != generation:
-      raise Failed(HTTPStatus.PRECONDITION_FAILED, "ifGenerationMatch does not hold")
-    if "ifGenerationNotMatch" in query and int(query["ifGenerationNotMatch"]) == generation:
-      raise Failed(HTTPStatus.NOT_MODIFIED, "")
-
-  def resource(self, bucket: str, name: str) -> dict[str, Any]:
-    """Returns what the API says of an object."""
-    found = self.find(bucket, name)
-    return {
-      "kind": "storage#object",
-      "bucket": bucket,
-      "name": name,
-      "generation": str(found.generation),
-      "metageneration": "1",
-      "size": str(len(found.data)),
-      "updated": "2026-01-01T00:00:00.000Z",
     }
 
 
@@ -264,12 +175,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def get_bucket(self, query: dict[str, str], body: bytes, bucket: str) -> None:
     """Says that a bucket is there."""
-    self.server.bucket(bucket)
+    self.server.store.bucket(bucket)
     self._json({"kind": "storage#bucket", "name": bucket, "location": "US"})
 
   def get_layout(self, query: dict[str, str], body: bytes, bucket: str) -> None:
     """Says that folders of a bucket are only the beginnings of names."""
-    self.server.bucket(bucket)
+    self.server.store.bucket(bucket)
     flat = {"hierarchicalNamespace": {"enabled": False}, "locationType": "multi-region"}
     self._json({"kind": "storage#storageLayout", "bucket": bucket, "location": "US"} | flat)
 
@@ -277,8 +188,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Lists names, and what they have in common up to the delimiter, a page at a time."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
     first, end = query.get("startOffset", ""), query.get("endOffset", chr(0x10FFFF))
-    with self.server.lock:
-      found = sorted(self.server.bucket(bucket))
+    with self.server.store.lock:
+      found = sorted(self.server.store.bucket(bucket))
     names = [name for name in found if name.startswith(prefix) and first <= name < end]
     entries: dict[str, bool] = {}  # name or common prefix -> whether it is an object
     for name in names:
@@ -286,10 +197,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       entries[prefix + head + cut] = not cut
     rest = [entry for entry in entries if entry > query.get("pageToken", "")]
     page = rest[: min(PAGE, int(query.get("maxResults", PAGE)))]
-    with self.server.lock:
+    with self.server.store.lock:
       answer = {
         "kind": "storage#objects",
-        "items": [self.server.resource(bucket, e) for e in page if entries[e]],
+        "items": [self.server.store.resource(bucket, e) for e in page if entries[e]],
         "prefixes": [entry for entry in page if not entries[entry]],
       }
     if len(page) < len(rest):
@@ -301,14 +212,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if query.get("alt") == "media":
       self.read_object(query, body, bucket, name)
       return
-    found = self.server.find(bucket, name)
-    self.server.check(query, found)
-    self._json(self.server.resource(bucket, name))
+    found = self.server.store.find(bucket, name)
+    self.server.store.check(query, found)
+    self._json(self.server.store.resource(bucket, name))
 
   def read_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
     """Answers what is in an object, or in a range of it."""
-    found = self.server.find(bucket, name)
-    self.server.check(query, found)
+    found = self.server.store.find(bucket, name)
+    self.server.store.check(query, found)
     headers = {"x_goog_generation": str(found.generation)}
     total = len(found.data)
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -326,15 +237,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def upload(self, query: dict[str, str], body: bytes, bucket: str) -> None:
     """Writes an object at once, or says where its bytes are to be sent."""
     if query["uploadType"] == "media":
-      self._json(self.server.put(bucket, query["name"], body, query))
+      self._json(self.server.store.put(bucket, query["name"], body, query))
       return
     if query["uploadType"] == "multipart":  # the resource as JSON, and the bytes
       boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
       _, *parts, _ = (b"\r\n" + body).split(b"\r\n--" + boundary)
       resource, data = (part.partition(b"\r\n\r\n")[2] for part in parts)
-      self._json(self.server.put(bucket, json.loads(resource)["name"], data, query))
+      self._json(self.server.store.put(bucket, json.loads(resource)["name"], data, query))
       return
-    self.server.bucket(bucket)
+    self.server.store.bucket(bucket)
     number = str(len(self.server.uploads))
     self.server.uploads[number] = bucket, query["name"], query
     place = f"https://{HOSTS[0]}/upload/storage/v1/b/{bucket}/o?upload_id={number}"
@@ -346,12 +257,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     content_range = self.headers.get("Content-Range")
     if content_range and content_range != f"bytes 0-{len(body) - 1}/{len(body)}":
       raise Failed(HTTPStatus.NOT_IMPLEMENTED, f"Content-Range: {content_range}")
-    self._json(self.server.put(bucket, name, body, asked))
+    self._json(self.server.store.put(bucket, name, body, asked))
 
   def rewrite(self, query: dict[str, str], body: bytes, *place: str) -> None:
     """Copies an object."""
     bucket, name, to_bucket, to_name = place
-    resource = self.server.put(to_bucket, to_name, self.server.find(bucket, name).data, query)
+    store = self.server.store
+    resource = store.put(to_bucket, to_name, store.find(bucket, name).data, query)
     size = resource["size"]
     self._json(
       {
@@ -365,9 +277,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def delete_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
     """Deletes an object."""
-    with self.server.lock:
-      self.server.check(query, self.server.find(bucket, name))
-      del self.server.buckets[bucket][name]
+    with self.server.store.lock:
+      self.server.store.check(query, self.server.store.find(bucket, name))
+      del self.server.store.buckets[bucket][name]
     self.send_response(HTTPStatus.NO_CONTENT)
     self.end_headers()
 

@@ -71,8 +71,8 @@ def prepared(gcs, start, end, text, tmp_path_factory) -> Path:
     assert code == 0, said
     assert "train: 48 documents, validation: 12 documents" in printed
   shutil.copytree(local / "wiki", local / "cc_en")  # the mixture's other source
-  for name, content in gcs.files("data/wiki").items():
-    gcs.put("bucket", f"data/cc_en/{name}", content, {})
+  for name, content in gcs.store.files("data/wiki").items():
+    gcs.store.put("bucket", f"data/cc_en/{name}", content, {})
   return local
 
 
@@ -90,15 +90,15 @@ def converted(gcs, start, end, published, tmp_path_factory) -> Path:
 
 
 def test_prepared_data_is_what_a_disk_gets(gcs, prepared):
-  assert gcs.files("data") == files(prepared)
+  assert gcs.store.files("data") == files(prepared)
 
 
 def test_a_converted_model_is_what_a_disk_gets(gcs, converted):
-  assert gcs.files("models/tiny") == files(converted)
+  assert gcs.store.files("models/tiny") == files(converted)
 
 
 def finished_steps(gcs) -> list[int]:
-  found = (name.split("/") for name in gcs.files("runs/one/checkpoints"))
+  found = (name.split("/") for name in gcs.store.files("runs/one/checkpoints"))
   return sorted(int(step) for step, *rest in found if rest == ["commit_success.txt"])
 
 
@@ -118,7 +118,7 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
 
   The last step that was saved is damaged meanwhile: it has to be set aside.
   """
-  gcs.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
+  gcs.store.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
   jobs = [start("train", *ON_GCS, "--total_steps=1000000") for _ in range(2)]
   said: dict[int, str] = {}
 
@@ -139,9 +139,11 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   holder.wait()
   *_, before, last = finished_steps(gcs)
   total = last + 2 * OFTEN
-  gcs.put("bucket", f"runs/one/checkpoints/{last}/params/_METADATA", b"damaged", {})
-  damaged = gcs.files(f"runs/one/checkpoints/{last}")
-  gcs.put("bucket", f"runs/one/checkpoints/{total + OFTEN}/params/left", b"by a killed save", {})
+  gcs.store.put("bucket", f"runs/one/checkpoints/{last}/params/_METADATA", b"damaged", {})
+  damaged = gcs.store.files(f"runs/one/checkpoints/{last}")
+  gcs.store.put(
+    "bucket", f"runs/one/checkpoints/{total + OFTEN}/params/left", b"by a killed save", {}
+  )
   local = tmp_path_factory.mktemp("runs") / "local"
   more = (f"--total_steps={total}", f"--profile_steps={total - 1}:{total}")
   ours = start("train", *ON_GCS, *more)
@@ -149,7 +151,7 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   (code, _, told), (their_code, _, their_told) = end(ours), end(theirs)
   assert code == 0, told
   assert their_code == 0, their_told
-  stored = gcs.download("runs/one", tmp_path_factory.mktemp("runs") / "stored")
+  stored = gcs.store.download("runs/one", tmp_path_factory.mktemp("runs") / "stored")
   assert files(stored / "damaged" / str(last)) == damaged
   return Runs(total, before, told, stored, local)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention import tiles
+from ll3m_kernels.attention import tiles, walk
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
 from ll3m_kernels.tiling import vmem_limit
@@ -222,7 +222,7 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
       query_sum += dot(key_columns, scores_bar)
     query_sum_ref[...] = query_sum
 
-  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile)
+  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile)
   query_bar_ref[0, 0] = query_sum_ref[...].astype(query_bar_ref.dtype)
 
   @pl.when((g == group - 1) & (i == last_block - 1))

@@ -161,7 +161,7 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
   ):
     keys = getattr(blocks, field)  # of one tile
     if field == "keys_resident" and queries % keys == 0:
-      keys = queries  # whole squares: see `tiles.cuts`
+      keys = queries  # whole squares: see `walk.cuts`
     parts = -(-problem.keys // keys)
     while parts >= 1:
       trial = dataclasses.replace(blocks, **{field: keys * parts})

@@ -7,7 +7,7 @@ and which no query sees; tiles of other segments are skipped by the ranges of th
 Scores are [queries, keys]: each square of K^T and V is loaded into the matrix unit once for a whole
 block of queries. Sums over keys stay spread over the lanes until the end; only the largest score is
 sought across them. Where the mask cuts a tile, which place that is was known beforehand
-(`tiles.cuts`), and the queries, some at a time, meet only the keys that they see: those at both
+(`walk.cuts`), and the queries, some at a time, meet only the keys that they see: those at both
 edges of a window at once, which one update of the softmax serves.
 """
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
-from ll3m_kernels.attention import decoding, tiles
+from ll3m_kernels.attention import decoding, tiles, walk
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
@@ -182,7 +182,7 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     if ids is not None:
       scratch[-1][...] = tiles.column(ids.queries[0])
 
-  def score(rows: slice, piece: tiles.Piece, may_end: bool) -> tuple[Array, Array]:
+  def score(rows: slice, piece: walk.Piece, may_end: bool) -> tuple[Array, Array]:
     """Returns the masked scores of some keys, and their values."""
     columns = piece.columns
     count = columns.stop - columns.start
@@ -208,7 +208,7 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
       same = (_widen(scratch[-1][rows, :], count), ids.keys[0, :, index])
     return tiles.mask(spec, scores, 1, count=left, ids=same), values
 
-  def add(rows: slice, pieces: Sequence[tiles.Piece], may_end: bool) -> None:
+  def add(rows: slice, pieces: Sequence[walk.Piece], may_end: bool) -> None:
     """Adds to some queries what some keys give: one update, of however many pieces."""
     scores, values = zip(*(score(rows, piece, may_end) for piece in pieces), strict=True)
     before = largest_ref[rows, :]  # the same in every lane
@@ -224,14 +224,14 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     )
 
   def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
-    piece = tiles.Piece(tile, distance, slice(0, layout.keys), slice(0, 0))
+    piece = walk.Piece(tile, distance, slice(0, layout.keys), slice(0, 0))
     add(slice(0, layout.queries), [piece], may_end)
 
   def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool) -> None:
-    for rows, pieces in tiles.staircase(spec, layout, squares):
+    for rows, pieces in walk.staircase(spec, layout, squares):
       add(rows, pieces, may_end)
 
-  tiles.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
+  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
 
   @pl.when(j == key_blocks - 1)
   def _():
@@ -244,7 +244,7 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
 
 
 def _mask_edges(
-  spec: specs.Spec, scores: Float[Array, "q k"], rows: slice, piece: tiles.Piece
+  spec: specs.Spec, scores: Float[Array, "q k"], rows: slice, piece: walk.Piece
 ) -> Float[Array, "q k"]:
   """Masks what position hides from some queries of a piece, and leaves alone what all see."""
   _, distance, columns, whole = piece

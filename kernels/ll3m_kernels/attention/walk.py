@@ -1,0 +1,230 @@
+"""Which tiles a block of queries meets, and where position cuts them.
+
+The mask's edges stand at the same places for all blocks wherever tiles and blocks fit each other:
+these places are found while compiling (`cuts`), and followed there in steps (`staircase`).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ll3m_kernels.attention import spec as specs
+from ll3m_kernels.attention import tiles
+from ll3m_kernels.tiling import LANES, up
+
+# Longer steps compute more of what is masked, shorter ones keep the matrix unit less busy.
+_STEPS = (512, 384, 256, 128)
+# What the mask cuts in one of so few places is compiled for each of them.
+_MOST_CUTS = 4
+
+
+def cuts(spec: specs.Spec, layout: tiles.Layout) -> list[int] | None:
+  """Returns where the squares begin that the mask cuts, from a block's first query to the right.
+
+  A square is as many keys as a block has queries. Where tiles and resident keys fit squares, there
+  are only a few such places, which are the same for all blocks; else None is returned.
+  """
+  size = layout.queries
+  if size % layout.keys or layout.resident % size:
+    return None
+  found = set()
+  left, right = spec.span
+  for limit in (right, None if left is None else -left):
+    if limit is not None:
+      # The squares that hold a key at this distance of some query.
+      found.update(range(limit // size * size, limit + size, size))
+  found = {
+    cut
+    for cut in found
+    if not (right is None or cut + size - 1 <= right)
+    or not (left is None or cut - (size - 1) >= -left)
+  }
+  return sorted(found) if len(found) <= _MOST_CUTS else None
+
+
+class Piece(NamedTuple):
+  """Keys that some queries meet.
+
+  Attributes:
+    tile: what the keys are of, a tile or a square, by its first tile among the resident ones.
+    distance: how far right of the block's first query that begins; None if position hides none of
+      the keys from any of the queries.
+    columns: the keys, of that tile or square.
+    whole: those that all of the queries see, if it is known which ones; else none.
+  """
+
+  tile: Any
+  distance: Any
+  columns: slice
+  whole: slice
+
+
+def staircase(
+  spec: specs.Spec, layout: tiles.Layout, squares: Sequence[tuple[Any, int]]
+) -> list[tuple[slice, list[Piece]]]:
+  """Follows the mask's edges through the squares of a block of queries that it cuts.
+
+  Args:
+    spec: of the call.
+    layout: of the kernel.
+    squares: the first tile of each, and how far right of the first query it begins.
+
+  Returns:
+    Queries of the block that are taken together, and the keys of all the squares that some of them
+    see, in whole lanes.
+  """
+  size = next((size for size in _STEPS if layout.queries % size == 0), layout.queries)
+  steps = []
+  for row in range(0, layout.queries, size):
+    rows = slice(row, row + size)
+    pieces = [_piece(spec, layout, rows, *square) for square in squares]
+    pieces = [piece for piece in pieces if piece.columns.start < piece.columns.stop]
+    if steps and _same_whole(steps[-1][1], pieces):
+      rows = slice(steps.pop()[0].start, rows.stop)
+    if pieces:
+      steps.append((rows, pieces))
+  return steps
+
+
+def _fits_tile(layout: tiles.Layout, steps: list[tuple[slice, list[Piece]]]) -> bool:
+  """Returns whether no step has more scores than a tile, for which memory is counted."""
+  return all(
+    (rows.stop - rows.start) * sum(p.columns.stop - p.columns.start for p in pieces)
+    <= layout.queries * layout.keys
+    for rows, pieces in steps
+  )
+
+
+def _same_whole(some: Sequence[Piece], others: Sequence[Piece]) -> bool:
+  """Returns whether all that two groups of queries see is the same keys, and they see all these."""
+  # Tiles are computed numbers, which distances stand for.
+  return [piece[1:] for piece in some] == [piece[1:] for piece in others] and all(
+    piece.whole == piece.columns for piece in others
+  )
+
+
+def _piece(spec: specs.Spec, layout: tiles.Layout, rows: slice, tile: Any, cut: int) -> Piece:
+  """Returns what some queries see of a square."""
+  left, right = spec.span
+  start, whole_start = 0, 0
+  if left is not None:
+    start = max(rows.start - left - cut, 0) // LANES * LANES
+    whole_start = up(max(rows.stop - 1 - left - cut, 0), LANES)
+  stop = whole_stop = layout.queries
+  if right is not None:
+    stop = min(up(rows.stop + right - cut, LANES), layout.queries)
+    seen = rows.start + right - cut + 1
+    whole_stop = stop if seen >= stop else seen // LANES * LANES
+  return Piece(tile, cut, slice(start, stop), slice(whole_start, max(whole_start, whole_stop)))
+
+
+def for_each_tile(
+  spec: specs.Spec,
+  layout: tiles.Layout,
+  query_block: Any,
+  first_key: Any,
+  ids: tiles.Ids | None,
+  body: Callable[[Any, Any, bool], None],
+  squares: Callable[[Sequence[tuple[Any, int]], bool], None] | None = None,
+) -> None:
+  """Calls `body(tile, distance, may_end)` for the resident tiles that a block's queries see.
+
+  Args:
+    spec: of the call.
+    layout: of the kernel.
+    query_block: number of the block of queries.
+    first_key: position of the first resident key, a multiple of `layout.keys`.
+    ids: the segment ids, if any.
+    body: gets a tile's number among the resident ones; how far right of the first query it
+      begins, or None if position hides none of it from any query; and whether it may reach beyond
+      the last key.
+    squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
+      distance of each. It is given all of them at once where all are resident and seen, since one
+      update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
+  """
+  first_query = query_block * layout.queries
+  last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
+  base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
+  found = cuts(spec, layout) if squares is not None else None
+  unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
+
+  def local(tile: Any) -> Any:
+    return specs.minimum(specs.maximum(tile - base, 0), count)
+
+  def where_ids_meet(tile: Any, size: int, function: Callable[[], None]) -> None:
+    if ids is None:
+      function()
+      return
+    low, high = ids.query_ranges[0, 0, query_block], ids.query_ranges[0, 1, query_block]
+    pl.when(
+      functools.reduce(
+        jnp.logical_or,
+        [
+          (ids.key_ranges[0, 0, base + tile + k] <= high)
+          & (ids.key_ranges[0, 1, base + tile + k] >= low)
+          for k in range(size)
+        ],
+      )
+    )(function)
+
+  def visit(tile: Any, distance: Any, may_end: bool) -> None:
+    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end))
+
+  def visit_cut(tile: Any) -> None:
+    visit(tile, (base + tile) * layout.keys - first_query, may_end)
+
+  may_end = layout.num_keys % layout.keys != 0
+  low, high = specs.some_see(spec.span, first_query, last_query, layout.num_keys)
+  start = local(specs.divide(low, layout.keys))
+  stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), start)
+  # Queries beyond the last one count here, so that what is whole does not depend on the block.
+  low, high = specs.all_see(
+    spec.span, first_query, first_query + layout.queries - 1, layout.num_keys
+  )
+  whole_start = unit * specs.divide(low + unit * layout.keys - 1, unit * layout.keys)
+  whole_stop = unit * specs.divide(specs.maximum(high, 0), unit * layout.keys)
+  whole_start = specs.minimum(specs.maximum(local(whole_start), start), stop)
+  whole_stop = specs.minimum(specs.maximum(local(whole_stop), whole_start), stop)
+  if found is None:
+    _loop(start, whole_start, visit_cut)
+  _loop(whole_start, whole_stop, lambda tile: visit(tile, None, False))
+  if found is None:
+    _loop(whole_stop, stop, visit_cut)
+    return
+  square_may_end = layout.num_keys % layout.queries != 0
+  last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
+  places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
+  seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
+  # Ids skip squares one by one.
+  if ids is None and len(places) > 1 and _fits_tile(layout, staircase(spec, layout, places)):
+    all_seen = functools.reduce(jnp.logical_and, seen)
+    pl.when(all_seen)(lambda: squares(places, square_may_end))
+    seen = [one & ~all_seen for one in seen]
+  last_stop = stop
+  for (tile, cut), is_seen in zip(places, seen, strict=True):
+    pl.when(is_seen)(
+      functools.partial(
+        where_ids_meet,
+        tile,
+        unit,
+        functools.partial(squares, [(tile, cut)], square_may_end),
+      )
+    )
+    last_stop = jnp.where(tile == last, last, last_stop)
+  if square_may_end:  # also where the mask leaves it whole
+    _loop(specs.maximum(last, start), last_stop, lambda tile: visit(tile, None, may_end))
+
+
+def _loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:
+  if isinstance(start, int) and isinstance(stop, int) and start >= stop:
+    return
+
+  def step(tile, carry):
+    body(tile)
+    return carry
+
+  jax.lax.fori_loop(jnp.int32(start), jnp.int32(stop), step, None)
