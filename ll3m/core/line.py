@@ -21,6 +21,8 @@ from ll3m.core import stderr
 
 # What the others have to read why a process ends, and to end before process 0 does, in seconds.
 _LAST_WORD = 1.0
+# Within which the end of a peer is heard of, when a collective has failed for it, in seconds.
+_ECHO = 1.0
 # What somebody who connects has to say who it is, in seconds.
 _INTRODUCTION = 5.0
 
@@ -88,6 +90,14 @@ class Line:
     if self._leads:
       self._say({"bye": True})
     self._over = True
+
+  def fail(self, reason: str, leave: Callable[[], typing.NoReturn]) -> typing.NoReturn:
+    """Ends the process with `leave` for an error of its own, and tells all peers.
+
+    If a peer ends now, the error is what that left behind, in a collective: the peer is named then.
+    """
+    time.sleep(_ECHO)
+    self.end({"failed": reason}, leave)
 
   def end(
     self, message: Mapping[str, Any], leave: Callable[[], typing.NoReturn]

@@ -112,5 +112,5 @@ def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]
     with contextlib.redirect_stdout(io.StringIO() if process else sys.stdout):
       yield
   except Exception as error:
-    line.end({"failed": flags.sentence(error)}, functools.partial(flags.end, error))
+    line.fail(flags.sentence(error), functools.partial(flags.end, error))
   line.leave()

@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -27,6 +29,29 @@ def test_two_with_one_number_are_told(free_port):
   for thread in threads:
     thread.join(timeout=30)
   assert heard == ["two processes were started with --jax_distributed.process_id=1"] * 3
+
+
+@pytest.mark.parametrize(
+  ("dies", "sentence"), [(True, "error: process 1 on {host} has died"), (False, "error: an echo")]
+)
+def test_what_fails_because_a_peer_died_names_the_peer(free_port, dies, sentence):
+  """The collective fails a moment before the line, on which the peer is, is known to be cut."""
+  script = f"""
+import threading
+from ll3m.core import line, stderr
+met = {{}}
+def meet(process):
+  met[process] = line.meet("localhost:{free_port()}", process, 2, 20, {{}})
+threads = [threading.Thread(target=meet, args=(process,)) for process in (0, 1)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+met[0].watch()
+if {dies}: threading.Timer(0.2, met[1]._peers[0].close).start()
+met[0].fail("an echo", lambda: stderr.leave("error: an echo", 1))
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+  expected = sentence.format(host=socket.gethostname())
+  assert (done.returncode, done.stderr) == (1, expected + "\n")
 
 
 def test_who_is_not_there_is_told(free_port):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 # Sizes that stand for nothing else: a dimension tells what an array is.
-LENGTH, ROWS, VOCABULARY = 384, 4, 8320
+LENGTH, ROWS, VOCABULARY = 384, 4, 4224
 
 COMPILE = """
 import json, sys
@@ -26,7 +26,7 @@ from ll3m.training.options import TrainOptions
 
 kind, length, rows, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
 config = families.get_preset("mistral_7b").config.replace(
-  vocab_size=vocabulary, d_model=512, d_ff=640, num_layers=3, num_heads=8, num_kv_heads=2,
+  vocab_size=vocabulary, d_model=256, d_ff=640, num_layers=3, num_heads=4, num_kv_heads=2,
   head_dim=64, sliding_window=100, max_positions=length,
 )
 mesh = sharding.make_mesh("1,2,2", topology.devices("v5e:2x2"))

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tools" / "recipes" / "llama2_7b_wikipedia.sh"
 # So that it compiles in seconds.
 SMALL = (
-  "--update_model_config=d_model=256,d_ff=512,num_layers=2,num_heads=4,num_kv_heads=4,head_dim=64",
+  "--update_model_config=d_model=256,d_ff=512,num_layers=2,num_heads=4,num_kv_heads=4,head_dim=64,"
+  "vocab_size=4096",
   "--train_dataset.seqio_dataset.task_feature_lengths=(256,)",
 )
 
@@ -39,6 +40,7 @@ def test_a_dry_run_plans_it_here():
   assert "64 devices of TPU v3 on 32 chips" in done.stdout
   assert "32 x 4 sequences of 256 tokens = 32,768 tokens" in done.stdout
   assert "\nfits\n" in done.stdout
+  assert "none: there are none for TPU v3, plain XLA runs" in done.stdout
 
 
 @pytest.mark.parametrize(
