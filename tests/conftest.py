@@ -17,7 +17,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import jax
 import pytest
 
-from tests.compiled import COMPILED_ONCE
+from tests.compiled import quickly
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def run_command() -> Callable[..., subprocess.CompletedProcess]:
   def run(verb: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     if verb == "train":
-      environment |= COMPILED_ONCE
+      environment |= quickly()
     return subprocess.run(
       [sys.executable, "-m", f"ll3m.{verb}", *arguments],
       env=environment | options.pop("env", {}),

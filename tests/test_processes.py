@@ -17,7 +17,7 @@ from ll3m.core import checkpoint
 from ll3m.training.logger import METRICS, read_metrics
 from ll3m.training.stopping import EXIT_CODE
 from tests import tiny_runs
-from tests.compiled import COMPILED_ONCE
+from tests.compiled import quickly
 from tests.waiting import wait_for
 
 STEPS = 10
@@ -56,12 +56,14 @@ def streamed(arguments, tmp_path_factory) -> list[str]:
 def start(
   *arguments: str, devices: int, folder: Path | None = None, command: str = "train"
 ) -> subprocess.Popen:
-  environment = os.environ | COMPILED_ONCE
-  environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
   return subprocess.Popen(
     [sys.executable, "-m", f"ll3m.{command}", *arguments],
-    env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    env=os.environ | quickly(devices),
+    cwd=folder,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +182,9 @@ def test_two_processes_generate_what_one_does(together, start_two):
   assert found == [[expected], []]
 
 
-def test_two_processes_evaluate_what_one_does(arguments, together, start_two):
-  data = [flag.replace("train_", "eval_") for flag in arguments if flag.startswith("--train_data")]
+def test_two_processes_evaluate_what_one_does(streamed, together, start_two):
+  data = [flag.replace("train_", "eval_") for flag in streamed if flag.startswith("--train_data")]
+  data.append("--eval_dataset.huggingface_dataset.split=train")
   asked = [f"--checkpoint={together}", *data, "--eval_steps=3", "--json"]
   ((expected,),) = printed(start(*asked, command="evaluate", devices=1))
   (found,), nothing = printed(*start_two(*asked, "--mesh_dim=2,2,2", command="evaluate"))

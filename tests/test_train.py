@@ -20,7 +20,7 @@ from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.training import logger
 from tests import tiny_runs
-from tests.compiled import COMPILED_ONCE
+from tests.compiled import quickly
 from tests.traces import traced_steps
 
 TOTAL = 40
@@ -133,7 +133,7 @@ def killed_and_resumed(arguments, run_command, tmp_path_factory) -> Path:
   """The output_dir of a run that was killed after a checkpoint and started again."""
   output = tmp_path_factory.mktemp("runs") / "killed"
   command = [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"]
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | COMPILED_ONCE
+  environment = os.environ | quickly()
   with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
     deadline = time.monotonic() + 240
     while not checkpoint.finished_steps(output):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from ll3m import families
 from ll3m.hf.mapping import expected_tensors
 from tests.cloud.gcs_server import GcsServer
-from tests.compiled import COMPILED_ONCE
+from tests.compiled import quickly
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +30,7 @@ def gcs() -> Iterator[GcsServer]:
 
 @pytest.fixture(scope="session")
 def environment(gcs, tmp_path_factory) -> dict[str, str]:
-  ours = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  return ours | COMPILED_ONCE | gcs.environment(tmp_path_factory.mktemp("authority"))
+  return os.environ | quickly() | gcs.environment(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.compiled import COMPILED_ONCE
+from tests.compiled import quickly
 
 SOAK = bool(os.environ.get("LL3M_SOAK"))
 REPETITIONS = 20 if SOAK else 4
@@ -46,7 +46,7 @@ class Job:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PYTHONUNBUFFERED"] = "1"
     if not compiles:
-      environment |= COMPILED_ONCE
+      environment |= quickly()
     with self._log.open("w") as log:
       self._process = subprocess.Popen(
         [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"],
