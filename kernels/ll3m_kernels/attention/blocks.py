@@ -139,9 +139,6 @@ def rule(problem: Problem, generation: Generation) -> Limits:
     backward = backward if is_large and problem.itemsize == 2 else tile // 2
   # K and V are loaded into the matrix unit once for all queries of a tile.
   queries = max(tile, 2048) if is_large else tile
-  # With 2048 keys for 1024, v6e takes 0.99 of the cycles of a window of 4096, of 16384 tokens.
-  if problem.mask == "window" and tile == 1024 and generation.name == "v6e":
-    tile = 2048
   return Limits(queries, tile, backward, backward)
 
 
