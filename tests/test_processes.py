@@ -41,14 +41,8 @@ def arguments(byte_tokenizer) -> list[str]:
 
 @pytest.fixture(scope="module")
 def streamed(arguments, tmp_path_factory) -> list[str]:
-  """The same without an end, on rows that `datasets` streams: started soon, without TensorFlow."""
-  folder = tmp_path_factory.mktemp("rows")
-  (folder / "rows.jsonl").write_text('{"text": "one row, and the next is the same"}\n' * 64)
-  data = [
-    "--train_dataset.type=huggingface",
-    f"--train_dataset.huggingface_dataset.path={folder}",
-    "--train_dataset.huggingface_dataset.streaming=True",
-  ]
+  """The same without an end, on rows that are streamed."""
+  data = tiny_runs.streamed(tmp_path_factory.mktemp("rows"))
   others = [flag for flag in arguments if "mixture_or_task_name" not in flag]
   return [*others, *data, "--mesh_dim=2,2,2", "--total_steps=100000"]
 

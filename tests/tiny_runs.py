@@ -1,5 +1,6 @@
-"""What the tests of training share: the flags of a tiny run, and what is in its steps."""
+"""What the tests of training share: the flags of a tiny run, its rows, and what is in its steps."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -36,6 +37,24 @@ def flags(tokenizer: Path, *, rows: int, shards: int, heads: int = 2) -> list[st
     "--train_dataset.seqio_dataset.task_feature_lengths=(32,)",
     f"--train_dataset.seqio_dataset.num_shards={shards}",
     "--optimizer.adamw_optimizer.lr=0.01",
+  ]
+
+
+def streamed(folder: Path) -> list[str]:
+  """Rows that `datasets` streams, no two alike: without TensorFlow, a run soon starts.
+
+  Args:
+    folder: where they are written.
+  """
+  folder.mkdir(exist_ok=True)
+  rows = (
+    {"text": f"row {number}, {'and so on, ' * (number % 7)}{number**3}"} for number in range(96)
+  )
+  (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+  return [
+    "--train_dataset.type=huggingface",
+    f"--train_dataset.huggingface_dataset.path={folder}",
+    "--train_dataset.huggingface_dataset.streaming=True",
   ]
 
 

@@ -97,9 +97,9 @@ class Line:
     If a peer ends now, the error is what that left behind, in a collective: the peer is named then.
     """
     time.sleep(_ECHO)
-    self.end({"failed": reason}, leave)
+    self._end({"failed": reason}, leave)
 
-  def end(
+  def _end(
     self, message: Mapping[str, Any], leave: Callable[[], typing.NoReturn]
   ) -> typing.NoReturn:
     """Tells all peers why, and ends the process with `leave` when they have had time to end."""
@@ -138,7 +138,7 @@ class Line:
         reason = message["error"]
     if not self._over:
       # The main thread may wait in a collective, where no exception reaches it.
-      self.end({"error": reason}, functools.partial(stderr.leave, f"error: {reason}", 1))
+      self._end({"error": reason}, functools.partial(stderr.leave, f"error: {reason}", 1))
 
 
 def meet(

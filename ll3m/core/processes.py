@@ -70,7 +70,7 @@ def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]
   """Joins the run's processes while it is open; does nothing for a run of one.
 
   It closes when all processes have come to its end. If one fails or dies before, every one, that
-  one included, ends at once with a sentence that names it and exit code 1: nothing that would wait
+  one included, ends soon with a sentence that names it and exit code 1: nothing that would wait
   for the others, as jax does at exit, is run any more. Only process 0 writes to standard output.
 
   Args:

@@ -35,7 +35,7 @@ def test_two_with_one_number_are_told(free_port):
   ("dies", "sentence"), [(True, "error: process 1 on {host} has died"), (False, "error: an echo")]
 )
 def test_what_fails_because_a_peer_died_names_the_peer(free_port, dies, sentence):
-  """The collective fails a moment before the line, on which the peer is, is known to be cut."""
+  """The collective fails a moment before the line to the peer is known to be cut."""
   script = f"""
 import threading
 from ll3m.core import line, stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_runs
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -203,18 +204,14 @@ def test_a_script_that_ignores_the_request_is_ended_after_the_grace(pod, script)
 
 
 def test_two_workers_train_together(pod, script, byte_tokenizer, free_port, tmp_path):
-  rows = tmp_path / "rows"
-  rows.mkdir()
-  (rows / "rows.jsonl").write_text('{"text": "one row, and the next is the same"}\n' * 64)
+  data = " ".join(tiny_runs.streamed(tmp_path / "rows"))
   model = "vocab_size=258,d_model=16,d_ff=24,num_layers=1,num_heads=2,num_kv_heads=1,head_dim=8"
   text = f"""set -e
 export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
 export PYTHONPATH=$PWD:$PWD/kernels  # the code that was sent
 python -m ll3m.train --load_model_config=smollm2_135m --update_model_config={model} \
   --tokenizer.path={byte_tokenizer} --total_steps=2 --log_freq=1 --logger.tensorboard=False \
-  --train_dataset.type=huggingface --train_dataset.huggingface_dataset.path={rows} \
-  --train_dataset.huggingface_dataset.streaming=True \
-  --train_dataset.seqio_dataset.batch_size=4 --mesh_dim=2,2,1 \
+  {data} --train_dataset.seqio_dataset.batch_size=4 --mesh_dim=2,2,1 \
   --train_dataset.seqio_dataset.task_feature_lengths='(32,)' \
   --logger.output_dir={pod.workers}/output \
   --jax_distributed.coordinator_address=localhost:{free_port()} \
