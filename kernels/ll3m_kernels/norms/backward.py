@@ -94,7 +94,7 @@ def _kernel(spec, blocks, num_rows, steps, cores, adds, has_bias, *refs):
 
   def do(rows):
     x, y_bar = tiles.read(x_ref, rows), tiles.read(y_bar_ref, rows)
-    found = measure(spec, x)
+    found = measure(spec, x, x_ref.dtype)
     bars = measure_bars(x, found, tiles.weight(gain_ref), y_bar)
     for part in tiles.columns(x_ref.shape[1]):
       x, y_bar = tiles.read(x_ref, rows, part), tiles.read(y_bar_ref, rows, part)

@@ -83,7 +83,7 @@ def _kernel(spec, blocks, adds, has_bias, *refs):
       total = tiles.read(x_ref, rows) + tiles.read(residual_ref, rows)
       tiles.write(sum_ref, rows, tiles.ALL, total)
     source_ref = sum_ref if adds else x_ref
-    found = measure(spec, tiles.read(source_ref, rows))
+    found = measure(spec, tiles.read(source_ref, rows), x_ref.dtype)
     for part in tiles.columns(x_ref.shape[1]):
       bias = tiles.weight(bias_ref, part) if has_bias else None
       x = tiles.read(source_ref, rows, part)

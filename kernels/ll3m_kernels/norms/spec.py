@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -31,9 +32,10 @@ class Rows(NamedTuple):
   Attributes:
     inverse: 1 / sqrt(mean((x - mean)^2) + epsilon).
     mean: of x, rounded; None, as if it were 0, for RMSNorm.
-    rest: what the mean is more than that. Of rows whose mean is 1e4 times their deviation, a sum in
-      float32 has the mean with an error of 1e-3 of the deviation; a second sum, of what is left
-      then, has the error.
+    rest: what the mean is more than that. Of float32 rows whose mean is 1e4 times their deviation,
+      a sum in float32 has the mean with an error of 1e-3 of the deviation; a second sum, of what is
+      left then, has the error. None, as if it were 0, for RMSNorm and for narrower dtypes: where
+      the mean is large beside the deviation, their few bits add up in float32 without rounding.
   """
 
   inverse: Float[Array, "*B 1"]
@@ -53,12 +55,14 @@ class RowBars(NamedTuple):
   shift: Float[Array, "*B 1"] | None
 
 
-def measure(spec: Spec, x: Float[Array, "*B D"]) -> Rows:
-  """Computes the statistics of x."""
+def measure(spec: Spec, x: Float[Array, "*B D"], dtype: DTypeLike) -> Rows:
+  """Computes the statistics of x, which had another dtype before it was made float32."""
   if not spec.is_centred:
     return Rows(jax.lax.rsqrt(_mean(x * x) + spec.epsilon), None, None)
   mean = _mean(x)
   centred = x - mean
+  if jnp.finfo(dtype).bits < 32:
+    return Rows(jax.lax.rsqrt(_mean(centred * centred) + spec.epsilon), mean, None)
   # These two means do not wait for each other.
   rest, square = _mean(centred), _mean(centred * centred)
   variance = jnp.maximum(square - rest * rest, 0.0)
@@ -88,8 +92,10 @@ def measure_bars(
   if rows.mean is None:
     product, shift = _mean(h * x), None
   else:
-    total = _mean(h)
-    product, shift = _mean(h * (x - rows.mean)) - total * rows.rest, total * rows.inverse
+    total, product = _mean(h), _mean(h * (x - rows.mean))
+    shift = total * rows.inverse
+    if rows.rest is not None:
+      product = product - total * rows.rest
   # Factor by factor: the inverse to the third alone would underflow long before the product does.
   return RowBars(product * rows.inverse * rows.inverse * rows.inverse, shift)
 
@@ -117,7 +123,10 @@ def gradients(
 
 
 def _centre(x: Float[Array, "*B D"], rows: Rows) -> Float[Array, "*B D"]:
-  return x if rows.mean is None else x - rows.mean - rows.rest
+  for part in (rows.mean, rows.rest):
+    if part is not None:
+      x = x - part
+  return x
 
 
 def _mean(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:

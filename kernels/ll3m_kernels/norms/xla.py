@@ -13,7 +13,9 @@ def forward(
   """Normalises x; see `rms_norm` and `layer_norm`."""
   gain = _row(scale, x.ndim) + spec.scale_offset
   wide = _wide(x)
-  y = normalise(wide, measure(spec, wide), gain, None if bias is None else _row(bias, x.ndim))
+  y = normalise(
+    wide, measure(spec, wide, x.dtype), gain, None if bias is None else _row(bias, x.ndim)
+  )
   return y.astype(x.dtype)
 
 
@@ -49,7 +51,7 @@ def backward(
   """
   wide, y_bar = _wide(x), _wide(y_bar)
   gain = _row(scale, x.ndim) + spec.scale_offset
-  rows = measure(spec, wide)
+  rows = measure(spec, wide, x.dtype)
   x_bar, scale_terms = gradients(wide, rows, measure_bars(wide, rows, gain, y_bar), gain, y_bar)
   if sum_bar is not None:
     x_bar = x_bar + _wide(sum_bar)

@@ -201,10 +201,19 @@ def test_rows_far_from_zero(operation, mean):
   check(operation, (arrays[0] + mean, *arrays[1:]))
 
 
+@pytest.mark.parametrize("mean", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("operation", ["layer_norm", "add_layer_norm"])
+def test_bfloat16_rows_far_from_zero(operation, mean):
+  """Sums of so few bits are exact in float32, which leaves nothing of the mean to correct."""
+  arrays = draw(operation, (16, 2560), jnp.bfloat16)
+  check(operation, (arrays[0] + jnp.bfloat16(mean), *arrays[1:]))
+
+
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
-def test_constant_rows_are_0(implementation):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_constant_rows_are_0(dtype, implementation):
   """Their variance comes out as 0 or a rounding, on either side of it."""
-  x = jnp.full((16, 300), 12345.678)
+  x = jnp.full((16, 300), 12345.678, dtype)
   with interpreted() if implementation == "pallas" else contextlib.nullcontext():
     normed = kernels.layer_norm(x, jnp.ones(300), implementation=implementation)
   assert np.abs(np.asarray(normed)).max() < 0.1
