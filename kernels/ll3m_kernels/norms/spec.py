@@ -56,7 +56,7 @@ class RowBars(NamedTuple):
 
 
 def measure(spec: Spec, x: Float[Array, "*B D"], dtype: DTypeLike) -> Rows:
-  """Computes the statistics of x, which had another dtype before it was made float32."""
+  """Computes the statistics of x, float32, of which `dtype` is what it was before."""
   if not spec.is_centred:
     return Rows(jax.lax.rsqrt(_mean(x * x) + spec.epsilon), None, None)
   mean = _mean(x)

@@ -165,8 +165,8 @@ OPERATIONS = {
     options={
       "attention_forward": {"keys": (256, 512, 1024, 2048), "queries": (512, 1024, 2048, 4096)},
       "attention_backward": {
-        "keys_backward": (256, 512, 1024),
-        "queries_backward": (256, 512, 1024),
+        "keys_backward": (256, 512, 1024, 2048),
+        "queries_backward": (256, 512, 1024, 2048),
       },
     },
     serves=lambda limits, shape, generation: attention_blocks.serves(
