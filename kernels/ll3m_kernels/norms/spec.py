@@ -56,7 +56,7 @@ class RowBars(NamedTuple):
 
 
 def measure(spec: Spec, x: Float[Array, "*B D"], dtype: DTypeLike) -> Rows:
-  """Computes the statistics of x, float32, of which `dtype` is what it was before."""
+  """Computes the statistics of x in float32, which had `dtype` before it was widened."""
   if not spec.is_centred:
     return Rows(jax.lax.rsqrt(_mean(x * x) + spec.epsilon), None, None)
   mean = _mean(x)
