@@ -44,6 +44,14 @@ elif verb == "ssh":
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+  """Has Ctrl-C reach what a test starts, also where the tests are a script's job in background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 class Pod:
   """Two workers, and the launcher's command line for them."""
 
