@@ -27,7 +27,7 @@ from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles, walk
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import SUBLANES, vmem_limit
+from ll3m_kernels.tiling import vmem_limit
 
 _CHUNK = 256
 
@@ -52,8 +52,6 @@ def backward(
   # What is masked gives weights of 0 also to queries that see nothing.
   log_sum_exp = jnp.where(log_sum_exp > 0.5 * specs.MASKED, log_sum_exp, 0.0)
   rows = [(log_sum_exp * LOG2_E)[:, :, None], (delta - log_sum_exp_bar)[:, :, None]]
-  head_dim, value_dim = query.shape[3], value.shape[3]
-  query, key, value, output_bar = map(_fill_tiles, (query, key, value, output_bar))
   arrays = [
     query.transpose(0, 2, 3, 1),
     output_bar.transpose(0, 2, 3, 1),
@@ -86,20 +84,8 @@ def backward(
     missing = num_keys - part.shape[2]
     return jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))).transpose(0, 2, 1, 3)
 
-  query_bar = query_bar[:, :, :head_dim, : query.shape[1]].transpose(0, 3, 1, 2)
-  key_bar, value_bar = join(key_bars)[..., :head_dim], join(value_bars)[..., :value_dim]
-  return query_bar.astype(query.dtype), key_bar, value_bar
-
-
-def _fill_tiles(x: Float[Array, "B T N H"]) -> Float[Array, "B T N h"]:
-  """Adds zeros up to whole tiles of sublanes, on which columns have H.
-
-  They take no more memory, and the copies that turn rows into columns write them. Without, the
-  compiler masks the rest of a tile in every product, by instructions on which its simulation aborts
-  for v5e and v5p. On v6e H = 100 takes 1.006 times the cycles so.
-  """
-  missing = -x.shape[3] % (SUBLANES * 4 // x.dtype.itemsize)
-  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+  query_bar = query_bar[..., : query.shape[1]].transpose(0, 3, 1, 2)
+  return query_bar.astype(query.dtype), join(key_bars), join(value_bars)
 
 
 def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, query_bar_dtype):

@@ -35,7 +35,8 @@ class Rows(NamedTuple):
     rest: what the mean is more than that. Of float32 rows whose mean is 1e4 times their deviation,
       a sum in float32 has the mean with an error of 1e-3 of the deviation; a second sum, of what is
       left then, has the error. None, as if it were 0, for RMSNorm and for narrower dtypes: where
-      the mean is large beside the deviation, their few bits add up in float32 without rounding.
+      the mean is large beside the deviation, their few bits add up in float32 without rounding, and
+      that of the division, 1e-7 of the mean, is far less than the distance of two such numbers.
   """
 
   inverse: Float[Array, "*B 1"]
