@@ -27,7 +27,7 @@ from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles, walk
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import vmem_limit
+from ll3m_kernels.tiling import up, vmem_limit
 
 _CHUNK = 256
 
@@ -74,7 +74,7 @@ def backward(
       start,
       seen_keys,
       query_bar,
-      query.dtype if len(starts) == 1 else jnp.float32,
+      len(starts) > 1,
     )
     key_bars.append(key_bar)
     value_bars.append(value_bar)
@@ -84,12 +84,12 @@ def backward(
     missing = num_keys - part.shape[2]
     return jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0))).transpose(0, 2, 1, 3)
 
-  query_bar = query_bar[..., : query.shape[1]].transpose(0, 3, 1, 2)
+  query_bar = query_bar[:, :, : query.shape[3], : query.shape[1]].transpose(0, 3, 1, 2)
   return query_bar.astype(query.dtype), join(key_bars), join(value_bars)
 
 
-def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, query_bar_dtype):
-  """Computes dK and dV of some keys, and adds what these give to dQ."""
+def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, passes_on):
+  """Computes dK and dV of some keys, and adds what these give to dQ, which may be passed on."""
   query, output_bar, _, _, key, _, value = arrays
   batch, num_heads, head_dim, length = query.shape
   num_kv_heads, value_dim = value.shape[1], value.shape[3]
@@ -111,6 +111,10 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
     first_block = min(low // layout.queries, last_block - 1)
     last_block = max(pl.cdiv(high, layout.queries), first_block + 1)
 
+  # Where such blocks reach beyond the heads, they hold anything, and give only what is cut off.
+  # Else the profile of these products aborts on v5e and v5p.
+  rows = sizes.rows(head_dim, query.dtype.itemsize)
+
   def of_queries(size):
     return pl.BlockSpec(
       (1, 1, size, layout.queries), lambda b, k, g, i: (b, k * group + g, 0, i + first_block)
@@ -125,7 +129,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
     of_queries(1),
     of_queries(1),
     of_keys(head_dim),
-    pl.BlockSpec((1, 1, head_dim, layout.resident), lambda b, k, g, i: (b, k, 0, part)),
+    pl.BlockSpec((1, 1, rows, layout.resident), lambda b, k, g, i: (b, k, 0, part)),
     of_keys(value_dim),
   ]
   if layout.has_segments:
@@ -136,7 +140,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
   aliases = {}
   if query_bar is not None:
     aliases = {len(arrays): 0}
-    arrays, in_specs = [*arrays, query_bar], [*in_specs, of_queries(head_dim)]
+    arrays, in_specs = [*arrays, query_bar], [*in_specs, of_queries(rows)]
   return pl.pallas_call(
     functools.partial(
       _kernel, spec, layout, first_key, first_block, last_block, group, query_bar is not None
@@ -144,20 +148,22 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, qu
     grid=(batch, num_kv_heads, group, last_block - first_block),
     in_specs=in_specs,
     out_specs=[
-      of_queries(head_dim),
+      of_queries(rows),
       pl.BlockSpec((1, 1, layout.resident, head_dim), lambda b, k, g, i: (b, k, 0, 0)),
       pl.BlockSpec((1, 1, layout.resident, value_dim), lambda b, k, g, i: (b, k, 0, 0)),
     ],
     out_shape=[
-      # Whole blocks: the interpreter does not cut an array that is passed on to its length.
       result(
-        (*query.shape[:3], pl.cdiv(length, layout.queries) * layout.queries), query_bar_dtype, query
+        # Whole blocks: the interpreter does not cut an array that is passed on to its shape.
+        (batch, num_heads, rows, up(length, layout.queries)) if passes_on else query.shape,
+        jnp.float32 if passes_on else query.dtype,
+        query,
       ),
       result((batch, num_kv_heads, count, head_dim), key.dtype, query),
       result((batch, num_kv_heads, count, value_dim), value.dtype, query),
     ],
     scratch_shapes=[
-      pltpu.VMEM((head_dim, layout.queries), jnp.float32),
+      pltpu.VMEM((rows, layout.queries), jnp.float32),
       pltpu.VMEM((layout.resident, head_dim), jnp.float32),
       pltpu.VMEM((layout.resident, value_dim), jnp.float32),
     ],

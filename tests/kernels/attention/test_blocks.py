@@ -14,7 +14,7 @@ LENGTHS = [*range(1, 700, 37), *range(704, 9000, 64), 12_345, 16_384, 20_000, 32
 @pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
 def test_every_length(generation):
   for length, head_dim, itemsize, mask in itertools.product(
-    LENGTHS, (8, 64, 128, 256), (2, 4), ("causal", "window")
+    LENGTHS, (8, 64, 100, 128, 256), (2, 4), ("causal", "full", "window")
   ):
     problem = blocks.Problem(length, length, head_dim, head_dim, itemsize, True, mask)
     chosen = blocks.default_blocks(problem, generation)
