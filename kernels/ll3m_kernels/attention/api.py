@@ -153,6 +153,7 @@ def _kernels(
   Raises:
     ValueError: the caller's block sizes cannot be laid out.
   """
+  generation = dispatch.generation()
   problem = problem_of(*own, spec.span, has_segments)
   blocks = choose_blocks(block_sizes, problem)
   if block_sizes is None and decoding.serves(spec.span, *own[:2]):
@@ -161,12 +162,12 @@ def _kernels(
     forward = (
       f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
       "resident",
-      forward_bytes(problem, blocks),
+      forward_bytes(problem, blocks, generation),
     )
   backward = (
     f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
     f"{blocks.keys_resident_backward} keys resident",
-    backward_bytes(problem, blocks),
+    backward_bytes(problem, blocks, generation),
   )
   return {"forward": forward, "backward": backward}
 

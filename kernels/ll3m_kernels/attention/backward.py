@@ -94,6 +94,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
   batch, num_heads, head_dim, length = query.shape
   num_kv_heads, value_dim = value.shape[1], value.shape[3]
   group = num_heads // num_kv_heads
+  generation = dispatch.generation()
   layout = tiles.Layout(
     length,
     num_keys,
@@ -170,7 +171,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
     input_output_aliases=aliases,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-      vmem_limit_bytes=vmem_limit(sizes.backward_bytes(problem, blocks), dispatch.generation()),
+      vmem_limit_bytes=vmem_limit(sizes.backward_bytes(problem, blocks, generation), generation),
     ),
     name="flash_attention_backward",
   )(*arrays)

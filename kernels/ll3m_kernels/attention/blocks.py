@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention.spec import Span
+from ll3m_kernels.attention.stairs import step_size
 from ll3m_kernels.dispatch import MIB, Generation
 from ll3m_kernels.tiling import LANES, even, up, vmem_limit
 from ll3m_kernels.tuning import tables
@@ -111,7 +112,7 @@ def serves(limits: Limits, problem: Problem, generation: Generation) -> bool:
   """Returns whether tiles of these limits fit the memory, and leave some to the compiler."""
   blocks = _within(limits, problem, generation)
   return all(
-    vmem_limit(count(problem, blocks), generation) <= 0.75 * generation.vmem_bytes
+    vmem_limit(count(problem, blocks, generation), generation) <= 0.75 * generation.vmem_bytes
     for count in (forward_bytes, backward_bytes)
   )
 
@@ -171,7 +172,7 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
     parts = -(-problem.keys // keys)
     while parts >= 1:
       trial = dataclasses.replace(blocks, **{field: keys * parts})
-      if parts == 1 or count(problem, trial) <= 0.75 * generation.vmem_bytes:
+      if parts == 1 or count(problem, trial, generation) <= 0.75 * generation.vmem_bytes:
         blocks = trial
         break
       parts = -(-parts // 2)
@@ -210,7 +211,7 @@ def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
       )
   fitted = fit(blocks, problem)
   for name, count in (("forward", forward_bytes), ("backward", backward_bytes)):
-    needed = count(problem, fitted)
+    needed = count(problem, fitted, generation)
     if needed > generation.vmem_bytes:
       raise ValueError(
         f"block_sizes need {needed / MIB:.1f} MiB of vector memory in the {name} pass, a core of "
@@ -218,8 +219,11 @@ def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
       )
 
 
-def forward_bytes(problem: Problem, blocks: BlockSizes) -> int:
-  """Returns the vector memory that the forward pass takes: blocks twice, scratch and tiles once."""
+def forward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
+  """Returns the vector memory that the forward pass takes: blocks twice, scratch and scores once.
+
+  Of a step's scores in a tile the compiler was seen to keep three arrays, in float32.
+  """
   width = problem.itemsize
   queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
   columns = up(problem.head_dim, LANES) + up(problem.value_dim, LANES)
@@ -227,10 +231,12 @@ def forward_bytes(problem: Problem, blocks: BlockSizes) -> int:
   streamed += 8 * 4 * (queries + (queries + resident) * problem.has_segments)
   statistics = (2 + problem.has_segments) * LANES
   scratch = queries * (4 * (up(problem.value_dim, LANES) + statistics) + 2 * columns * width)
-  return 2 * streamed + scratch + 3 * 4 * up(queries, 8) * up(keys, LANES)
+  meet = queries if queries % keys == 0 else keys  # squares: see `walk.cuts`
+  scores = up(step_size(queries, generation), 8) * up(meet, LANES)
+  return 2 * streamed + scratch + 3 * 4 * scores
 
 
-def backward_bytes(problem: Problem, blocks: BlockSizes) -> int:
+def backward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
   """Returns the same for the backward pass."""
   width = problem.itemsize
   queries, keys = blocks.queries_backward, blocks.keys_backward

@@ -7,8 +7,8 @@ and which no query sees; tiles of other segments are skipped by the ranges of th
 Scores are [queries, keys]: each square of K^T and V is loaded into the matrix unit once for a whole
 block of queries. Sums over keys stay spread over the lanes until the end; only the largest score is
 sought across them. Where the mask cuts a tile, which place that is was known beforehand
-(`walk.cuts`), and the queries, some at a time, meet only the keys that they see: those at both
-edges of a window at once, which one update of the softmax serves.
+(`walk.cuts`), and the queries, some at a time, meet only the keys that they see (`stairs`): those
+at both edges of a window at once, which one update of the softmax serves.
 """
 
 import enum
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
-from ll3m_kernels.attention import decoding, tiles, walk
+from ll3m_kernels.attention import decoding, stairs, tiles, walk
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
@@ -49,6 +49,7 @@ def forward(
   batch, length, num_heads, head_dim = query.shape
   num_keys, num_kv_heads, value_dim = value.shape[1:]
   group = num_heads // num_kv_heads
+  generation = dispatch.generation()
   problem = sizes.problem_of(query, key, value, spec.span, query_ids is not None)
   blocks = sizes.choose_blocks(block_sizes, problem)
   # What no query sees is not even fetched.
@@ -94,7 +95,7 @@ def forward(
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
     scratch.append((LANES, jnp.int32))
   output, log_sum_exp = pl.pallas_call(
-    functools.partial(_kernel, spec, layout, key_blocks, scaling),
+    functools.partial(_kernel, spec, layout, generation, key_blocks, scaling),
     grid=(batch, num_heads, query_blocks, key_blocks),
     in_specs=in_specs,
     out_specs=[
@@ -108,7 +109,7 @@ def forward(
     scratch_shapes=[pltpu.VMEM((layout.queries, size), dtype) for size, dtype in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=vmem_limit(sizes.forward_bytes(problem, blocks), dispatch.generation()),
+      vmem_limit_bytes=vmem_limit(sizes.forward_bytes(problem, blocks, generation), generation),
     ),
     name="flash_attention_forward",
   )(*arrays)
@@ -149,7 +150,7 @@ def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
   return _Scaling.EXPONENTS
 
 
-def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *refs):
+def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, value_ref, *refs):
   ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
   output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
   queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
@@ -182,8 +183,8 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     if ids is not None:
       scratch[-1][...] = tiles.column(ids.queries[0])
 
-  def score(rows: slice, piece: walk.Piece, may_end: bool) -> tuple[Array, Array]:
-    """Returns the masked scores of some keys, and their values."""
+  def score(piece: stairs.Piece, may_end: bool) -> tuple[Array, Array]:
+    """Returns the scores of some keys, masked but for position, and their values."""
     columns = piece.columns
     count = columns.stop - columns.start
     index = tiles.keys_at(layout, piece.tile, columns.start, count)
@@ -192,11 +193,9 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
       # Vectors that are not whole are moved as float32: there is nothing narrower to do it.
       twice = keys if keys.shape[1] % LANES == 0 else keys.astype(jnp.float32)
       keys = jnp.concatenate([twice, twice], axis=1).astype(keys.dtype)
-    scores = dot(queries_ref[rows, :], keys, (1, 1))
+    scores = dot(queries_ref[piece.rows, :], keys, (1, 1))
     if scaling is _Scaling.SCORES:
       scores, _ = tiles.scale(spec, scores)
-    if piece.distance is not None:
-      scores = _mask_edges(spec, scores, rows, piece)
     left = None
     if may_end:
       left = layout.num_keys - first_key - piece.tile * layout.keys - columns.start
@@ -205,33 +204,52 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
         left = None
     same = None
     if ids is not None:
-      same = (_widen(scratch[-1][rows, :], count), ids.keys[0, :, index])
+      same = (_widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
     return tiles.mask(spec, scores, 1, count=left, ids=same), values
 
-  def add(rows: slice, pieces: Sequence[walk.Piece], may_end: bool) -> None:
+  def add(step: stairs.Step, may_end: bool) -> None:
     """Adds to some queries what some keys give: one update, of however many pieces."""
-    scores, values = zip(*(score(rows, piece, may_end) for piece in pieces), strict=True)
-    before = largest_ref[rows, :]  # the same in every lane
-    largest = before
-    for part in scores:
-      largest = jnp.maximum(largest, jnp.max(part, axis=1, keepdims=True))
-    weights = [power(part - _widen(largest, part.shape[1])) for part in scores]
-    shrink = power(before - largest)
-    largest_ref[rows, :] = largest
-    total_ref[rows, :] = shrink * total_ref[rows, :] + _add_up(map(_narrow, weights))
-    sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + _add_up(
-      dot(part.astype(value.dtype), value) for part, value in zip(weights, values, strict=True)
-    )
+    pieces = step.pieces
+    scores, values = zip(*(score(piece, may_end) for piece in pieces), strict=True)
+    weights: list[list[Array]] = [[] for _ in pieces]
+    shrinks = []
+    for rows, seen in step.bands:
+      parts = [
+        _mask_edges(spec, _of_band(scores[n], pieces[n], rows), rows, pieces[n], whole)
+        for n, whole in seen
+      ]
+      before = largest_ref[rows, :]  # the same in every lane
+      largest = before
+      for part in parts:
+        largest = jnp.maximum(largest, jnp.max(part, axis=1, keepdims=True))
+      parts = [power(part - _widen(largest, part.shape[1])) for part in parts]
+      shrinks.append(power(before - largest))
+      largest_ref[rows, :] = largest
+      total_ref[rows, :] = shrinks[-1] * total_ref[rows, :] + _add_up(map(_narrow, parts))
+      for (n, _), part in zip(seen, parts, strict=True):
+        weights[n].append(part)
+    products = [
+      dot(jnp.concatenate(parts, axis=0).astype(value.dtype), value)
+      for parts, value in zip(weights, values, strict=True)
+    ]
+    for (rows, seen), shrink in zip(step.bands, shrinks, strict=True):
+      sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + _add_up(
+        _of_band(products[n], pieces[n], rows) for n, _ in seen
+      )
 
   def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
-    piece = walk.Piece(tile, distance, slice(0, layout.keys), slice(0, 0))
-    add(slice(0, layout.queries), [piece], may_end)
+    for step in stairs.whole(layout, tile, distance, generation):
+      add(step, may_end)
 
   def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool) -> None:
-    for rows, pieces in walk.staircase(spec, layout, squares):
-      add(rows, pieces, may_end)
+    for step in stairs.staircase(spec, layout, squares, generation):
+      add(step, may_end)
 
-  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
+  def fit_together(squares: Sequence[tuple[Any, int]]) -> bool:
+    steps = stairs.staircase(spec, layout, squares, generation)
+    return stairs.fit_memory(layout, steps, generation)
+
+  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares, fit_together)
 
   @pl.when(j == key_blocks - 1)
   def _():
@@ -243,11 +261,18 @@ def _kernel(spec, layout, key_blocks, scaling, query_ref, key_ref, value_ref, *r
     _write_row(log_sum_exp_ref, jnp.where(is_empty, specs.MASKED, log_sum_exp))
 
 
+def _of_band(x: Float[Array, "q n"], piece: stairs.Piece, rows: slice) -> Float[Array, "r n"]:
+  """Takes a band's rows of what a piece gave."""
+  return x[rows.start - piece.rows.start : rows.stop - piece.rows.start]
+
+
 def _mask_edges(
-  spec: specs.Spec, scores: Float[Array, "q k"], rows: slice, piece: walk.Piece
-) -> Float[Array, "q k"]:
-  """Masks what position hides from some queries of a piece, and leaves alone what all see."""
-  _, distance, columns, whole = piece
+  spec: specs.Spec, scores: Float[Array, "r k"], rows: slice, piece: stairs.Piece, whole: slice
+) -> Float[Array, "r k"]:
+  """Masks what position hides from some queries of a band, and leaves alone what all see."""
+  _, distance, _, columns = piece
+  if distance is None:
+    return scores
   if whole.start >= whole.stop:
     return tiles.mask(spec, scores, 1, distance=distance + columns.start - rows.start)
   parts = []

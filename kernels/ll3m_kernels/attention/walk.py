@@ -1,12 +1,12 @@
 """Which tiles a block of queries meets, and where position cuts them.
 
 The mask's edges stand at the same places for all blocks wherever tiles and blocks fit each other:
-these places are found while compiling (`cuts`), and followed there in steps (`staircase`).
+these places are found while compiling (`cuts`), and followed there in steps (`stairs`).
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,7 @@ from jax.experimental import pallas as pl
 
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tiles
-from ll3m_kernels.tiling import LANES, up
 
-# Longer steps compute more of what is masked, shorter ones keep the matrix unit less busy.
-_STEPS = (512, 384, 256, 128)
 # What the mask cuts in one of so few places is compiled for each of them.
 _MOST_CUTS = 4
 
@@ -46,82 +43,6 @@ def cuts(spec: specs.Spec, layout: tiles.Layout) -> list[int] | None:
   return sorted(found) if len(found) <= _MOST_CUTS else None
 
 
-class Piece(NamedTuple):
-  """Keys that some queries meet.
-
-  Attributes:
-    tile: what the keys are of, a tile or a square, by its first tile among the resident ones.
-    distance: how far right of the block's first query that begins; None if position hides none of
-      the keys from any of the queries.
-    columns: the keys, of that tile or square.
-    whole: those that all of the queries see, if it is known which ones; else none.
-  """
-
-  tile: Any
-  distance: Any
-  columns: slice
-  whole: slice
-
-
-def staircase(
-  spec: specs.Spec, layout: tiles.Layout, squares: Sequence[tuple[Any, int]]
-) -> list[tuple[slice, list[Piece]]]:
-  """Follows the mask's edges through the squares of a block of queries that it cuts.
-
-  Args:
-    spec: of the call.
-    layout: of the kernel.
-    squares: the first tile of each, and how far right of the first query it begins.
-
-  Returns:
-    Queries of the block that are taken together, and the keys of all the squares that some of them
-    see, in whole lanes.
-  """
-  size = next((size for size in _STEPS if layout.queries % size == 0), layout.queries)
-  steps = []
-  for row in range(0, layout.queries, size):
-    rows = slice(row, row + size)
-    pieces = [_piece(spec, layout, rows, *square) for square in squares]
-    pieces = [piece for piece in pieces if piece.columns.start < piece.columns.stop]
-    if steps and _same_whole(steps[-1][1], pieces):
-      rows = slice(steps.pop()[0].start, rows.stop)
-    if pieces:
-      steps.append((rows, pieces))
-  return steps
-
-
-def _fits_tile(layout: tiles.Layout, steps: list[tuple[slice, list[Piece]]]) -> bool:
-  """Returns whether no step has more scores than a tile, for which memory is counted."""
-  return all(
-    (rows.stop - rows.start) * sum(p.columns.stop - p.columns.start for p in pieces)
-    <= layout.queries * layout.keys
-    for rows, pieces in steps
-  )
-
-
-def _same_whole(some: Sequence[Piece], others: Sequence[Piece]) -> bool:
-  """Returns whether all that two groups of queries see is the same keys, and they see all these."""
-  # Tiles are computed numbers, which distances stand for.
-  return [piece[1:] for piece in some] == [piece[1:] for piece in others] and all(
-    piece.whole == piece.columns for piece in others
-  )
-
-
-def _piece(spec: specs.Spec, layout: tiles.Layout, rows: slice, tile: Any, cut: int) -> Piece:
-  """Returns what some queries see of a square."""
-  left, right = spec.span
-  start, whole_start = 0, 0
-  if left is not None:
-    start = max(rows.start - left - cut, 0) // LANES * LANES
-    whole_start = up(max(rows.stop - 1 - left - cut, 0), LANES)
-  stop = whole_stop = layout.queries
-  if right is not None:
-    stop = min(up(rows.stop + right - cut, LANES), layout.queries)
-    seen = rows.start + right - cut + 1
-    whole_stop = stop if seen >= stop else seen // LANES * LANES
-  return Piece(tile, cut, slice(start, stop), slice(whole_start, max(whole_start, whole_stop)))
-
-
 def for_each_tile(
   spec: specs.Spec,
   layout: tiles.Layout,
@@ -130,6 +51,7 @@ def for_each_tile(
   ids: tiles.Ids | None,
   body: Callable[[Any, Any, bool], None],
   squares: Callable[[Sequence[tuple[Any, int]], bool], None] | None = None,
+  fit_together: Callable[[Sequence[tuple[Any, int]]], bool] | None = None,
 ) -> None:
   """Calls `body(tile, distance, may_end)` for the resident tiles that a block's queries see.
 
@@ -145,6 +67,7 @@ def for_each_tile(
     squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
       distance of each. It is given all of them at once where all are resident and seen, since one
       update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
+    fit_together: whether there is memory for several of them at once.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
@@ -200,7 +123,7 @@ def for_each_tile(
   places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
   seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
   # Ids skip squares one by one.
-  if ids is None and len(places) > 1 and _fits_tile(layout, staircase(spec, layout, places)):
+  if ids is None and len(places) > 1 and fit_together(places):
     all_seen = functools.reduce(jnp.logical_and, seen)
     pl.when(all_seen)(lambda: squares(places, square_may_end))
     seen = [one & ~all_seen for one in seen]
