@@ -90,6 +90,8 @@ def staircase(
   """
   size = step_size(layout.queries, generation)
   unit = generation.matrix_unit
+  if len(squares) > 1 and size % (2 * unit) == 0:
+    size //= 2  # there is more to do for each query
   height = unit if size % unit == 0 else size
   steps = []
   for row in range(0, layout.queries, size):

@@ -21,6 +21,7 @@ from tests.kernels.tolerances import assert_close
 SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
 # Squares of several tiles, which the mask cuts in five steps.
 STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
+BANDS = BlockSizes(512, 256, 1536, 256, 128, 512)
 # The same of one tile, as large as the steps of several squares that are taken together.
 TOGETHER = BlockSizes(640, 640, 1280, 256, 128, 512)
 ALL_TOGETHER = BlockSizes(640, 640, 1920, 256, 128, 512)
@@ -66,6 +67,19 @@ CASES = {
       "segment_ids": jnp.asarray(np.random.default_rng(3).integers(-9, 9, (1, 260))),
       "block_sizes": SMALL,
     },
+  ),
+  # Steps of four bands each.
+  "bands": (
+    (1, 1100, 1100, 1, 1, 16, 16),
+    {"is_causal": True, "segment_ids": segments(1, 1100, 3), "block_sizes": BANDS},
+  ),
+  "bands_of_a_window": (
+    (1, 1100, 1100, 2, 1, 8, 8),
+    {"is_causal": True, "local_window_size": (511, 0), "block_sizes": BANDS},
+  ),
+  "bands_to_both_sides": (
+    (1, 1100, 1100, 1, 1, 8, 8),
+    {"local_window_size": (70, 200), "block_sizes": BANDS},
   ),
   "stairs": ((1, 1400, 1400, 2, 1, 16, 16), {"is_causal": True, "block_sizes": STAIRS}),
   "stairs_of_a_window": (
