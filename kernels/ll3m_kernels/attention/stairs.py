@@ -8,7 +8,7 @@ compiling.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ll3m_kernels.attention import spec as specs
@@ -106,7 +106,7 @@ def staircase(
 def fit_memory(layout: tiles.Layout, steps: Sequence[Step], generation: Generation) -> bool:
   """Returns whether no step has a quarter more scores than memory is counted for, which has room.
 
-  A window's two edges at once take an eighth more.
+  Both edges of a window at once take more than one square where steps cannot be halved.
   """
   most = 1.25 * step_size(layout.queries, generation) * layout.queries
   return all(sum(_size(p.rows) * _size(p.columns) for p in step.pieces) <= most for step in steps)
@@ -130,7 +130,9 @@ def _cover(
   return found
 
 
-def _seen_of(spec: specs.Spec, layout: tiles.Layout, rows: slice, pieces: Sequence[Piece]):
+def _seen_of(
+  spec: specs.Spec, layout: tiles.Layout, rows: slice, pieces: Sequence[Piece]
+) -> Iterator[tuple[int, slice]]:
   """Yields the pieces that a band is in, and the keys of each that all of it sees."""
   for number, piece in enumerate(pieces):
     if piece.rows.start <= rows.start < piece.rows.stop:

@@ -21,10 +21,11 @@ from tests.kernels.tolerances import assert_close
 SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
 # Squares of several tiles, which the mask cuts in five steps.
 STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
-BANDS = BlockSizes(512, 256, 1536, 256, 128, 512)
 # The same of one tile, as large as the steps of several squares that are taken together.
 TOGETHER = BlockSizes(640, 640, 1280, 256, 128, 512)
 ALL_TOGETHER = BlockSizes(640, 640, 1920, 256, 128, 512)
+# Steps of four bands each; of two where both edges of a window are taken together.
+BANDS = BlockSizes(512, 256, 1536, 256, 128, 512)
 
 
 def segments(batch, length, count, seed=0):
@@ -68,7 +69,6 @@ CASES = {
       "block_sizes": SMALL,
     },
   ),
-  # Steps of four bands each.
   "bands": (
     (1, 1100, 1100, 1, 1, 16, 16),
     {"is_causal": True, "segment_ids": segments(1, 1100, 3), "block_sizes": BANDS},
