@@ -14,7 +14,8 @@ call each; dQ then goes from call to call in float32.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -23,13 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
+from ll3m_kernels.attention import chunks, tiles, walk
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention import tiles, walk
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
 from ll3m_kernels.tiling import up, vmem_limit
-
-_CHUNK = 256
 
 
 def backward(
@@ -144,7 +143,14 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
     arrays, in_specs = [*arrays, query_bar], [*in_specs, of_queries(rows)]
   return pl.pallas_call(
     functools.partial(
-      _kernel, spec, layout, first_key, first_block, last_block, group, query_bar is not None
+      _kernel,
+      spec,
+      layout,
+      generation,
+      first_key,
+      (first_block, last_block),
+      group,
+      query_bar is not None,
     ),
     grid=(batch, num_kv_heads, group, last_block - first_block),
     in_specs=in_specs,
@@ -177,7 +183,8 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
   )(*arrays)
 
 
-def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs):
+def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *refs):
+  first_block, last_block = query_blocks
   query_ref, output_bar_ref, lse_ref, delta_ref, key_ref, key_columns_ref, value_ref = refs[:7]
   refs = refs[7:]
   ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
@@ -198,66 +205,44 @@ def _kernel(spec, layout, first_key, first_block, last_block, group, adds, *refs
     queries = [tiles.existing(array, 1, left) for array in queries]
   query, output_bar, log_sum_exp, delta = queries
 
-  def add_tile(tile, distance, may_end):
-    query_sum = query_sum_ref[...]
-    for chunk in _chunks_of(layout, tile):
-      keys, values = key_ref[0, 0, chunk.index, :], value_ref[0, 0, chunk.index, :]
-      key_columns = key_columns_ref[0, 0, :, chunk.index]
-      left = None
-      if may_end:
-        left = layout.num_keys - first_key - tile * layout.keys - chunk.offset
-        keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
-        key_columns = tiles.existing(key_columns, 1, left)
-      chunk_scores, slope = tiles.scale(spec, dot(keys, query))
-      chunk_scores = tiles.mask(
-        spec,
-        chunk_scores,
-        0,
-        distance=None if distance is None else distance + chunk.offset,
-        count=left,
-        ids=None
-        if ids is None
-        else (ids.queries[0], tiles.column(ids.keys[0, :, chunk.index])[:, :1]),
-      )
-      weights = jnp.exp2(chunk_scores - log_sum_exp)  # [keys, queries]
-      scores_bar = weights * (dot(values, output_bar) - delta) * spec.scale
-      if slope is not None:
-        scores_bar = scores_bar * slope
-      weights, scores_bar = weights.astype(query.dtype), scores_bar.astype(query.dtype)
-      value_sum_ref[chunk.index, :] += dot(weights, output_bar, (1, 1))
-      key_sum_ref[chunk.index, :] += dot(scores_bar, query, (1, 1))
-      query_sum += dot(key_columns, scores_bar)
-    query_sum_ref[...] = query_sum
+  def add(chunk: chunks.Chunk, may_end: bool) -> None:
+    keys, values = key_ref[0, 0, chunk.keys, :], value_ref[0, 0, chunk.keys, :]
+    key_columns = key_columns_ref[0, 0, :, chunk.keys]
+    left = None
+    if may_end:
+      left = layout.num_keys - first_key - chunk.first
+      keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
+      key_columns = tiles.existing(key_columns, 1, left)
+    rows = chunk.queries
+    scores, slope = tiles.scale(spec, dot(keys, query[:, rows]))
+    same = None
+    if ids is not None:
+      same = (ids.queries[0, :, rows], tiles.column(ids.keys[0, :, chunk.keys])[:, :1])
+    scores = tiles.mask(spec, scores, 0, count=left, ids=same)
+    if chunk.distance is not None:
+      scores = tiles.mask_edges(spec, scores, 0, chunk.distance, chunk.whole)
+    weights = jnp.exp2(scores - log_sum_exp[:, rows])  # [keys, queries]
+    scores_bar = weights * (dot(values, output_bar[:, rows]) - delta[:, rows]) * spec.scale
+    if slope is not None:
+      scores_bar = scores_bar * slope
+    weights, scores_bar = weights.astype(query.dtype), scores_bar.astype(query.dtype)
+    value_sum_ref[chunk.keys, :] += dot(weights, output_bar[:, rows], (1, 1))
+    key_sum_ref[chunk.keys, :] += dot(scores_bar, query[:, rows], (1, 1))
+    query_sum_ref[:, rows] += dot(key_columns, scores_bar)
 
-  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile)
+  def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
+    for chunk in chunks.of_tile(layout, tile, distance):
+      add(chunk, may_end)
+
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool) -> None:
+    for tile, distance in squares:
+      for chunk in chunks.of_square(spec, layout, tile, distance, generation):
+        add(chunk, may_end)
+
+  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
   query_bar_ref[0, 0] = query_sum_ref[...].astype(query_bar_ref.dtype)
 
   @pl.when((g == group - 1) & (i == last_block - 1))
   def _():
     key_bar_ref[0, 0] = key_sum_ref[...].astype(key_bar_ref.dtype)
     value_bar_ref[0, 0] = value_sum_ref[...].astype(value_bar_ref.dtype)
-
-
-class _Chunk(NamedTuple):
-  """Some keys of a tile.
-
-  Attributes:
-    index: of these keys among the resident ones.
-    offset: of the first one in the tile.
-  """
-
-  index: Any
-  offset: int
-
-
-def _chunks_of(layout: tiles.Layout, tile: Any) -> list[_Chunk]:
-  """Cuts a tile into chunks whose products do not wait for each other.
-
-  The compiler then computes the scores of one while it takes the exponentials of another.
-  """
-  if layout.keys % _CHUNK:
-    return [_Chunk(tiles.keys_at(layout, tile, 0, layout.keys), 0)]
-  return [
-    _Chunk(tiles.keys_at(layout, tile, offset, _CHUNK), offset)
-    for offset in range(0, layout.keys, _CHUNK)
-  ]

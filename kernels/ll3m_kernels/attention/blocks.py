@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ll3m_kernels import dispatch
+from ll3m_kernels.attention.chunks import chunk_size
 from ll3m_kernels.attention.spec import Span
 from ll3m_kernels.attention.stairs import step_size
 from ll3m_kernels.dispatch import MIB, Generation
@@ -130,10 +131,7 @@ def key_of(problem: Problem, generation: Generation) -> tables.Key:
 
 
 def rule(problem: Problem, generation: Generation) -> Limits:
-  """Returns the largest sensible tiles, half as large where an element or a head is.
-
-  Where nothing is masked, the backward pass takes more keys: none of them in vain.
-  """
+  """Returns the largest sensible tiles, smaller where an element or a head is large."""
   is_large, is_largest = (generation.vmem_bytes >= size * MIB for size in (64, 128))
   is_wide = max(problem.head_dim, problem.value_dim) > LANES
   tile = 1024 if is_large else 512
@@ -144,32 +142,28 @@ def rule(problem: Problem, generation: Generation) -> Limits:
     backward = backward if is_large and problem.itemsize == 2 else tile // 2
   # K and V are loaded into the matrix unit once for all queries of a tile.
   queries = max(tile, 2048) if is_large else tile
-  keys, keys_backward = tile, backward
-  if problem.itemsize == 2:
+  keys, queries_backward, keys_backward = tile, backward, backward
+  if problem.itemsize == 2 and is_large:
     # At head dims up to 128, causal forward takes 0.961 of the cycles on v6e, 0.995 on v5e.
     keys = 2048 if is_largest and not is_wide else keys
-    if problem.mask == "full" and (is_largest or (is_large and not is_wide)):
-      keys_backward = 2048  # on v6e 0.88 of the cycles (H = 100, T = 4096)
-  return Limits(queries, keys, backward, keys_backward)
+    # Causal, 2048 queries take 0.83 (v6e) and 0.92 (v5e) of the cycles that 512 take.
+    queries_backward = 2048 if is_largest or not is_wide else 1024
+    if problem.mask == "full" and (is_largest or not is_wide):
+      keys_backward = 2048  # none of them in vain; 0.963 (v6e) and 0.988 (v5e) of 512
+  return Limits(queries, keys, queries_backward, keys_backward)
 
 
 def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSizes:
-  keys = even(problem.keys, limits.keys)
-  queries = even(problem.queries, min(limits.keys, limits.queries))
-  if queries == keys:
-    # As many tiles' worth of queries as leave the least of the last block beyond the end.
-    most = max(limits.queries // keys, 1)
-    queries = keys * min(range(most, 0, -1), key=lambda n: -(-problem.queries // (n * keys)) * n)
-  queries_backward = even(problem.queries, limits.queries_backward)
-  keys_backward = even(problem.keys, limits.keys_backward)
+  queries, keys = _tile(problem, limits.queries, limits.keys)
+  queries_backward, keys_backward = _tile(problem, limits.queries_backward, limits.keys_backward)
   blocks = BlockSizes(queries, keys, keys, queries_backward, keys_backward, keys_backward)
-  for field, count in (
-    ("keys_resident", forward_bytes),
-    ("keys_resident_backward", backward_bytes),
+  for field, block, count in (
+    ("keys_resident", queries, forward_bytes),
+    ("keys_resident_backward", queries_backward, backward_bytes),
   ):
     keys = getattr(blocks, field)  # of one tile
-    if field == "keys_resident" and queries % keys == 0:
-      keys = queries  # whole squares: see `walk.cuts`
+    if block % keys == 0:
+      keys = block  # whole squares: see `walk.cuts`
     parts = -(-problem.keys // keys)
     while parts >= 1:
       trial = dataclasses.replace(blocks, **{field: keys * parts})
@@ -178,6 +172,17 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
         break
       parts = -(-parts // 2)
   return blocks
+
+
+def _tile(problem: Problem, most_queries: int, most_keys: int) -> tuple[int, int]:
+  """Returns the queries and keys of a tile: as many tiles' worth of queries as may be."""
+  keys = even(problem.keys, most_keys)
+  queries = even(problem.queries, min(most_keys, most_queries))
+  if queries == keys:
+    # As many as leave the least of the last block beyond the end.
+    most = max(most_queries // keys, 1)
+    queries = keys * min(range(most, 0, -1), key=lambda n: -(-problem.queries // (n * keys)) * n)
+  return queries, keys
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
@@ -223,7 +228,8 @@ def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
 def forward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
   """Returns the vector memory that the forward pass takes: blocks twice, scratch and scores once.
 
-  Of a step's scores in a tile the compiler was seen to keep three arrays, in float32.
+  Of a step's scores in a tile the compiler was seen to keep up to three arrays, in float32: two and
+  a half, as what it is granted is more than what is counted.
   """
   width = problem.itemsize
   queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
@@ -231,14 +237,15 @@ def forward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) 
   streamed = (queries + resident) * columns * width
   streamed += 8 * 4 * (queries + (queries + resident) * problem.has_segments)
   statistics = (2 + problem.has_segments) * LANES
-  scratch = queries * (4 * (up(problem.value_dim, LANES) + statistics) + 2 * columns * width)
+  scaled = 2 * up(problem.head_dim, LANES) * width
+  scratch = queries * (4 * (up(problem.value_dim, LANES) + statistics) + scaled)
   meet = queries if queries % keys == 0 else keys  # squares: see `walk.cuts`
   scores = up(step_size(queries, generation), 8) * up(meet, LANES)
-  return 2 * streamed + scratch + 3 * 4 * scores
+  return 2 * streamed + scratch + 10 * scores
 
 
 def backward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
-  """Returns the same for the backward pass."""
+  """Returns the same for the backward pass, with three arrays of a chunk's scores."""
   width = problem.itemsize
   queries, keys = blocks.queries_backward, blocks.keys_backward
   resident = blocks.keys_resident_backward
@@ -249,7 +256,7 @@ def backward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation)
     + 8 * 4 * (2 * queries + (queries + resident) * problem.has_segments)
   )
   scratch = resident * columns * 4 + queries * rows(problem.head_dim, width) * 4
-  return 2 * streamed + scratch + 5 * 4 * up(queries, LANES) * up(keys, 8)
+  return 2 * streamed + scratch + 3 * 4 * up(queries, LANES) * up(chunk_size(keys), 8)
 
 
 def problem_of(query, key, value, span: Span, has_segments: bool) -> Problem:

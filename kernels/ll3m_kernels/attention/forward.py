@@ -270,21 +270,11 @@ def _mask_edges(
   spec: specs.Spec, scores: Float[Array, "r k"], rows: slice, piece: stairs.Piece, whole: slice
 ) -> Float[Array, "r k"]:
   """Masks what position hides from some queries of a band, and leaves alone what all see."""
-  _, distance, _, columns = piece
-  if distance is None:
+  if piece.distance is None:
     return scores
-  if whole.start >= whole.stop:
-    return tiles.mask(spec, scores, 1, distance=distance + columns.start - rows.start)
-  parts = []
-  for start, stop in (
-    (columns.start, whole.start), (whole.start, whole.stop), (whole.stop, columns.stop)
-  ):  # fmt: skip
-    part = scores[:, start - columns.start : stop - columns.start]
-    if start < stop and start != whole.start:
-      part = tiles.mask(spec, part, 1, distance=distance + start - rows.start)
-    if start < stop:
-      parts.append(part)
-  return jnp.concatenate(parts, axis=1)
+  start = piece.columns.start
+  distance = piece.distance + start - rows.start
+  return tiles.mask_edges(spec, scores, 1, distance, slice(whole.start - start, whole.stop - start))
 
 
 def _add_up(parts: Iterable[Array]) -> Array:

@@ -63,6 +63,13 @@ def queries_seeing(span: Span, first: int, last: int, num_queries: int) -> tuple
   return low, high
 
 
+def queries_seeing_all(span: Span, first: int, last: int, num_queries: int) -> tuple[int, int]:
+  """Returns the queries [low, high) that see all keys first..last; maybe low >= high."""
+  low = 0 if span.right is None else max(last - span.right, 0)
+  high = num_queries if span.left is None else min(first + span.left + 1, num_queries)
+  return low, high
+
+
 def within(span: Span, distance: Int[Array, "..."]) -> Bool[Array, "..."] | None:
   """Returns whether a query sees a key that stands so far to its right; None if all do."""
   seen = None

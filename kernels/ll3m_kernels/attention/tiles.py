@@ -4,6 +4,7 @@ A tile is some keys and a block of queries. Positions are int32, also under `jax
 tiles a block meets is for `walk` to say.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -150,6 +151,31 @@ def mask(
     if condition is not None:
       seen = condition if seen is None else seen & condition
   return scores if seen is None else jnp.where(seen, scores, specs.MASKED)
+
+
+def mask_edges(
+  spec: specs.Spec, scores: Float[Array, "a b"], keys_axis: int, distance: Any, whole: slice
+) -> Float[Array, "a b"]:
+  """Masks what position hides, but for what is known to be seen; see `mask`.
+
+  Args:
+    spec: of the call.
+    scores: of some keys and queries.
+    keys_axis: which axis the keys are on.
+    distance: how far right of the first query the first key is.
+    whole: of the last axis, where nothing is hidden; may be empty.
+  """
+  if whole.start >= whole.stop:
+    return mask(spec, scores, keys_axis, distance=distance)
+  size = scores.shape[1]
+  parts = []
+  for start, stop in itertools.pairwise((0, whole.start, whole.stop, size)):
+    part = scores[:, start:stop]
+    if start < stop and start != whole.start:
+      part = mask(spec, part, keys_axis, distance=distance + (start if keys_axis else -start))
+    if start < stop:
+      parts.append(part)
+  return jnp.concatenate(parts, axis=1)
 
 
 def existing(x: Array, axis: int, count: Any) -> Array:

@@ -67,7 +67,7 @@ def for_each_tile(
     squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
       distance of each. It is given all of them at once where all are resident and seen, since one
       update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
-    fit_together: whether there is memory for several of them at once.
+    fit_together: whether there is memory for several of them at once; None if there never is.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
@@ -123,7 +123,7 @@ def for_each_tile(
   places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
   seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
   # Ids skip squares one by one.
-  if ids is None and len(places) > 1 and fit_together(places):
+  if ids is None and len(places) > 1 and fit_together is not None and fit_together(places):
     all_seen = functools.reduce(jnp.logical_and, seen)
     pl.when(all_seen)(lambda: squares(places, square_may_end))
     seen = [one & ~all_seen for one in seen]

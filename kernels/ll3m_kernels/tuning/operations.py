@@ -96,23 +96,32 @@ def _spec(shape: Shape) -> attention_spec.Spec:
   return attention_spec.Spec(shape.size**-0.5, span, None)
 
 
-def _attention_arrays(shape: Shape) -> tuple[Any, Any]:
-  """Describes queries or keys, a head for each core, and what is known of their rows."""
-  heads = dispatch.generation().num_cores
-  x = jax.ShapeDtypeStruct((1, shape.length, heads, shape.size), jnp.dtype(shape.dtype))
-  return x, jax.ShapeDtypeStruct((1, heads, shape.length), jnp.float32)
+def _attention_arrays(shape: Shape) -> tuple[Any, Any, Any]:
+  """Describes queries, keys and what is known of the queries' rows, for 8 heads to 2 KV heads.
+
+  Of a single head the first blocks would be fetched while nothing is computed, which weighs more
+  the larger they are; and a chip may have two cores.
+  """
+
+  def heads(count):
+    return jax.ShapeDtypeStruct((1, shape.length, count, shape.size), jnp.dtype(shape.dtype))
+
+  return heads(8), heads(2), jax.ShapeDtypeStruct((1, 8, shape.length), jnp.float32)
 
 
 def _attention_forward(shape: Shape):
-  x, _ = _attention_arrays(shape)
+  query, key, _ = _attention_arrays(shape)
   function = functools.partial(attention_forward.forward, _spec(shape), None)
-  return (lambda *arrays: function(*arrays, None, None)), (x, x, x)
+  return (lambda *arrays: function(*arrays, None, None)), (query, key, key)
 
 
 def _attention_backward(shape: Shape):
-  x, rows = _attention_arrays(shape)
+  query, key, rows = _attention_arrays(shape)
   function = functools.partial(attention_backward.backward, _spec(shape), None)
-  return (lambda q, k, v, *rest: function(q, k, v, None, None, *rest)), (x, x, x, x, rows, x, rows)
+  return (
+    lambda q, k, v, *rest: function(q, k, v, None, None, *rest),
+    (query, key, key, query, rows, query, rows),
+  )
 
 
 def _norm_rows(shape: Shape) -> tuple[Any, Any]:
@@ -166,7 +175,7 @@ OPERATIONS = {
       "attention_forward": {"keys": (256, 512, 1024, 2048), "queries": (512, 1024, 2048, 4096)},
       "attention_backward": {
         "keys_backward": (256, 512, 1024, 2048),
-        "queries_backward": (256, 512, 1024, 2048),
+        "queries_backward": (512, 1024, 2048, 4096),
       },
     },
     serves=lambda limits, shape, generation: attention_blocks.serves(
