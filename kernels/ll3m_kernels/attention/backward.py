@@ -11,6 +11,9 @@ orientations, and the log-sum-exp and delta are rows, as they lie in memory. Eac
 once: dQ of a block of queries is summed over its tiles, and dK and dV stay in memory, in float32,
 for all query heads of their KV head. Keys whose gradients do not fit are taken in parts, by one
 call each; dQ then goes from call to call in float32.
+
+Within a tile, some keys at a time meet the queries (`chunks`). Where the mask cuts a tile, which
+place that is was known beforehand (`walk.cuts`), and these keys meet only queries that see them.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Which tiles a block of queries meets, and where position cuts them.
 
 The mask's edges stand at the same places for all blocks wherever tiles and blocks fit each other:
-these places are found while compiling (`cuts`), and followed there in steps (`stairs`).
+these places are found while compiling (`cuts`), and followed there by `stairs` and `chunks`.
 """
 
 import functools
