@@ -187,14 +187,20 @@ def _tile(problem: Problem, most_queries: int, most_keys: int) -> tuple[int, int
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
   """Cuts blocks down to the lengths that there are."""
-  queries = min(blocks.queries, problem.queries)
+
+  def cut(queries: int, keys: int) -> int:
+    # Whole squares, which the mask's edges are known in, may reach beyond the end: see `walk.cuts`.
+    is_square = queries % keys == 0 and queries <= up(problem.queries, keys)
+    return queries if is_square else min(queries, problem.queries)
+
   keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
+  queries = cut(blocks.queries, keys)
   return BlockSizes(
     queries=queries,
     keys=keys,
     keys_resident=keys
     * min(blocks.keys_resident // blocks.keys, -(-max(problem.keys, queries) // keys)),
-    queries_backward=min(blocks.queries_backward, problem.queries),
+    queries_backward=cut(blocks.queries_backward, keys_backward),
     keys_backward=keys_backward,
     keys_resident_backward=keys_backward
     * min(blocks.keys_resident_backward // blocks.keys_backward, -(-problem.keys // keys_backward)),
