@@ -4,20 +4,19 @@ A grid step has a block of queries of one head and the resident keys of its KV h
 in tiles, and knows from its place in the grid which of them the mask cuts, which it leaves whole
 and which no query sees; tiles of other segments are skipped by the ranges of their ids.
 
-Scores are [queries, keys]: each square of K^T and V is loaded into the matrix unit once for a whole
-block of queries. Sums over keys stay spread over the lanes until the end; only the largest score is
-sought across them. Where the mask cuts a tile, which place that is was known beforehand
-(`walk.cuts`), and the queries, some at a time, meet only the keys that they see (`stairs`): those
-at both edges of a window at once, which one update of the softmax serves.
+Scores are [queries, keys]: each square of K^T is loaded into the matrix unit once for all queries
+of a step, and so is V, unless it would leave columns of that empty (`blocks.is_turned`). Where the
+mask cuts a tile, which place that is was known beforehand (`walk.cuts`), and the queries, some at a
+time, meet only the keys that they see (`stairs`): those at both edges of a window at once, which
+one update of the softmax serves.
 """
 
 import enum
 import functools
-import math
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -25,13 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
 from ll3m_kernels.attention import blocks as sizes
-from ll3m_kernels.attention import decoding, stairs, tiles, walk
+from ll3m_kernels.attention import decoding, softmax, stairs, tiles, walk
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
 from ll3m_kernels.tiling import LANES, vmem_limit
-
-_LOG_2 = math.log(2.0)
 
 
 def forward(
@@ -84,7 +81,17 @@ def forward(
 
   in_specs = [of_queries(head_dim), of_keys(head_dim), of_keys(value_dim)]
   arrays = [x.swapaxes(1, 2) for x in (query, key, value)]
-  scratch = [(value_dim, jnp.float32), (LANES, jnp.float32), (LANES, jnp.float32)]
+  sum_shape = (layout.queries, value_dim)
+  if sizes.is_turned(value_dim, generation):
+    # Rows beyond the head hold anything, and give only what is cut off.
+    value_rows = sizes.rows(value_dim, value.dtype.itemsize)
+    arrays[2] = value.transpose(0, 2, 3, 1)
+    in_specs[2] = pl.BlockSpec(
+      (1, 1, value_rows, layout.resident),
+      lambda b, n, i, j: (b, specs.divide(n, group), 0, key_block(i, j)),
+    )
+    sum_shape = (value_rows, layout.queries)
+  scratch = [(LANES, jnp.float32), (LANES, jnp.float32)]
   scaling = _scaling(spec, query.dtype, head_dim)
   if scaling.needs_queries:
     scratch.append((head_dim * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
@@ -106,7 +113,10 @@ def forward(
       result((batch, num_heads, length, value_dim), query.dtype, query),
       result((batch, num_heads, 1, length), jnp.float32, query),
     ],
-    scratch_shapes=[pltpu.VMEM((layout.queries, size), dtype) for size, dtype in scratch],
+    scratch_shapes=[
+      pltpu.VMEM(sum_shape, jnp.float32),
+      *(pltpu.VMEM((layout.queries, size), dtype) for size, dtype in scratch),
+    ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=vmem_limit(sizes.forward_bytes(problem, blocks, generation), generation),
@@ -155,31 +165,37 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
   output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
   queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
   late = spec.scale * LOG2_E if scaling is _Scaling.EXPONENTS else 1.0
+  is_turned = sizes.is_turned(output_ref.shape[3], generation)
+  known = softmax.Softmax(sum_ref, largest_ref, total_ref, is_turned, late)
 
   # Whether position hides what is beyond the last key from all queries that there are.
   right = spec.span.right
   hides_end = right is not None and layout.num_queries + right <= layout.num_keys
 
-  def power(x):
-    return jnp.exp2(x if late == 1.0 else x * late)
-
   i, j = pl.program_id(2), pl.program_id(3)
   first_key = j * layout.resident if key_blocks > 1 else 0
 
-  @pl.when(j == 0)
-  def _():
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    # Never as low as what is masked, so that this vanishes even where nothing is visible.
-    largest_ref[...] = jnp.full_like(largest_ref, 0.5 * specs.MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
+  def start(rows: slice) -> None:
+    known.start(rows)
     if scaling.needs_queries:
-      query = query_ref[0, 0].astype(jnp.float32) * (spec.scale * LOG2_E)
+      query = query_ref[0, 0, rows, :].astype(jnp.float32) * (spec.scale * LOG2_E)
       high = query.astype(queries_ref.dtype)
       if scaling is _Scaling.HALVES:
         # In float32, as vectors that are not whole cannot be joined otherwise.
         high = high.astype(jnp.float32)
         high = jnp.concatenate([high, query - high], axis=1).astype(queries_ref.dtype)
-      queries_ref[...] = high
+      queries_ref[rows, :] = high
+
+  def finish(rows: slice) -> None:
+    known.finish(rows, output_ref, log_sum_exp_ref)
+
+  def in_steps(function: Callable[[slice], None]) -> None:
+    for rows in stairs.rows_of_steps(layout, generation):
+      function(rows)
+
+  @pl.when(j == 0)
+  def _():
+    in_steps(start)
     if ids is not None:
       scratch[-1][...] = tiles.column(ids.queries[0])
 
@@ -188,7 +204,8 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
     columns = piece.columns
     count = columns.stop - columns.start
     index = tiles.keys_at(layout, piece.tile, columns.start, count)
-    keys, values = key_ref[0, 0, index, :], value_ref[0, 0, index, :]
+    keys = key_ref[0, 0, index, :]
+    values = value_ref[0, 0, :, index] if is_turned else value_ref[0, 0, index, :]
     if scaling is _Scaling.HALVES:
       # Vectors that are not whole are moved as float32: there is nothing narrower to do it.
       twice = keys if keys.shape[1] % LANES == 0 else keys.astype(jnp.float32)
@@ -199,71 +216,79 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
     left = None
     if may_end:
       left = layout.num_keys - first_key - piece.tile * layout.keys - columns.start
-      values = tiles.existing(values, 0, left)
+      values = tiles.existing(values, int(is_turned), left)
       if piece.distance is not None and hides_end:
         left = None
     same = None
     if ids is not None:
-      same = (_widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
+      same = (softmax.widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
     return tiles.mask(spec, scores, 1, count=left, ids=same), values
 
-  def add(step: stairs.Step, may_end: bool) -> None:
-    """Adds to some queries what some keys give: one update, of however many pieces."""
-    pieces = step.pieces
-    scores, values = zip(*(score(piece, may_end) for piece in pieces), strict=True)
-    weights: list[list[Array]] = [[] for _ in pieces]
-    shrinks = []
+  def add(
+    step: stairs.Step, scored: Sequence[tuple[Array, Array]], ahead: Iterator[tuple[Array, Array]]
+  ) -> list[tuple[Array, Array]]:
+    """Adds to some queries what some keys give: one update, of however many pieces.
+
+    Args:
+      step: the queries and keys.
+      scored: what `score` gave for the pieces.
+      ahead: yields what it gives for those of another step, between the products of this one.
+
+    Returns:
+      All of that.
+    """
+    updates = []
     for rows, seen in step.bands:
-      parts = [
-        _mask_edges(spec, _of_band(scores[n], pieces[n], rows), rows, pieces[n], whole)
-        for n, whole in seen
-      ]
-      before = largest_ref[rows, :]  # the same in every lane
-      largest = before
-      for part in parts:
-        largest = jnp.maximum(largest, jnp.max(part, axis=1, keepdims=True))
-      parts = [power(part - _widen(largest, part.shape[1])) for part in parts]
-      shrinks.append(power(before - largest))
-      largest_ref[rows, :] = largest
-      total_ref[rows, :] = shrinks[-1] * total_ref[rows, :] + _add_up(map(_narrow, parts))
-      for (n, _), part in zip(seen, parts, strict=True):
-        weights[n].append(part)
-    products = [
-      dot(jnp.concatenate(parts, axis=0).astype(value.dtype), value)
-      for parts, value in zip(weights, values, strict=True)
-    ]
-    for (rows, seen), shrink in zip(step.bands, shrinks, strict=True):
-      sum_ref[rows, :] = _widen(shrink, sum_ref.shape[1]) * sum_ref[rows, :] + _add_up(
-        _of_band(products[n], pieces[n], rows) for n, _ in seen
-      )
+      scores = {}
+      for n, whole in seen:
+        piece = step.pieces[n]
+        part = scored[n][0][_within(piece, rows)]
+        scores[n] = _mask_edges(spec, part, rows, piece, whole)
+      updates.append(softmax.Update(known, rows, scores))
+    found = []
+    for n, (piece, (_, values)) in enumerate(zip(step.pieces, scored, strict=True)):
+      found.extend(itertools.islice(ahead, 1))
+      meeting = [update for update in updates if update.meets(n)]
+      weights = jnp.concatenate([update.weights(n) for update in meeting], axis=0)
+      weights = weights.astype(values.dtype)
+      product = dot(values, weights, (1, 1)) if is_turned else dot(weights, values)
+      for update in meeting:
+        rows = _within(piece, update.rows)
+        update.add(product[:, rows] if is_turned else product[rows])
+    for update in updates:
+      update.store()
+    return [*found, *ahead]
 
-  def add_tile(tile: Any, distance: Any, may_end: bool) -> None:
-    for step in stairs.whole(layout, tile, distance, generation):
-      add(step, may_end)
+  def add_all(steps: Sequence[stairs.Step], may_end: bool, is_last: bool) -> None:
+    scored: Sequence[tuple[Array, Array]] = []
+    for step, following in itertools.zip_longest(steps, steps[1:]):
+      scored = scored or [score(piece, may_end) for piece in step.pieces]
+      # While weights are loaded into the matrix unit, it has those products to do.
+      next_pieces = following.pieces if following is not None and is_turned else []
+      scored = add(step, scored, (score(piece, may_end) for piece in next_pieces))
+      if is_last:
+        finish(slice(step.bands[0].rows.start, step.bands[-1].rows.stop))
 
-  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool) -> None:
-    for step in stairs.staircase(spec, layout, squares, generation):
-      add(step, may_end)
+  def add_tile(tile: Any, distance: Any, may_end: bool, is_last: bool) -> None:
+    add_all(stairs.whole(layout, tile, distance, generation), may_end, is_last)
+
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, is_last: bool) -> None:
+    add_all(stairs.staircase(spec, layout, squares, generation), may_end, is_last)
 
   def fit_together(squares: Sequence[tuple[Any, int]]) -> bool:
     steps = stairs.staircase(spec, layout, squares, generation)
     return stairs.fit_memory(layout, steps, generation)
 
-  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares, fit_together)
-
-  @pl.when(j == key_blocks - 1)
-  def _():
-    total = jnp.sum(total_ref[...], axis=1, keepdims=True)
-    is_empty = total == 0.0
-    total = jnp.where(is_empty, 1.0, total)
-    output_ref[0, 0] = (sum_ref[...] * (1.0 / total)).astype(output_ref.dtype)
-    log_sum_exp = largest_ref[...] * (late * _LOG_2) + jnp.log(total)
-    _write_row(log_sum_exp_ref, jnp.where(is_empty, specs.MASKED, log_sum_exp))
+  has_finished = walk.for_each_tile(
+    spec, layout, i, first_key, ids, add_tile, add_squares, fit_together, tell_last=True
+  )
+  if not has_finished:
+    pl.when(j == key_blocks - 1)(lambda: in_steps(finish))
 
 
-def _of_band(x: Float[Array, "q n"], piece: stairs.Piece, rows: slice) -> Float[Array, "r n"]:
-  """Takes a band's rows of what a piece gave."""
-  return x[rows.start - piece.rows.start : rows.stop - piece.rows.start]
+def _within(piece: stairs.Piece, rows: slice) -> slice:
+  """Returns where some queries of a block stand in a piece."""
+  return slice(rows.start - piece.rows.start, rows.stop - piece.rows.start)
 
 
 def _mask_edges(
@@ -275,33 +300,3 @@ def _mask_edges(
   start = piece.columns.start
   distance = piece.distance + start - rows.start
   return tiles.mask_edges(spec, scores, 1, distance, slice(whole.start - start, whole.stop - start))
-
-
-def _add_up(parts: Iterable[Array]) -> Array:
-  return functools.reduce(jnp.add, parts)
-
-
-def _widen(x: Array, size: int) -> Array:
-  """Repeats [n, 128], the same in every lane, to [n, size]."""
-  return jnp.concatenate([x] * pl.cdiv(size, LANES), axis=1)[:, :size]
-
-
-def _write_row(row_ref: Any, x: Float[Array, "n 128"]) -> None:
-  """Writes a column that stands in every lane as a row: cheaper than to transpose it."""
-  for start in range(0, x.shape[0], LANES):
-    part = x[start : start + LANES]
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in range(2))
-    turned = jnp.sum(jnp.where(row == lane, part, 0.0), axis=0, keepdims=True)
-    row_ref[0, 0, :, start : start + part.shape[0]] = turned[:, : part.shape[0]]
-
-
-def _narrow(x: Float[Array, "n m"]) -> Float[Array, "n 128"]:
-  """Adds up m numbers to 128 whose sum is theirs."""
-  size = x.shape[1]
-  whole = size // LANES * LANES
-  parts = [x[:, start : start + LANES] for start in range(0, whole, LANES)]
-  if whole < size:
-    rest = jnp.sum(x[:, whole:], axis=1, keepdims=True)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
-    parts.append(jnp.where(lane == 0, rest, 0.0))
-  return _add_up(parts)

@@ -18,6 +18,8 @@ from ll3m_kernels.tiling import LANES, up
 
 # Of the matrix unit's size. Higher steps load K and V less often, lower ones overlap sooner.
 _BANDS_PER_STEP = 4
+# Of a piece: the weights of one are taken while the product of another runs.
+_MOST_KEYS = 512
 
 
 class Piece(NamedTuple):
@@ -64,13 +66,22 @@ def step_size(queries: int, generation: Generation) -> int:
   return next((size for size in sizes if queries % size == 0), queries)
 
 
+def rows_of_steps(layout: tiles.Layout, generation: Generation) -> list[slice]:
+  """Returns the queries of each step through a block."""
+  size = step_size(layout.queries, generation)
+  return [slice(row, row + size) for row in range(0, layout.queries, size)]
+
+
 def whole(layout: tiles.Layout, tile: Any, distance: Any, generation: Generation) -> list[Step]:
   """Returns the steps through a tile of which all queries meet all keys; see `Piece`."""
-  size = step_size(layout.queries, generation)
-  columns = slice(0, layout.keys)
+  columns = [
+    slice(start, min(start + _MOST_KEYS, layout.keys))
+    for start in range(0, layout.keys, _MOST_KEYS)
+  ]
+  seen = [(n, slice(0, 0)) for n in range(len(columns))]
   return [
-    Step([Piece(tile, distance, rows, columns)], [Band(rows, [(0, slice(0, 0))])])
-    for rows in (slice(row, row + size) for row in range(0, layout.queries, size))
+    Step([Piece(tile, distance, rows, some) for some in columns], [Band(rows, seen)])
+    for rows in rows_of_steps(layout, generation)
   ]
 
 
@@ -81,6 +92,9 @@ def staircase(
   generation: Generation,
 ) -> list[Step]:
   """Returns the steps through squares, as many keys as a block has queries, that the mask cuts.
+
+  The largest come first: the matrix unit has the scores of the next one to do while exponentials
+  are taken of one, but nothing during the last.
 
   Args:
     spec: of the call.
@@ -100,7 +114,7 @@ def staircase(
     found = [Band(rows, list(_seen_of(spec, layout, rows, pieces))) for rows in bands]
     if pieces:
       steps.append(Step(pieces, [band for band in found if band.seen]))
-  return steps
+  return sorted(steps, key=_count_scores, reverse=True)
 
 
 def fit_memory(layout: tiles.Layout, steps: Sequence[Step], generation: Generation) -> bool:
@@ -109,7 +123,11 @@ def fit_memory(layout: tiles.Layout, steps: Sequence[Step], generation: Generati
   Both edges of a window at once take more than one square where steps cannot be halved.
   """
   most = 1.25 * step_size(layout.queries, generation) * layout.queries
-  return all(sum(_size(p.rows) * _size(p.columns) for p in step.pieces) <= most for step in steps)
+  return all(_count_scores(step) <= most for step in steps)
+
+
+def _count_scores(step: Step) -> int:
+  return sum(_size(piece.rows) * _size(piece.columns) for piece in step.pieces)
 
 
 def _cover(
@@ -117,9 +135,10 @@ def _cover(
 ) -> list[Piece]:
   """Covers what some bands see of a square with pieces, of which no two share a key."""
   seen = [_columns(spec, layout, rows, cut)[0] for rows in bands]
-  edges = sorted({edge for columns in seen for edge in (columns.start, columns.stop)})
+  edges = {edge for columns in seen for edge in (columns.start, columns.stop)}
+  edges |= set(range(min(edges), max(edges), _MOST_KEYS))
   found: list[Piece] = []
-  for start, stop in itertools.pairwise(edges):
+  for start, stop in itertools.pairwise(sorted(edges)):
     meet = [
       rows
       for rows, columns in zip(bands, seen, strict=True)

@@ -49,11 +49,12 @@ def for_each_tile(
   query_block: Any,
   first_key: Any,
   ids: tiles.Ids | None,
-  body: Callable[[Any, Any, bool], None],
-  squares: Callable[[Sequence[tuple[Any, int]], bool], None] | None = None,
+  body: Callable[[Any, Any, bool, bool], None],
+  squares: Callable[[Sequence[tuple[Any, int]], bool, bool], None] | None = None,
   fit_together: Callable[[Sequence[tuple[Any, int]]], bool] | None = None,
-) -> None:
-  """Calls `body(tile, distance, may_end)` for the resident tiles that a block's queries see.
+  tell_last: bool = False,
+) -> bool:
+  """Calls `body(tile, distance, may_end, is_last)` for the tiles that a block's queries see.
 
   Args:
     spec: of the call.
@@ -62,12 +63,16 @@ def for_each_tile(
     first_key: position of the first resident key, a multiple of `layout.keys`.
     ids: the segment ids, if any.
     body: gets a tile's number among the resident ones; how far right of the first query it
-      begins, or None if position hides none of it from any query; and whether it may reach beyond
-      the last key.
+      begins, or None if position hides none of it from any query; whether it may reach beyond the
+      last key; and whether it is the last call, of which every block makes one.
     squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
       distance of each. It is given all of them at once where all are resident and seen, since one
       update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
     fit_together: whether there is memory for several of them at once; None if there never is.
+    tell_last: whether to tell the last call, if that can be known.
+
+  Returns:
+    Whether it told.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
@@ -95,7 +100,7 @@ def for_each_tile(
     )(function)
 
   def visit(tile: Any, distance: Any, may_end: bool) -> None:
-    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end))
+    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end, False))
 
   def visit_cut(tile: Any) -> None:
     visit(tile, (base + tile) * layout.keys - first_query, may_end)
@@ -114,10 +119,19 @@ def for_each_tile(
   whole_stop = specs.minimum(specs.maximum(local(whole_stop), whole_start), stop)
   if found is None:
     _loop(start, whole_start, visit_cut)
-  _loop(whole_start, whole_stop, lambda tile: visit(tile, None, False))
+  tell_last = tell_last and ids is None and layout.resident >= layout.num_keys
+  ends_whole = tell_last and spec.span == (None, None) and whole_stop == stop and not may_end
+  _loop(whole_start, whole_stop - ends_whole, lambda tile: visit(tile, None, False))
+  if ends_whole:
+    body(jnp.int32(whole_stop - 1), None, False, True)
+    return True
   if found is None:
     _loop(whole_stop, stop, visit_cut)
-    return
+    return False
+  # Under a causal mask all queries see themselves; of a single one, nothing is cut.
+  ends_cut = (
+    tell_last and spec.span.right == 0 and 0 in found and layout.num_queries <= layout.num_keys
+  )
   square_may_end = layout.num_keys % layout.queries != 0
   last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
   places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
@@ -125,7 +139,7 @@ def for_each_tile(
   # Ids skip squares one by one.
   if ids is None and len(places) > 1 and fit_together is not None and fit_together(places):
     all_seen = functools.reduce(jnp.logical_and, seen)
-    pl.when(all_seen)(lambda: squares(places, square_may_end))
+    pl.when(all_seen)(lambda: squares(places, square_may_end, ends_cut))
     seen = [one & ~all_seen for one in seen]
   last_stop = stop
   for (tile, cut), is_seen in zip(places, seen, strict=True):
@@ -134,12 +148,13 @@ def for_each_tile(
         where_ids_meet,
         tile,
         unit,
-        functools.partial(squares, [(tile, cut)], square_may_end),
+        functools.partial(squares, [(tile, cut)], square_may_end, ends_cut and cut == 0),
       )
     )
     last_stop = jnp.where(tile == last, last, last_stop)
-  if square_may_end:  # also where the mask leaves it whole
+  if square_may_end and not ends_cut:  # also where the mask leaves it whole
     _loop(specs.maximum(last, start), last_stop, lambda tile: visit(tile, None, may_end))
+  return ends_cut
 
 
 def _loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:
