@@ -19,7 +19,7 @@ from ll3m_kernels.tiling import LANES, up
 # Of the matrix unit's size. Higher steps load K and V less often, lower ones overlap sooner.
 _BANDS_PER_STEP = 4
 # Of a piece: the weights of one are taken while the product of another runs.
-_MOST_KEYS = 512
+_MOST_KEYS = 1024
 
 
 class Piece(NamedTuple):

@@ -120,7 +120,8 @@ def for_each_tile(
   if found is None:
     _loop(start, whole_start, visit_cut)
   tell_last = tell_last and ids is None and layout.resident >= layout.num_keys
-  ends_whole = tell_last and spec.span == (None, None) and whole_stop == stop and not may_end
+  # Not of two tiles: a loop over the other one is unrolled, and then both take memory at once.
+  ends_whole = tell_last and spec.span == (None, None) and stop == whole_stop != 2 and not may_end
   _loop(whole_start, whole_stop - ends_whole, lambda tile: visit(tile, None, False))
   if ends_whole:
     body(jnp.int32(whole_stop - 1), None, False, True)
