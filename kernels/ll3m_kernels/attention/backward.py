@@ -244,11 +244,11 @@ def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *ref
     add_product(key_sum_ref, chunk.keys, scores_bar, query[:, rows])
     query_sum_ref[:, rows] += dot(key_columns, scores_bar)
 
-  def add_tile(tile: Any, distance: Any, may_end: bool, _: bool) -> None:
+  def add_tile(tile: Any, distance: Any, may_end: bool, _: walk.Ends) -> None:
     for chunk in chunks.of_tile(layout, tile, distance):
       add(chunk, may_end)
 
-  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, _: bool) -> None:
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, _: walk.Ends) -> None:
     for tile, distance in squares:
       for chunk in chunks.of_square(spec, layout, tile, distance, generation):
         add(chunk, may_end)

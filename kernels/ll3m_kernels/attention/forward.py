@@ -14,7 +14,7 @@ one update of the softmax serves.
 import enum
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -189,15 +189,18 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
   def finish(rows: slice) -> None:
     known.finish(rows, output_ref, log_sum_exp_ref)
 
-  def in_steps(function: Callable[[slice], None]) -> None:
-    for rows in stairs.rows_of_steps(layout, generation):
-      function(rows)
+  def start_all() -> None:
+    @pl.when(j == 0)
+    def _():
+      start(slice(0, layout.queries))
+      if ids is not None:
+        scratch[-1][...] = tiles.column(ids.queries[0])
 
-  @pl.when(j == 0)
-  def _():
-    in_steps(start)
-    if ids is not None:
-      scratch[-1][...] = tiles.column(ids.queries[0])
+  def finish_all() -> None:
+    @pl.when(j == key_blocks - 1)
+    def _():
+      for rows in stairs.rows_of_steps(layout, generation):
+        finish(rows)
 
   def score(piece: stairs.Piece, may_end: bool) -> tuple[Array, Array]:
     """Returns the scores of some keys, masked but for position, and their values."""
@@ -259,31 +262,40 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
       update.store()
     return [*found, *ahead]
 
-  def add_all(steps: Sequence[stairs.Step], may_end: bool, is_last: bool) -> None:
+  def add_all(steps: Sequence[stairs.Step], may_end: bool, ends: walk.Ends) -> None:
+    if ends.starts:
+      start(slice(0, layout.queries))
     scored: Sequence[tuple[Array, Array]] = []
     for step, following in itertools.zip_longest(steps, steps[1:]):
       scored = scored or [score(piece, may_end) for piece in step.pieces]
       # While weights are loaded into the matrix unit, it has those products to do.
       next_pieces = following.pieces if following is not None and is_turned else []
       scored = add(step, scored, (score(piece, may_end) for piece in next_pieces))
-      if is_last:
+      if ends.finishes:
         finish(slice(step.bands[0].rows.start, step.bands[-1].rows.stop))
 
-  def add_tile(tile: Any, distance: Any, may_end: bool, is_last: bool) -> None:
-    add_all(stairs.whole(layout, tile, distance, generation), may_end, is_last)
+  def add_tile(tile: Any, distance: Any, may_end: bool, ends: walk.Ends) -> None:
+    add_all(stairs.whole(layout, tile, distance, generation), may_end, ends)
 
-  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, is_last: bool) -> None:
-    add_all(stairs.staircase(spec, layout, squares, generation), may_end, is_last)
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, ends: walk.Ends) -> None:
+    add_all(stairs.staircase(spec, layout, squares, generation), may_end, ends)
 
   def fit_together(squares: Sequence[tuple[Any, int]]) -> bool:
     steps = stairs.staircase(spec, layout, squares, generation)
     return stairs.fit_memory(layout, steps, generation)
 
-  has_finished = walk.for_each_tile(
-    spec, layout, i, first_key, ids, add_tile, add_squares, fit_together, tell_last=True
+  walk.for_each_tile(
+    spec,
+    layout,
+    i,
+    first_key,
+    ids,
+    add_tile,
+    add_squares,
+    fit_together,
+    start_all,
+    finish_all,
   )
-  if not has_finished:
-    pl.when(j == key_blocks - 1)(lambda: in_steps(finish))
 
 
 def _within(piece: stairs.Piece, rows: slice) -> slice:

@@ -6,7 +6,7 @@ these places are found while compiling (`cuts`), and followed there by `stairs` 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +43,31 @@ def cuts(spec: specs.Spec, layout: tiles.Layout) -> list[int] | None:
   return sorted(found) if len(found) <= _MOST_CUTS else None
 
 
+class Ends(NamedTuple):
+  """What a call has to do beside its own part, since there it can run while products do.
+
+  Attributes:
+    starts: what `start` would have done, see `for_each_tile`.
+    finishes: what `finish` would do.
+  """
+
+  starts: bool = False
+  finishes: bool = False
+
+
 def for_each_tile(
   spec: specs.Spec,
   layout: tiles.Layout,
   query_block: Any,
   first_key: Any,
   ids: tiles.Ids | None,
-  body: Callable[[Any, Any, bool, bool], None],
-  squares: Callable[[Sequence[tuple[Any, int]], bool, bool], None] | None = None,
+  body: Callable[[Any, Any, bool, Ends], None],
+  squares: Callable[[Sequence[tuple[Any, int]], bool, Ends], None] | None = None,
   fit_together: Callable[[Sequence[tuple[Any, int]]], bool] | None = None,
-  tell_last: bool = False,
-) -> bool:
-  """Calls `body(tile, distance, may_end, is_last)` for the tiles that a block's queries see.
+  start: Callable[[], None] | None = None,
+  finish: Callable[[], None] | None = None,
+) -> None:
+  """Calls `body(tile, distance, may_end, ends)` for the resident tiles that a block's queries see.
 
   Args:
     spec: of the call.
@@ -64,21 +77,22 @@ def for_each_tile(
     ids: the segment ids, if any.
     body: gets a tile's number among the resident ones; how far right of the first query it
       begins, or None if position hides none of it from any query; whether it may reach beyond the
-      last key; and whether it is the last call, of which every block makes one.
+      last key; and what else it has to do.
     squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
       distance of each. It is given all of them at once where all are resident and seen, since one
       update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
     fit_together: whether there is memory for several of them at once; None if there never is.
-    tell_last: whether to tell the last call, if that can be known.
-
-  Returns:
-    Whether it told.
+    start: called before all others, unless one of them is told to do it.
+    finish: called after all others, unless one of them is told to do it.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
   base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
   found = cuts(spec, layout) if squares is not None else None
   unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
+  # Others may be skipped, or see only a part of the keys.
+  can_tell = None not in (start, finish) and ids is None and layout.resident >= layout.num_keys
+  start, finish = start or _nothing, finish or _nothing
 
   def local(tile: Any) -> Any:
     return specs.minimum(specs.maximum(tile - base, 0), count)
@@ -100,62 +114,75 @@ def for_each_tile(
     )(function)
 
   def visit(tile: Any, distance: Any, may_end: bool) -> None:
-    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end, False))
+    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end, Ends()))
 
   def visit_cut(tile: Any) -> None:
     visit(tile, (base + tile) * layout.keys - first_query, may_end)
 
+  def visit_whole(tile: Any) -> None:
+    visit(tile, None, False)
+
   may_end = layout.num_keys % layout.keys != 0
   low, high = specs.some_see(spec.span, first_query, last_query, layout.num_keys)
-  start = local(specs.divide(low, layout.keys))
-  stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), start)
+  first = local(specs.divide(low, layout.keys))
+  stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), first)
   # Queries beyond the last one count here, so that what is whole does not depend on the block.
   low, high = specs.all_see(
     spec.span, first_query, first_query + layout.queries - 1, layout.num_keys
   )
   whole_start = unit * specs.divide(low + unit * layout.keys - 1, unit * layout.keys)
   whole_stop = unit * specs.divide(specs.maximum(high, 0), unit * layout.keys)
-  whole_start = specs.minimum(specs.maximum(local(whole_start), start), stop)
+  whole_start = specs.minimum(specs.maximum(local(whole_start), first), stop)
   whole_stop = specs.minimum(specs.maximum(local(whole_stop), whole_start), stop)
-  if found is None:
-    _loop(start, whole_start, visit_cut)
-  tell_last = tell_last and ids is None and layout.resident >= layout.num_keys
   # Not of two tiles: a loop over the other one is unrolled, and then both take memory at once.
-  ends_whole = tell_last and spec.span == (None, None) and stop == whole_stop != 2 and not may_end
-  _loop(whole_start, whole_stop - ends_whole, lambda tile: visit(tile, None, False))
-  if ends_whole:
-    body(jnp.int32(whole_stop - 1), None, False, True)
-    return True
+  if can_tell and spec.span == (None, None) and not may_end and stop == whole_stop != 2:
+    start()
+    _loop(whole_start, whole_stop - 1, visit_whole)
+    body(jnp.int32(whole_stop - 1), None, False, Ends(finishes=True))
+    return
   if found is None:
+    start()
+    _loop(first, whole_start, visit_cut)
+    _loop(whole_start, whole_stop, visit_whole)
     _loop(whole_stop, stop, visit_cut)
-    return False
-  # Under a causal mask all queries see themselves; of a single one, nothing is cut.
-  ends_cut = (
-    tell_last and spec.span.right == 0 and 0 in found and layout.num_queries <= layout.num_keys
-  )
+    finish()
+    return
   square_may_end = layout.num_keys % layout.queries != 0
   last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
   places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
-  seen = [(tile + unit > start) & (tile < stop) for tile, _ in places]
+  seen = [(tile + unit > first) & (tile < stop) for tile, _ in places]
   # Ids skip squares one by one.
   if ids is None and len(places) > 1 and fit_together is not None and fit_together(places):
     all_seen = functools.reduce(jnp.logical_and, seen)
-    pl.when(all_seen)(lambda: squares(places, square_may_end, ends_cut))
+    pl.when(~all_seen if can_tell else True)(start)
+    pl.when(all_seen)(lambda: squares(places, square_may_end, Ends(starts=can_tell)))
     seen = [one & ~all_seen for one in seen]
+    can_tell = False  # what comes last depends on the block
+  else:
+    start()
+  _loop(whole_start, whole_stop, visit_whole)
+  # Under a causal mask, queries see themselves, and nothing beyond.
+  sees_itself = spec.span.right == 0 and 0 in found and layout.num_queries <= layout.num_keys
   last_stop = stop
   for (tile, cut), is_seen in zip(places, seen, strict=True):
+    ends = Ends(finishes=can_tell and sees_itself and cut == 0)
     pl.when(is_seen)(
       functools.partial(
         where_ids_meet,
         tile,
         unit,
-        functools.partial(squares, [(tile, cut)], square_may_end, ends_cut and cut == 0),
+        functools.partial(squares, [(tile, cut)], square_may_end, ends),
       )
     )
     last_stop = jnp.where(tile == last, last, last_stop)
-  if square_may_end and not ends_cut:  # also where the mask leaves it whole
-    _loop(specs.maximum(last, start), last_stop, lambda tile: visit(tile, None, may_end))
-  return ends_cut
+  if square_may_end and not sees_itself:  # also where the mask leaves it whole
+    _loop(specs.maximum(last, first), last_stop, lambda tile: visit(tile, None, may_end))
+  if not (can_tell and sees_itself):
+    finish()
+
+
+def _nothing() -> None:
+  pass
 
 
 def _loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:
