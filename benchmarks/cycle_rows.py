@@ -143,7 +143,7 @@ def _attention_rows() -> Iterator[Row]:
 
 
 def _model_rows() -> Iterator[Row]:
-  """Yields each model's attention: the query heads of one KV head, or of several where it has one.
+  """Yields each model's attention: the query heads of one KV head, or of four that have one each.
 
   Of a single head, what is fetched before it begins would be a tenth of the estimate.
   """

@@ -56,6 +56,8 @@ def all_cases() -> Iterator[Case]:
       yield rotary(model, shape, length, "bf16")
   for model in ("llama2_7b", "gemma_2b", "phi_2"):  # [D, V], tied, and with a bias
     yield head(model, shapes.HEADS[model], 2 * LENGTH, "bf16")
+  for length, num_keys in ((200, 100), (2000, 1000), (1000, 2000)):
+    yield cross_attention("phi_2", shapes.ATTENTION["phi_2"], length, num_keys, "bf16")
   yield attention("llama2_7b", shapes.ATTENTION["llama2_7b"], LENGTH, "f32")
   yield norm("llama2_7b", shapes.NORMS["llama2_7b"], LENGTH, "f32")
   yield rotary("llama2_7b", shapes.ROTARY["llama2_7b"], LENGTH, "f32")
@@ -67,6 +69,7 @@ def slice_of_cases() -> Iterator[Case]:
   yield attention("mistral_7b", attentions["mistral_7b"], 16_384, "bf16")
   yield packed_attention("phi_2", attentions["phi_2"], 1000, "bf16")
   yield attention("gemma_2b", attentions["gemma_2b"], 2048, "f32")
+  yield cross_attention("tiny_llama_1b", attentions["tiny_llama_1b"], 200, 100, "bf16")
   yield decoding("tiny_llama_1b", attentions["tiny_llama_1b"], LENGTH, "bf16")
   yield norm("open_llama_3b", norms["open_llama_3b"], 1000, "bf16")
   yield norm("phi_2", norms["phi_2"], LENGTH, "f32")
@@ -99,6 +102,19 @@ def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtyp
     dtype,
     with_gradients(function, 3),
     (*_heads(shape, length, length, dtype), jax.ShapeDtypeStruct((2, length), jnp.int32)),
+  )
+
+
+def cross_attention(
+  model: str, shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str
+) -> Case:
+  """Queries of one sequence and keys of another one."""
+  return Case(
+    "flash_attention",
+    f"{model} T={length} S={num_keys}",
+    dtype,
+    with_gradients(functools.partial(kernels.flash_attention, **_KERNEL), 3),
+    _heads(shape, length, num_keys, dtype),
   )
 
 

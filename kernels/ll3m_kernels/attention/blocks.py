@@ -146,7 +146,7 @@ def rule(problem: Problem, generation: Generation) -> Limits:
     tile //= 2
     # On v6e, a head dim of 256 takes 0.63 of the cycles with tiles of 512 that it takes with 256.
     backward = backward if is_large and problem.itemsize == 2 else tile // 2
-  # K and V are loaded into the matrix unit once for all queries of a tile.
+  # K is loaded into the matrix unit once for all queries of a step, and V where it is not turned.
   queries = max(tile, 2048) if is_large else tile
   keys, queries_backward, keys_backward = tile, backward, backward
   if problem.itemsize == 2 and is_large:
@@ -181,8 +181,9 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
     ("keys_resident_backward", queries_backward, backward_bytes),
   ):
     keys = getattr(blocks, field)  # of one tile
-    if block % keys == 0:
-      keys = block  # whole squares: see `walk.cuts`
+    # Whole squares, see `walk.cuts`; where there are fewer keys than lanes, blocks end with them.
+    if block % keys == 0 and keys % LANES == 0:
+      keys = block
     parts = -(-problem.keys // keys)
     while parts >= 1:
       trial = dataclasses.replace(blocks, **{field: keys * parts})
@@ -212,17 +213,23 @@ def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
     is_square = queries % keys == 0 and queries <= up(problem.queries, keys)
     return queries if is_square else min(queries, problem.queries)
 
+  def resident(most_tiles: int, queries: int, keys: int) -> int:
+    count = -(-problem.keys // keys)
+    if queries % keys == 0 and keys % LANES == 0:
+      count = up(count, queries // keys)
+    return keys * min(most_tiles, count)
+
   keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
-  queries = cut(blocks.queries, keys)
+  queries, queries_backward = cut(blocks.queries, keys), cut(blocks.queries_backward, keys_backward)
+  most_tiles = blocks.keys_resident // blocks.keys
+  most_tiles_backward = blocks.keys_resident_backward // blocks.keys_backward
   return BlockSizes(
     queries=queries,
     keys=keys,
-    keys_resident=keys
-    * min(blocks.keys_resident // blocks.keys, -(-max(problem.keys, queries) // keys)),
-    queries_backward=cut(blocks.queries_backward, keys_backward),
+    keys_resident=resident(most_tiles, queries, keys),
+    queries_backward=queries_backward,
     keys_backward=keys_backward,
-    keys_resident_backward=keys_backward
-    * min(blocks.keys_resident_backward // blocks.keys_backward, -(-problem.keys // keys_backward)),
+    keys_resident_backward=resident(most_tiles_backward, queries_backward, keys_backward),
   )
 
 

@@ -235,10 +235,10 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
     Args:
       step: the queries and keys.
       scored: what `score` gave for the pieces.
-      ahead: yields what it gives for those of another step, between the products of this one.
+      ahead: yields what it gives for those of the next step, between the products of this one.
 
     Returns:
-      All of that.
+      All that `ahead` yields.
     """
     updates = []
     for rows, seen in step.bands:
@@ -268,7 +268,7 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
     scored: Sequence[tuple[Array, Array]] = []
     for step, following in itertools.zip_longest(steps, steps[1:]):
       scored = scored or [score(piece, may_end) for piece in step.pieces]
-      # While weights are loaded into the matrix unit, it has those products to do.
+      # While weights are loaded into the matrix unit, it has the next step's scores to do.
       next_pieces = following.pieces if following is not None and is_turned else []
       scored = add(step, scored, (score(piece, may_end) for piece in next_pieces))
       if ends.finishes:

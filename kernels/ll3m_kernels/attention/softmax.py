@@ -42,13 +42,13 @@ class Softmax(NamedTuple):
   def start(self, rows: slice) -> None:
     """Prepares some queries, which have seen nothing."""
 
-    def fill(ref, where, value):
-      ref[where] = jnp.full_like(ref[where], value)
-
-    fill(self.sum_ref, self.of_sum(rows), 0.0)
+    count = rows.stop - rows.start
+    size = self.sum_ref.shape[0 if self.is_turned else 1]
+    shape = (size, count) if self.is_turned else (count, size)
+    self.sum_ref[self.of_sum(rows)] = jnp.zeros(shape, jnp.float32)
     # Never as low as what is masked, so that this vanishes even where nothing is visible.
-    fill(self.largest_ref, (rows, slice(None)), 0.5 * specs.MASKED)
-    fill(self.total_ref, (rows, slice(None)), 0.0)
+    self.largest_ref[rows, :] = jnp.full((count, LANES), 0.5 * specs.MASKED, jnp.float32)
+    self.total_ref[rows, :] = jnp.zeros((count, LANES), jnp.float32)
 
   def finish(self, rows: slice, output_ref: Any, log_sum_exp_ref: Any) -> None:
     """Writes what some queries get to [1, 1, queries, Hv] and [1, 1, 1, queries]."""

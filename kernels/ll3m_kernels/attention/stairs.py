@@ -3,8 +3,8 @@
 Queries are taken in steps, one after the other in one straight piece of code: the compiler computes
 the scores of one step while it takes the exponentials of another. Where the mask cuts a step, its
 bands meet only keys that some query of theirs sees; scores of several bands are still one product,
-so that K and V are loaded into the matrix unit for all of them at once. All of it is known while
-compiling.
+so that K is loaded into the matrix unit for all of them at once, and V unless it is turned
+(`blocks.is_turned`). All of it is known while compiling.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from ll3m_kernels.attention import tiles
 from ll3m_kernels.dispatch import Generation
 from ll3m_kernels.tiling import LANES, up
 
-# Of the matrix unit's size. Higher steps load K and V less often, lower ones overlap sooner.
+# Of the matrix unit's size. Higher steps load keys less often, lower ones overlap sooner.
 _BANDS_PER_STEP = 4
 # Of a piece: the weights of one are taken while the product of another runs.
 _MOST_KEYS = 1024

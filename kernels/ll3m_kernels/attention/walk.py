@@ -82,15 +82,16 @@ def for_each_tile(
       distance of each. It is given all of them at once where all are resident and seen, since one
       update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
     fit_together: whether there is memory for several of them at once; None if there never is.
-    start: called before all others, unless one of them is told to do it.
-    finish: called after all others, unless one of them is told to do it.
+    start: called before all others, unless one of them is told to do it: that happens only where
+      there are no ids and all keys are resident.
+    finish: called after all others, unless one of them is told to do it, likewise.
   """
   first_query = query_block * layout.queries
   last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
   base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
   found = cuts(spec, layout) if squares is not None else None
   unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
-  # Others may be skipped, or see only a part of the keys.
+  # Others may be skipped, or have only a part of the keys.
   can_tell = None not in (start, finish) and ids is None and layout.resident >= layout.num_keys
   start, finish = start or _nothing, finish or _nothing
 
@@ -157,15 +158,16 @@ def for_each_tile(
     pl.when(~all_seen if can_tell else True)(start)
     pl.when(all_seen)(lambda: squares(places, square_may_end, Ends(starts=can_tell)))
     seen = [one & ~all_seen for one in seen]
-    can_tell = False  # what comes last depends on the block
+    can_tell = False  # which one is the last depends on the block
   else:
     start()
   _loop(whole_start, whole_stop, visit_whole)
   # Under a causal mask, queries see themselves, and nothing beyond.
   sees_itself = spec.span.right == 0 and 0 in found and layout.num_queries <= layout.num_keys
+  can_tell = can_tell and sees_itself
   last_stop = stop
   for (tile, cut), is_seen in zip(places, seen, strict=True):
-    ends = Ends(finishes=can_tell and sees_itself and cut == 0)
+    ends = Ends(finishes=can_tell and cut == 0)
     pl.when(is_seen)(
       functools.partial(
         where_ids_meet,
@@ -177,7 +179,7 @@ def for_each_tile(
     last_stop = jnp.where(tile == last, last, last_stop)
   if square_may_end and not sees_itself:  # also where the mask leaves it whole
     _loop(specs.maximum(last, first), last_stop, lambda tile: visit(tile, None, may_end))
-  if not (can_tell and sees_itself):
+  if not can_tell:
     finish()
 
 

@@ -24,10 +24,14 @@ def test_every_length(generation):
 
 
 def test_queries_and_keys_of_different_lengths():
-  for queries, keys in itertools.product((1, 100, 1280, 5000), (1, 100, 1280, 5000)):
+  lengths = (1, 100, 200, 500, 1280, 2000, 5000)
+  for queries, keys in itertools.product(lengths, lengths):
     problem = blocks.Problem(queries, keys, 128, 64, 2, has_segments=False)
     for generation in GENERATIONS.values():
       chosen = blocks.default_blocks(problem, generation)
       blocks.check(chosen, problem, generation)
       assert chosen.queries % LANES == 0 or chosen.queries == queries
       assert chosen.keys <= keys
+      # As lanes they are whole registers, or all that there are: compilers demand that.
+      for resident in (chosen.keys_resident, chosen.keys_resident_backward):
+        assert resident % LANES == 0 or resident == keys

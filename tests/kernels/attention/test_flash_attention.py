@@ -73,6 +73,15 @@ CASES = {
     (1, 1100, 1100, 1, 1, 16, 16),
     {"is_causal": True, "segment_ids": segments(1, 1100, 3), "block_sizes": BANDS},
   ),
+  # The second block meets no key of the square where it would end.
+  "bands_of_other_segments": (
+    (1, 1100, 1100, 1, 1, 16, 16),
+    {
+      "is_causal": True,
+      "segment_ids": (jnp.zeros((1, 1100), jnp.int32), jnp.arange(1100)[None] // 512),
+      "block_sizes": BANDS,
+    },
+  ),
   "bands_of_a_window": (
     (1, 1100, 1100, 2, 1, 8, 8),
     {"is_causal": True, "local_window_size": (511, 0), "block_sizes": BANDS},
@@ -195,6 +204,21 @@ def test_kernel(case):
   shape, options = CASES[case]
   arrays = draw(shape)
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    "tails", "causal_window", "odd_heads", "segments_of_both", "bands", "bands_to_both_sides",
+    "stairs_together", "three_stairs_together", "stairs_beyond_the_keys", "negative_scale",
+  ],
+)  # fmt: skip
+def test_kernel_where_values_are_not_turned(case):
+  """On v6e, and on all with a head dim of 128 or more."""
+  shape, options = CASES[case]
+  arrays = draw(shape)
+  with kernels.target("v6e"), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
     compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
 
 

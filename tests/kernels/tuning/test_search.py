@@ -92,10 +92,10 @@ def test_a_gain_that_is_not_worth_it_is_left():
 
 def test_what_cannot_be_priced_is_passed_over_and_told():
   def cycles(kernel, limits):
-    return "the profile aborted" if limits["queries"] == 4096 else distance(kernel, limits)
+    return "the profile aborted" if limits["keys"] == 512 else distance(kernel, limits)
 
   found, _ = search(cycles)
-  assert found.limits["queries"] == 2048
+  assert found.limits["keys"] == 256
   assert found.failures and all("the profile aborted" in text for text in found.failures)
 
 
