@@ -162,7 +162,7 @@ def rule(problem: Problem, generation: Generation) -> Limits:
   if problem.itemsize > 2 or not is_large or problem.mask == "window":
     return limits
   # What begins and ends a block runs beside products if that is all one piece of code: at T = 4096,
-  # causal, forward takes 0.90 (v6e) and 0.94 (v5e) of the cycles, backward 0.93 and 0.96.
+  # causal, forward takes 0.95 (v6e) and 0.97 (v5e) of the cycles, backward 0.93 and 0.97.
   for count, most in (
     (forward_bytes, {"queries": 4096}),
     (backward_bytes, {"queries_backward": 4096, "keys_backward": 2048}),
@@ -261,7 +261,8 @@ def forward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) 
   """Returns the vector memory that the forward pass takes: blocks twice, scratch and scores once.
 
   Of a step's scores in a tile the compiler was seen to keep up to three arrays, in float32: two and
-  a half, as what it is granted is more than what is counted.
+  a half, as what it is granted is more than what is counted. A block that is all one piece of code
+  keeps more at once, but not all of these: 34 MiB of 36 at most (v5p, causal, 4096 queries).
   """
   width = problem.itemsize
   queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
@@ -282,8 +283,8 @@ def is_turned(value_dim: int, generation: Generation) -> bool:
   """Returns whether the forward pass sums values by weights as [Hv, queries].
 
   The product's columns fill the matrix unit then, but weights have to be loaded into that instead
-  of values. Head dim 64 takes 0.79 of the cycles (v5e); 128 takes 1.05 (v6e), where a load takes
-  as long as it saves.
+  of values. At T = 4096, causal, head dim 64 takes 0.79 of the cycles and 96 takes 0.88 (v5e), but
+  128 takes 1.01 (v6e): there a load takes as long as it saves.
   """
   return value_dim < generation.matrix_unit <= LANES
 

@@ -41,7 +41,6 @@ class Softmax(NamedTuple):
 
   def start(self, rows: slice) -> None:
     """Prepares some queries, which have seen nothing."""
-
     count = rows.stop - rows.start
     size = self.sum_ref.shape[0 if self.is_turned else 1]
     shape = (size, count) if self.is_turned else (count, size)

@@ -18,7 +18,7 @@ from ll3m_kernels.tiling import LANES, up
 
 # Of the matrix unit's size. Higher steps load keys less often, lower ones overlap sooner.
 _BANDS_PER_STEP = 4
-# Of a piece: the weights of one are taken while the product of another runs.
+# Of a piece: while its product runs, the exponentials of the next piece are taken.
 _MOST_KEYS = 1024
 
 
