@@ -61,6 +61,7 @@ def compile_for(
   function: Callable[..., Any],
   *arrays: jax.ShapeDtypeStruct,
   row_major: bool = False,
+  donated: tuple[int, ...] = (),
 ) -> jax.stages.Compiled:
   """Compiles a function for one device of a generation.
 
@@ -70,6 +71,7 @@ def compile_for(
     *arrays: shapes and dtypes of its arguments.
     row_major: arguments and results lie in memory as kernels take and leave them, the last axis
       along the lanes. The compiler's own choice is another one for axes that do not fill these.
+    donated: which of the arrays the function may write over.
 
   Raises:
     ValueError: unknown generation.
@@ -86,7 +88,7 @@ def compile_for(
     results = None
     if row_major:
       results = jax.tree.map(lambda x: placed(x).format, jax.eval_shape(function, *arrays))
-    return jax.jit(function, out_shardings=results).lower(*arrays).compile()
+    return jax.jit(function, out_shardings=results, donate_argnums=donated).lower(*arrays).compile()
 
 
 def vmem_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -42,7 +42,9 @@ def _compile(generation: str, cores: int, number: int, call: Any) -> tuple[str, 
   # By this XLA calls the operation; several kernels may be called alike.
   function.__name__ = function.__qualname__ = label = f"kernel_{number}_"
   operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
-  compile_for(generation, function, *operands, row_major=True)
+  # What it writes over would be copied first, perhaps into the vector memory that the kernel needs.
+  donated = tuple(operand for operand, _ in call.params["input_output_aliases"])
+  compile_for(generation, function, *operands, row_major=True, donated=donated)
   # What is simulated is one core's part.
   grid = call.params["grid_mapping"].grid
   semantics = getattr(call.params["compiler_params"], "dimension_semantics", None) or ()

@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ll3m_kernels.dispatch import MIB
 
 M, K, N = 1024, 512, 256
 
@@ -38,6 +41,28 @@ def loop_over_data():
 
   arrays = jax.ShapeDtypeStruct((8, 128), jnp.int32), jax.ShapeDtypeStruct((256, 256), jnp.float32)
   return (lambda n, x: pl.pallas_call(kernel, out_shape=arrays[1])(n, x)), arrays
+
+
+def in_place():
+  """Writes over its first operand; of v5p's vector memory it takes too much for a copy of that."""
+  array = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
+
+  def kernel(x_ref, *refs):
+    refs[-1][...] = x_ref[...] + sum(y_ref[...] for y_ref in refs[:-1])
+
+  def function(*operands):
+    block = pl.BlockSpec((1024, 512), lambda i: (i, 0))
+    return pl.pallas_call(
+      kernel,
+      grid=(4,),
+      in_specs=[block] * 4,
+      out_specs=block,
+      out_shape=array,
+      input_output_aliases={0: 0},
+      compiler_params=pltpu.CompilerParams(vmem_limit_bytes=40 * MIB),
+    )(*operands)
+
+  return function, (array,) * 4
 
 
 def refused():

@@ -33,6 +33,12 @@ def test_kernels_that_follow_data_are_told():
   assert kernel.follows_data
 
 
+def test_what_a_kernel_writes_over_is_not_copied():
+  # There is no memory for a copy: it would not be priced.
+  (kernel,) = estimate("v5p", f"{BUILDERS}:in_place", {})
+  assert kernel.name == "kernel"
+
+
 def test_what_cannot_be_built_is_not_priced():
   with pytest.raises(NotPricedError, match="NotImplementedError: there is no such kernel"):
     estimate("v5e", f"{BUILDERS}:refused", {})
