@@ -9,6 +9,8 @@ FLOAT32 = 2e-5
 # In bfloat16, against the error that plain jnp makes on the same inputs, plus one rounding.
 BFLOAT16_OF_XLA = 1.5
 BFLOAT16_ROUNDING = 2.0**-8
+# And whatever plain jnp makes, which is held to it too: two roundings (the most seen is 0.0059).
+BFLOAT16_MOST = 2.0**-7
 
 
 def assert_close(
@@ -35,5 +37,6 @@ def assert_close(
     bound = FLOAT32 * largest
   else:
     theirs = np.abs(np.asarray(xla, np.float64) - expected).max()
-    bound = BFLOAT16_OF_XLA * theirs + BFLOAT16_ROUNDING * largest
+    relative = BFLOAT16_OF_XLA * theirs + BFLOAT16_ROUNDING * largest
+    bound = min(relative, BFLOAT16_MOST * largest)
   assert error <= bound, f"{name}: largest error {error:.3g}, allowed {bound:.3g} of {largest:.3g}"

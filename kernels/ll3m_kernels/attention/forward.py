@@ -28,7 +28,7 @@ from ll3m_kernels.attention import decoding, softmax, stairs, tiles, walk
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention.tiles import LOG2_E, dot
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import LANES, vmem_limit
+from ll3m_kernels.tiling import LANES, up, vmem_limit
 
 
 def forward(
@@ -79,11 +79,15 @@ def forward(
       lambda b, n, i, j: (b, specs.divide(n, group), key_block(i, j), 0),
     )
 
-  in_specs = [of_queries(head_dim), of_keys(head_dim), of_keys(value_dim)]
+  scaling = _scaling(spec, query.dtype, head_dim)
+  # Whole registers: what lies beyond the head is zeroed in queries and keys, and cut off of sums of
+  # values.
+  columns = up(head_dim, LANES) if scaling is _Scaling.HALVES else head_dim
+  value_columns = up(value_dim, LANES)
+  in_specs = [of_queries(columns), of_keys(columns), of_keys(value_columns)]
   arrays = [x.swapaxes(1, 2) for x in (query, key, value)]
-  sum_shape = (layout.queries, value_dim)
+  sum_shape = (layout.queries, value_columns)
   if sizes.is_turned(value_dim, generation):
-    # Rows beyond the head hold anything, and give only what is cut off.
     value_rows = sizes.rows(value_dim, value.dtype.itemsize)
     arrays[2] = value.transpose(0, 2, 3, 1)
     in_specs[2] = pl.BlockSpec(
@@ -92,9 +96,8 @@ def forward(
     )
     sum_shape = (value_rows, layout.queries)
   scratch = [(LANES, jnp.float32), (LANES, jnp.float32)]
-  scaling = _scaling(spec, query.dtype, head_dim)
   if scaling.needs_queries:
-    scratch.append((head_dim * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
+    scratch.append((columns * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
   if layout.has_segments:
     id_arrays, id_specs = tiles.id_inputs(
       layout, query_ids, key_ids, lambda b, n, i, j: (b, i), lambda b, n, i, j: (b, key_block(i, j))
@@ -102,7 +105,7 @@ def forward(
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
     scratch.append((LANES, jnp.int32))
   output, log_sum_exp = pl.pallas_call(
-    functools.partial(_kernel, spec, layout, generation, key_blocks, scaling),
+    functools.partial(_kernel, spec, layout, generation, key_blocks, scaling, head_dim),
     grid=(batch, num_heads, query_blocks, key_blocks),
     in_specs=in_specs,
     out_specs=[
@@ -134,7 +137,7 @@ class _Scaling(enum.Enum):
     SCORES: into the scores: slower, but it takes a soft cap, and a scale that turns their order.
     QUERIES: into float32 queries.
     HALVES: into bfloat16 queries, each of which becomes the sum of two: [high, low] meets [k, k],
-      which costs nothing where they fill registers and the matrix unit is deep enough for both.
+      which costs nothing where the matrix unit is deep enough for both.
   """
 
   EXPONENTS = enum.auto()
@@ -154,13 +157,13 @@ def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
     return _Scaling.SCORES
   if dtype == jnp.float32:
     return _Scaling.QUERIES
-  # Halves that do not fill whole registers would be shifted: 2 to 4% more cycles than late scaling.
-  if head_dim % LANES == 0 and 2 * head_dim <= dispatch.generation().matrix_unit:
-    return _Scaling.HALVES
-  return _Scaling.EXPONENTS
+  fits = 2 * up(head_dim, LANES) <= dispatch.generation().matrix_unit
+  return _Scaling.HALVES if fits else _Scaling.EXPONENTS
 
 
-def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, value_ref, *refs):
+def _kernel(
+  spec, layout, generation, key_blocks, scaling, head_dim, query_ref, key_ref, value_ref, *refs
+):
   ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
   output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
   queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
@@ -175,15 +178,17 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
   i, j = pl.program_id(2), pl.program_id(3)
   first_key = j * layout.resident if key_blocks > 1 else 0
 
+  def of_head(x: Array) -> Array:
+    return tiles.existing(x, 1, head_dim) if x.shape[1] > head_dim else x
+
   def start(rows: slice) -> None:
     known.start(rows)
     if scaling.needs_queries:
-      query = query_ref[0, 0, rows, :].astype(jnp.float32) * (spec.scale * LOG2_E)
+      query = of_head(query_ref[0, 0, rows, :]).astype(jnp.float32) * (spec.scale * LOG2_E)
       high = query.astype(queries_ref.dtype)
       if scaling is _Scaling.HALVES:
-        # In float32, as vectors that are not whole cannot be joined otherwise.
-        high = high.astype(jnp.float32)
-        high = jnp.concatenate([high, query - high], axis=1).astype(queries_ref.dtype)
+        low = (query - high.astype(jnp.float32)).astype(queries_ref.dtype)
+        high = jnp.concatenate([high, low], axis=1)
       queries_ref[rows, :] = high
 
   def finish(rows: slice) -> None:
@@ -207,12 +212,10 @@ def _kernel(spec, layout, generation, key_blocks, scaling, query_ref, key_ref, v
     columns = piece.columns
     count = columns.stop - columns.start
     index = tiles.keys_at(layout, piece.tile, columns.start, count)
-    keys = key_ref[0, 0, index, :]
+    keys = of_head(key_ref[0, 0, index, :])
     values = value_ref[0, 0, :, index] if is_turned else value_ref[0, 0, index, :]
     if scaling is _Scaling.HALVES:
-      # Vectors that are not whole are moved as float32: there is nothing narrower to do it.
-      twice = keys if keys.shape[1] % LANES == 0 else keys.astype(jnp.float32)
-      keys = jnp.concatenate([twice, twice], axis=1).astype(keys.dtype)
+      keys = jnp.concatenate([keys, keys], axis=1)
     scores = dot(queries_ref[piece.rows, :], keys, (1, 1))
     if scaling is _Scaling.SCORES:
       scores, _ = tiles.scale(spec, scores)

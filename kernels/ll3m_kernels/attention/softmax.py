@@ -26,7 +26,7 @@ class Softmax(NamedTuple):
   """What is known of a block of queries, in references.
 
   Attributes:
-    sum_ref: of values by weights, [queries, Hv]; where it is turned, [Hv or more, queries].
+    sum_ref: of values by weights, [queries, Hv or more]; where it is turned, [Hv or more, queries].
     largest_ref: the largest scores, [queries, 128], the same in every lane.
     total_ref: of the weights, [queries, 128], yet to be summed over the lanes.
     is_turned: see `blocks.is_turned`.
@@ -55,8 +55,8 @@ class Softmax(NamedTuple):
     total_row = to_row(jnp.broadcast_to(total, (total.shape[0], LANES)))
     divisor = total_row if self.is_turned else total
     output = self.sum_ref[self.of_sum(rows)] * (1.0 / jnp.where(divisor == 0.0, 1.0, divisor))
-    output = output.T[:, : output_ref.shape[3]] if self.is_turned else output
-    output_ref[0, 0, rows, :] = output.astype(output_ref.dtype)
+    output = output.T if self.is_turned else output
+    output_ref[0, 0, rows, :] = output[:, : output_ref.shape[3]].astype(output_ref.dtype)
     is_empty = total_row == 0.0
     log_sum_exp = to_row(self.largest_ref[rows, :]) * (self.scale * _LOG_2)
     log_sum_exp += jnp.log(jnp.where(is_empty, 1.0, total_row))
