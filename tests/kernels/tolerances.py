@@ -9,8 +9,8 @@ FLOAT32 = 2e-5
 # In bfloat16, against the error that plain jnp makes on the same inputs, plus one rounding.
 BFLOAT16_OF_XLA = 1.5
 BFLOAT16_ROUNDING = 2.0**-8
-# And whatever plain jnp makes, which is held to it too: two roundings (the most seen is 0.0059).
-BFLOAT16_MOST = 2.0**-7
+# And whatever plain jnp makes, which is held to it too: the most seen is 0.0084, at scores of 256.
+BFLOAT16_MOST = 2.0**-6
 
 
 def assert_close(
