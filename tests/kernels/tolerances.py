@@ -9,7 +9,8 @@ FLOAT32 = 2e-5
 # In bfloat16, against the error that plain jnp makes on the same inputs, plus one rounding.
 BFLOAT16_OF_XLA = 1.5
 BFLOAT16_ROUNDING = 2.0**-8
-# And whatever plain jnp makes, which is held to it too: the most seen is 0.0084, at scores of 256.
+# And whatever plain jnp makes, which is held to it too. The most seen is 0.0084, with queries that
+# are 16 times as large as elsewhere, and 0.0059 otherwise.
 BFLOAT16_MOST = 2.0**-6
 
 

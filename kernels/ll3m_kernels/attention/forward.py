@@ -80,8 +80,8 @@ def forward(
     )
 
   scaling = _scaling(spec, query.dtype, head_dim)
-  # Whole registers: what lies beyond the head is zeroed in queries and keys, and cut off of sums of
-  # values.
+  # Whole registers, which hold anything beyond the head: that is cut off of sums of values, and
+  # zeroed in queries and keys. Those keep to the head where there are no halves to stand in lanes.
   columns = up(head_dim, LANES) if scaling is _Scaling.HALVES else head_dim
   value_columns = up(value_dim, LANES)
   in_specs = [of_queries(columns), of_keys(columns), of_keys(value_columns)]
