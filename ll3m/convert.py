@@ -53,7 +53,7 @@ def main() -> None:
   """Opens and checks the model, converts it, and says what was done."""
   config = flags.read("", ConvertConfig)
 
-  from ll3m.core.checkpoint import TOKENIZER
+  from ll3m.core.checkpoint import SOURCE, TOKENIZER
   from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.conversion import convert_model
@@ -70,7 +70,11 @@ def main() -> None:
     print("\n".join(f"  {name}" for name in model.ignored))
   if not model.tokenizer_files:
     print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer.path has to name one later")
-  elif fault := find_fault(epath.Path(output) / TOKENIZER, model.config.vocab_size):
+  elif fault := find_fault(
+    epath.Path(output) / TOKENIZER,
+    model.config.vocab_size,
+    source_dir=epath.Path(output) / SOURCE,
+  ):
     print(f"{fault}; --tokenizer.path has to name another tokenizer later")
   print(
     f"converted a {model.family.name} model of {done.parameters:,} parameters "

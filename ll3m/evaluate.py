@@ -82,6 +82,7 @@ def measure(
   tokenizer = load_tokenizer(
     gin_settings.apply(options, tokenizer_config),
     checkpoint_dir=source.tokenizer_dir,
+    source_dir=source.source_dir,
     family=family.name,
     embedding_size=config.vocab_size,
   )

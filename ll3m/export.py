@@ -56,7 +56,9 @@ def main() -> None:
     )
   if checkpoint.tokenizer_dir is None:
     print(f"{config.checkpoint} holds no tokenizer; none was exported")
-  elif fault := find_fault(checkpoint.tokenizer_dir, checkpoint.config.vocab_size):
+  elif fault := find_fault(
+    checkpoint.tokenizer_dir, checkpoint.config.vocab_size, source_dir=checkpoint.source_dir
+  ):
     print(f"the tokenizer was exported as it is: {fault}")
   print(
     f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "

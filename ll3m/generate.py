@@ -105,6 +105,7 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
   tokenizer = load_tokenizer(
     tokenizer_config,
     checkpoint_dir=source.tokenizer_dir,
+    source_dir=source.source_dir,
     family=source.family,
     embedding_size=source.config.vocab_size,
   )
@@ -120,7 +121,6 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
     dtype=dtype,
     mesh=mesh,
   )
-  stop_tokens = _stop_tokens(source, tokenizer, config.chat)
   timer = _Timer()
   for start in range(0, len(prompts), config.batch_size):
     batch = slice(start, start + config.batch_size)
@@ -129,12 +129,12 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
       max_new_tokens=config.max_new_tokens,
       sampling=sampling,
       seeds=[config.seed + row for row in range(len(prompts))[batch]],
-      stop_tokens=stop_tokens,
+      stop_tokens=tokenizer.stop_ids,
     )
     rows = _collect(timer.watch(steps), prompts[batch], tokenizer, show=config.stream)
     for text, (completion, tokens) in zip(texts[batch], rows, strict=True):
       if config.json:
-        ended = tokens[-1] in stop_tokens
+        ended = tokens[-1] in tokenizer.stop_ids
         record = {"prompt": text, "completion": completion, "tokens": len(tokens), "ended": ended}
         print(json.dumps(record, ensure_ascii=False))
       elif config.prompt_file:
@@ -207,29 +207,21 @@ def _encode(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
   return encode_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
-def _stop_tokens(source: Any, tokenizer: Any, is_chat: bool) -> set[int]:
-  """Returns the tokens that end a text: the tokenizer's, the model's and the chat template's."""
-  stop = {tokenizer.eos_id}
-  path = source.source_dir and source.source_dir / "generation_config.json"
-  if path and path.exists():
-    eos = json.loads(path.read_text()).get("eos_token_id")
-    stop |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-  if is_chat:
-    from ll3m.data import chat
-
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    tokens, is_answer = chat.encode(tokenizer, chat.render(tokenizer, turns))
-    stop |= {int(t) for t in tokens[is_answer == 1] if not tokenizer.decode([t])}
-  return stop
-
-
 def _collect(
   steps: Iterator[list[int | None]], prompts: list[list[int]], tokenizer: Any, *, show: bool
 ) -> list[tuple[str, list[int]]]:
   """Gathers the text and the tokens of every row; shows the text of a single one as it comes."""
   from ll3m.decoding.text import TextStream
 
-  streams = [TextStream(tokenizer.decode, prompt) for prompt in prompts]
+  # Control tokens have no text, flagged special or not; where the model's files let an ordinary
+  # word end a text, it is shown.
+  ends = tokenizer.stop_ids & tokenizer.control_ids
+  streams = [
+    TextStream(
+      tokenizer.decode, prompt, byte_ids=tokenizer.byte_ids, silent_ids=tokenizer.silent_ids
+    )
+    for prompt in prompts
+  ]
   texts: list[list[str]] = [[] for _ in prompts]
   tokens: list[list[int]] = [[] for _ in prompts]
 
@@ -242,7 +234,8 @@ def _collect(
     for row, token in enumerate(step):
       if token is not None:
         tokens[row].append(token)
-        add(row, streams[row].push(token))
+        if token not in ends:
+          add(row, streams[row].push(token))
   for row, stream in enumerate(streams):
     add(row, stream.finish())
   if show:

@@ -266,6 +266,7 @@ def read_run() -> Run:
   tokenizer = load_tokenizer(
     tokenizer_config,
     checkpoint_dir=None if origin is None else origin.tokenizer_dir,
+    source_dir=None if origin is None else origin.source_dir,
     family=family.name,
     embedding_size=config.vocab_size,
   )

@@ -237,10 +237,14 @@ class TokenizerConfig:
   )
 
   @property
+  def other_path(self) -> str | None:
+    """The path of another tokenizer than the one that travels with the checkpoint, or None."""
+    return self.path or (None if self.type in TOKENIZER_NAMES else self.type)
+
+  @property
   def is_checkpoints_own(self) -> bool:
     """Whether the tokenizer is just the one that travels with the checkpoint."""
-    named = self.type is None or self.type in TOKENIZER_NAMES
-    return named and self.path is None and not self.extra_tokens
+    return self.other_path is None and not self.extra_tokens
 
 
 @dataclasses.dataclass(frozen=True)

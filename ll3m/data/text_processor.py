@@ -1,6 +1,7 @@
 """From an example of a json or huggingface dataset to a document."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ _MESSAGES = "messages"
 
 
 class TextProcessor:
-  """Puts the chosen fields of an example together: BOS, each field's tokens, EOS.
+  """Puts the chosen fields of an example together: BOS, the tokens of their text, EOS.
 
-  Fields are tokenised one by one, as a prompt is when it is answered; tokens of bracketed
-  fields carry no loss. `messages` goes through the tokenizer's chat template instead.
+  The text is tokenised as a whole, as a model reads it, wherever fields meet. Tokens that hold a
+  character of a field outside brackets carry loss. `messages` (with `tools`, if an example has
+  them) goes through the tokenizer's chat template instead.
   """
 
   def __init__(self, config: TextProcessorConfig, tokenizer: Tokenizer):
@@ -52,32 +54,56 @@ class TextProcessor:
     """
     parts = self._read(example)
     if isinstance(parts, chat.Rendered):
-      return Document(*chat.encode(self._tokenizer, parts))
-    tokens, loss = list(self._tokenizer.prefix), [0] * len(self._tokenizer.prefix)
-    for text, learn in parts:
+      document = Document(*chat.encode(self._tokenizer, parts))
+    else:
+      ids, loss = self._encode(parts)
+      prefix = self._tokenizer.prefix
+      document = Document(
+        np.array([*prefix, *ids, self._tokenizer.eos_id], np.int32),
+        np.array([*(0 for _ in prefix), *loss, int(parts[-1][1])], np.int32),
+      )
+    if not document.loss[1:].any():  # nothing predicts the first token
+      raise Unusable("no token to train on")
+    return document
+
+  def _encode(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    """Returns the ids of the joined parts, and for each whether it is trained."""
+    text = "".join(part for part, _ in parts)
+    if all(learn for _, learn in parts):
       ids = self._tokenizer.encode(text)
-      tokens += ids
-      loss += [int(learn)] * len(ids)
-    tokens.append(self._tokenizer.eos_id)
-    loss.append(loss[-1] if parts[-1][0] else 1)
-    return Document(np.array(tokens, np.int32), np.array(loss, np.int32))
+      return ids, [1] * len(ids)
+    spans, end = [], 0
+    for part, learn in parts:
+      if learn:
+        spans.append((end, end + len(part)))
+      end += len(part)
+    return self._tokenizer.encode_spans(text, spans)
 
   def _read(self, example: dict[str, Any]) -> chat.Rendered | list[tuple[str, bool]]:
     fields = self._fields
     if not fields:
-      fields = (TextField((_MESSAGES if _MESSAGES in example else "text",), loss=True),)
+      has_messages = _is_given(example.get(_MESSAGES))
+      fields = (TextField((_MESSAGES if has_messages else "text",), loss=True),)
     if fields[0].names == (_MESSAGES,):
+      tools = example.get("tools")
       try:
-        return chat.render(self._tokenizer, example.get(_MESSAGES))
+        return chat.render(
+          self._tokenizer, example.get(_MESSAGES), tools if _is_given(tools) else None
+        )
       except ValueError as error:
         raise Unusable(str(error)) from error
     parts = [
       (self._separator.join(_text(example, name) for name in field.names), field.loss)
       for field in fields
     ]
-    if not any(text for text, learn in parts if learn):
+    if not any(text.strip() for text, learn in parts if learn):
       raise Unusable("no text to learn from")
     return parts
+
+
+def _is_given(value: Any) -> bool:
+  """Whether a row has a value: pandas writes NaN, and Arrow null, where it has none."""
+  return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _text(example: dict[str, Any], name: str) -> str:

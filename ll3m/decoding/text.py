@@ -1,35 +1,55 @@
 """From new tokens to text, as they come."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 # What a decoder shows for bytes that are not (yet) a character.
 _INCOMPLETE = "\ufffd"
-# Tokens before the first new one that are decoded with it: whether a word starts with a space,
-# and how bytes join to characters, is only seen in context.
+# Tokens before the first new one that are decoded with it: whether a word starts with a space is
+# only seen in context.
 _CONTEXT = 8
 
 
 class TextStream:
-  """Turns tokens into pieces of text that join to the whole.
+  """Turns tokens into pieces of text that join to the decoding of the whole.
 
-  Characters made of several tokens are held back until they are complete, so that every piece is
-  valid on its own.
+  Text that later tokens may still change is held back: the bytes of a character that is not
+  complete, and a run of tokens that stand for one byte each (byte fallback), because decoders give
+  replacement characters for a whole run if any byte of it is wrong.
   """
 
-  def __init__(self, decode: Callable[[Iterable[int]], str], prompt: Sequence[int]):
-    """Args: the tokenizer's decode function; the tokens before the first new one."""
+  def __init__(
+    self,
+    decode: Callable[[Iterable[int]], str],
+    prompt: Sequence[int],
+    *,
+    byte_ids: Collection[int] = (),
+    silent_ids: Collection[int] = (),
+  ):
+    """Begins after a prompt.
+
+    Args:
+      decode: The tokenizer's function from ids to text.
+      prompt: The tokens before the first new one.
+      byte_ids: The tokens that stand for one byte each.
+      silent_ids: The tokens that `decode` leaves out.
+    """
     self._decode = decode
-    self._tokens = list(prompt[-_CONTEXT:])
-    self._new = len(self._tokens)  # where the tokens begin whose text is not out yet
+    self._byte_ids, self._silent_ids = frozenset(byte_ids), frozenset(silent_ids)
+    self._tokens = self._context([token for token in prompt if token not in self._silent_ids])
+    self._shown = len(self._decode(self._tokens))  # characters of `_tokens` that are out
 
   def push(self, token: int) -> str:
     """Takes one token; returns the text that is complete by now, maybe none."""
+    if token in self._silent_ids:
+      return ""
     self._tokens.append(token)
+    if token in self._byte_ids:
+      return ""
     text = self._unseen()
     if not text or text.endswith(_INCOMPLETE):
       return ""
-    self._tokens = self._tokens[max(0, self._new - _CONTEXT) :]
-    self._new = len(self._tokens)
+    self._tokens = self._context(self._tokens)
+    self._shown = len(self._decode(self._tokens))
     return text
 
   def finish(self) -> str:
@@ -37,5 +57,11 @@ class TextStream:
     return self._unseen()
 
   def _unseen(self) -> str:
-    seen = self._decode(self._tokens[: self._new])
-    return self._decode(self._tokens)[len(seen) :]
+    return self._decode(self._tokens)[self._shown :]
+
+  def _context(self, tokens: list[int]) -> list[int]:
+    """Returns the last tokens, from one that does not continue a run of bytes."""
+    start = max(0, len(tokens) - _CONTEXT)
+    while start and tokens[start] in self._byte_ids:
+      start -= 1
+    return tokens[start:]

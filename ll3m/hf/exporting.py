@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
-from absl import logging
 from etils import epath
 
 from ll3m import families
@@ -20,15 +18,17 @@ from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
 from ll3m.core.progress import byte_bar
 from ll3m.core.storage import is_remote
+from ll3m.data.config import TokenizerConfig
+from ll3m.data.tokenizer import Tokenizer, load_tokenizer
+from ll3m.data.tokenizer_files import ENCODER, SENTENCEPIECE
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec, expected_tensors
 from ll3m.hf.matching import check_parameters
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ll3m.hf.tensors import arrange
+from ll3m.hf.token_settings import TOKEN_KEYS, token_ids
 from ll3m.hf.weights import SafetensorsWriter, TensorInfo
 
-# What a config.json says beside the architecture, and generate() needs.
-_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -89,7 +89,8 @@ def export_model(
     name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype.numpy_dtype))
     for name, spec in specs.items()
   }
-  config_files = _config_files(checkpoint, family, tensors)
+  tokenizer = _load_tokenizer(checkpoint)
+  config_files = _config_files(checkpoint, family, tensors, tokenizer)
   nbytes = sum(info.nbytes for info in tensors.values())
 
   unfinished = output.with_name(f".{output.name}.unfinished")
@@ -105,8 +106,8 @@ def export_model(
       _write_tensors(checkpoint.params_path, arrays, specs, tensors, writer)
     for name, content in config_files.items():
       (unfinished / name).write_bytes(content)
-    for file in checkpoint.tokenizer_dir.iterdir() if checkpoint.tokenizer_dir else ():
-      (unfinished / file.name).write_bytes(file.read_bytes())
+    for name, content in _tokenizer_files(checkpoint, tokenizer).items():
+      (unfinished / name).write_bytes(content)
     unfinished.rename(output)
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -155,44 +156,65 @@ def _blocks(
       yield 0, array.read().result()[None]
 
 
-def _config_files(
-  checkpoint: Checkpoint, family: Family, tensors: Mapping[str, TensorInfo]
-) -> dict[str, bytes]:
-  """Makes config.json and generation_config.json."""
-  source = {}
-  files = {}
-  if checkpoint.source_dir and (checkpoint.source_dir / CONFIG_NAME).exists():
-    source = json.loads((checkpoint.source_dir / CONFIG_NAME).read_text())
-  if checkpoint.source_dir and (checkpoint.source_dir / GENERATION_CONFIG_NAME).exists():
-    files[GENERATION_CONFIG_NAME] = (checkpoint.source_dir / GENERATION_CONFIG_NAME).read_bytes()
-  tokens = {key: source[key] for key in _TOKEN_KEYS if key in source}
-  if not tokens and checkpoint.tokenizer_dir:
-    tokens = _token_ids(checkpoint.tokenizer_dir)
-  config = family.to_hf_config(checkpoint.config) | tokens
-  # The embedding stands for the model where norms are kept in another type.
-  dtype = next(iter(tensors.values())).dtype.name
-  config |= {"dtype": dtype, "torch_dtype": dtype}  # today's key, and that of before 2025
-  files[CONFIG_NAME] = _json(config)
-  if GENERATION_CONFIG_NAME not in files:
-    files[GENERATION_CONFIG_NAME] = _json({"_from_model_config": True} | tokens)
+def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+  """Loads the tokenizer that travels with a checkpoint; None if there is none that works."""
+  try:
+    return load_tokenizer(
+      TokenizerConfig(),
+      checkpoint_dir=checkpoint.tokenizer_dir,
+      source_dir=checkpoint.source_dir,
+    )
+  except (ValueError, OSError, NotImplementedError):  # the command reports it
+    return None
+
+
+def _tokenizer_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+  """Returns the tokenizer's files as they came, so that they mean what they meant.
+
+  A bare SentencePiece model gets a tokenizer.json: transformers would cut some texts differently.
+  """
+  folder = checkpoint.tokenizer_dir
+  files = {file.name: file.read_bytes() for file in folder.iterdir()} if folder else {}
+  if tokenizer is not None and SENTENCEPIECE in files and ENCODER not in files:
+    return tokenizer.files()
   return files
 
 
-def _token_ids(tokenizer_dir: epath.Path) -> dict[str, int]:
-  from transformers import AutoTokenizer  # slow to import, and seldom needed
+def _read_settings(folder: epath.Path | None, name: str) -> dict[str, Any] | None:
+  """Reads a JSON file of a source's folder; None if there is none."""
+  if folder is None or not (folder / name).exists():
+    return None
+  return json.loads((folder / name).read_text())
 
-  try:
-    with tempfile.TemporaryDirectory() as folder:  # transformers reads local disks only
-      for file in tokenizer_dir.iterdir():
-        file.copy(epath.Path(folder) / file.name)
-      tokenizer = AutoTokenizer.from_pretrained(folder)
-  except Exception as error:  # whatever its files make transformers raise
-    logging.warning(
-      "config.json will name no token ids: transformers cannot read the tokenizer: %s", error
-    )
-    return {}
-  ids = {key: getattr(tokenizer, key) for key in _TOKEN_KEYS}
-  return {key: value for key, value in ids.items() if value is not None}
+
+def _config_files(
+  checkpoint: Checkpoint,
+  family: Family,
+  tensors: Mapping[str, TensorInfo],
+  tokenizer: Tokenizer | None,
+) -> dict[str, bytes]:
+  """Makes config.json and generation_config.json."""
+  source, generation = (
+    _read_settings(checkpoint.source_dir, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
+  )
+  # What transformers generates by: the second file, where there is one.
+  settings = source if generation is None else generation
+  if tokenizer is None:
+    ids = {key: value for key, value in (settings or {}).items() if key in TOKEN_KEYS}
+  else:
+    ids = token_ids(settings or {}, tokenizer)
+  own = {key: source[key] for key in TOKEN_KEYS if key in source} if source else {}
+  config = family.to_hf_config(checkpoint.config) | ids | own
+  # The embedding stands for the model where norms are kept in another type.
+  dtype = next(iter(tensors.values())).dtype.name
+  config |= {"dtype": dtype, "torch_dtype": dtype}  # today's key, and that of before 2025
+  if generation is None:
+    written = _json({"_from_model_config": True} | ids)
+  elif generation | ids == generation:  # as it came, to the byte
+    written = (checkpoint.source_dir / GENERATION_CONFIG_NAME).read_bytes()
+  else:
+    written = _json(generation | ids)
+  return {CONFIG_NAME: _json(config), GENERATION_CONFIG_NAME: written}
 
 
 def _json(value: Any) -> bytes:

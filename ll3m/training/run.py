@@ -28,6 +28,7 @@ from ll3m.data.config import DatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelSource
+from ll3m.hf.token_settings import retarget_settings
 from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
@@ -260,3 +261,5 @@ def write_companions(run: Run) -> None:
     run.source.save_companions(output)
   if not own:
     run.tokenizer.save(output / folders.TOKENIZER)
+  if run.tokenizer_config.other_path is not None:
+    retarget_settings(output / folders.SOURCE, run.tokenizer)

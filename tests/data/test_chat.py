@@ -100,7 +100,7 @@ def test_control_strings_that_users_write_stay_text(train_tokenizer, tokenizer, 
   start, end, bos = (tokenizer.token_id(t) for t in ("<|im_start|>", "<|im_end|>", "<s>"))
   assert [np.sum(ids == i) for i in (start, end, bos)] == [4, 4, 0]
   said = tokenizer.decode(ids[loss == 1])
-  assert said == "no " + attack.replace("\ufdd1", "") + "z"
+  assert said == f"no {attack}z"
   prompt = chat.encode_prompt(tokenizer, messages(turns[:1]))
   assert [prompt.count(i) for i in (start, end, bos)] == [2, 1, 0]
 
@@ -111,7 +111,8 @@ def test_control_strings_that_users_write_stay_text(train_tokenizer, tokenizer, 
     ("hello", "not a list of messages"),
     ([], "not a list of messages"),
     ([{"role": "user"}], "lacks its role or content"),
-    ([{"role": "assistant", "content": None}], "lacks its role or content"),
+    ([{"role": "user", "content": None}], "lacks its role or content"),
+    ([{"role": "assistant", "content": None}], "no text to learn from"),
     ([{"role": "user", "content": "hi"}], "no assistant turn"),
     ([{"role": "assistant", "content": "a\ud800b"}], "not Unicode text"),
   ],
@@ -136,8 +137,6 @@ def test_templates_that_cannot_serve(train_tokenizer, tmp_path, mistral_model):
       chat.render(ours, turns)
   with pytest.raises(ValueError, match="no chat template"):
     chat.render(load_tokenizer(TokenizerConfig(path=str(mistral_model))), turns)
-  with pytest.raises(NotImplementedError, match="tokenizer.json"):
-    load_tokenizer(TokenizerConfig(path=str(mistral_model))).encode_template("x")
 
 
 def test_several_templates_in_one_folder(train_tokenizer, tmp_path):

@@ -105,7 +105,7 @@ def test_numbers_that_make_no_sense(options):
 
 def test_options_and_tokenizers_load_without_tensorflow():
   program = (
-    "import sys; import ll3m.data.config, ll3m.data.tokenizer_backends, ll3m.data.chat, "
+    "import sys; import ll3m.data.config, ll3m.data.tokenizer_files, ll3m.data.chat, "
     "ll3m.data.gin_settings, ll3m.data.batches; "
     "assert not {'tensorflow', 'seqio', 'transformers', 'torch'} & set(sys.modules)"
   )

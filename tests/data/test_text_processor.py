@@ -1,6 +1,8 @@
 """Examples of json and huggingface datasets as documents."""
 
 import pytest
+import sentencepiece
+import transformers
 
 from ll3m.data.config import TextProcessorConfig, TokenizerConfig
 from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
@@ -12,18 +14,59 @@ def document(tokenizer, example, fields="", **options):
   return tokens.tolist(), loss.tolist()
 
 
-def test_fields_with_and_without_loss(tokenizer, mistral_model):
+def overlapping(offsets, start: int, end: int) -> list[int]:
+  """1 for each token that holds one of the characters start..end, by counting them."""
+  return [int(bool(set(range(a, b)) & set(range(start, end)))) for a, b in offsets]
+
+
+@pytest.mark.parametrize(
+  ("fields", "text", "trained"),
+  [
+    ("[system+prompt],answer", "if x < 3pass", (8, 12)),
+    ("answer,[system+prompt]", "passif x < 3", (0, 4)),
+    ("[prompt,system],answer", "x < 3ifpass", (7, 11)),
+  ],
+)
+def test_fields_are_tokenised_as_one_text(tokenizer, folder, fields, text, trained):
   example = {"system": "if", "prompt": "x < 3", "answer": "pass", "text": "other"}
-  for encoder in (tokenizer, load_tokenizer(TokenizerConfig(path=str(mistral_model)))):
-    prompt, answer = encoder.encode("if x < 3"), encoder.encode("pass")
-    head = encoder.prefix
-    tokens, loss = document(encoder, example, "[system+prompt],answer")
-    assert tokens == [*head, *prompt, *answer, encoder.eos_id]
-    assert loss == [0] * len(head + prompt) + [1] * (len(answer) + 1)
-    tokens, loss = document(encoder, example, "answer,[system+prompt]", subfield_separator="--")
-    prompt = encoder.encode("if--x < 3")
-    assert tokens == [*head, *answer, *prompt, encoder.eos_id]
-    assert loss == [0] * len(head) + [1] * len(answer) + [0] * (len(prompt) + 1)
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)(text, return_offsets_mapping=True)
+  tokens, loss = document(tokenizer, example, fields)
+  assert tokens == [*theirs["input_ids"], tokenizer.eos_id]
+  last = int(fields.endswith("answer"))
+  assert loss == [*overlapping(theirs["offset_mapping"], *trained), last]
+
+
+def test_no_space_appears_where_fields_meet(mistral_model):
+  tokenizer = load_tokenizer(TokenizerConfig(path=str(mistral_model)))
+  model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
+  tokens, loss = document(tokenizer, {"a": "un", "b": "happy"}, "[a],b")
+  assert tokens == [1, *model.encode("unhappy"), 2]
+  assert loss == [0, 1, 1]  # the one token "unhappy" holds characters of the answer
+  # The space between them belongs to the answer's first word, which is trained.
+  tokens, loss = document(tokenizer, {"a": "Q: Why?\nA: ", "b": "Because."}, "[a],b")
+  assert tokens == [1, *model.encode("Q: Why?\nA: Because."), 2]
+  pieces = [model.id_to_piece(t) for t in tokens]
+  assert [p for p, learn in zip(pieces, loss, strict=True) if learn] == ["▁Because", ".", "</s>"]
+
+
+def test_subfields_are_joined_by_the_separator(tokenizer, folder):
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)("a--b")["input_ids"]
+  example = {"x": "a", "y": "b"}
+  tokens, loss = document(tokenizer, example, "x+y", subfield_separator="--")
+  assert (tokens, loss) == ([*theirs, tokenizer.eos_id], [1] * (len(theirs) + 1))
+
+
+def test_a_row_whose_tokens_are_not_trained_is_unusable(tmp_path):
+  from tokenizers import Tokenizer, models, normalizers
+
+  encoder = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+  encoder.normalizer = normalizers.Replace("\u200b", "")  # what is left of the answer: nothing
+  encoder.add_special_tokens(["</s>"])
+  encoder.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
+  with pytest.raises(Unusable, match="no token to train on"):
+    document(tokenizer, {"answer": "\u200b", "end": "a"}, "answer,[end]")
 
 
 def test_by_default_messages_and_else_text(tokenizer):
@@ -32,6 +75,10 @@ def test_by_default_messages_and_else_text(tokenizer):
   assert document(tokenizer, {"text": "ho", "messages": turns}) == document(
     tokenizer, {"messages": turns}, "messages"
   )
+  for nothing in (None, float("nan")):  # of a table whose rows have different columns
+    assert document(tokenizer, {"text": "ho", "messages": nothing, "tools": nothing}) == document(
+      tokenizer, {"text": "ho"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,6 +87,8 @@ def test_by_default_messages_and_else_text(tokenizer):
     ({"prompt": "a"}, "[prompt],answer", "no field 'answer'"),
     ({"prompt": "a", "answer": 3}, "[prompt],answer", "field 'answer' is not text"),
     ({"prompt": "a", "answer": ""}, "[prompt],answer", "no text to learn from"),
+    ({"prompt": "a", "answer": " \n"}, "[prompt],answer", "no text to learn from"),
+    ({"prompt": "a", "answer": float("nan")}, "[prompt],answer", "field 'answer' is not text"),
     ({}, "", "no field 'text'"),
     ({"text": "a\ud800b"}, "", "not Unicode text"),
     ({"messages": [{"role": "assistant", "content": "\udfff"}]}, "", "not Unicode text"),

@@ -1,11 +1,77 @@
+"""Streams of text; the oracle is the decoding of the whole by the tokenizers library."""
+
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from ll3m.decoding.text import TextStream
+
+BYTES = 256  # ids 0..255
 
 
 def decode_bytes(tokens):
   """A byte-level tokenizer; 256 is a control token, which has no text."""
   return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+
+def make_byte_fallback() -> tokenizers.Tokenizer:
+  """As Llama 2's: 256 pieces for single bytes, words, and a control token at the end."""
+  pieces = [f"<0x{i:02X}>" for i in range(BYTES)] + ["▁a", "▁", "b", "é", "\ufffd", "</s>"]
+  encoder = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
+  encoder.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
+  encoder.add_special_tokens(["</s>"])
+  return encoder
+
+
+BYTE_FALLBACK = make_byte_fallback()
+SILENT = {BYTES + 5}
+# Mostly the bytes of characters, so that runs are often whole; also any bytes.
+characters = st.sampled_from(["Ꮳ", "Ꮃ", "é", "😀", "x"]).map(lambda c: list(c.encode()))
+runs = st.one_of(
+  characters,
+  st.lists(st.integers(0, BYTES - 1), min_size=1, max_size=5),
+  st.lists(st.integers(BYTES, BYTES + 5), min_size=1, max_size=3),
+)
+token_lists = st.lists(runs, max_size=14).map(lambda parts: [t for part in parts for t in part])
+
+
+def check_every_prefix(decode, prompt, answer, **kinds):
+  stream, text = TextStream(decode, prompt, **kinds), ""
+  given_text = decode(prompt)
+  for i, token in enumerate(answer, start=1):
+    text += stream.push(token)
+    whole = decode([*prompt, *answer[:i]])[len(given_text) :]
+    assert text + stream.finish() == whole
+    assert "\ufffd" not in text or "\ufffd" in decode([*prompt, *answer])
+
+
+@given(prompt=token_lists, answer=token_lists)
+def test_a_stream_of_bytes_and_words_is_the_decoding_of_the_whole(prompt, answer):
+  check_every_prefix(BYTE_FALLBACK.decode, prompt, answer, byte_ids=range(BYTES), silent_ids=SILENT)
+
+
+@given(prompt=st.lists(st.integers(0, 255)), answer=st.lists(st.integers(0, 255)))
+def test_a_byte_level_stream_is_the_decoding_of_the_whole(prompt, answer):
+  check_every_prefix(decode_bytes, prompt, answer)
+
+
+def test_a_run_of_bytes_longer_than_the_context():
+  text = "ᏣᎳᎩᎦᏬᏂᎯᏍᏗ"  # each character three tokens
+  answer = [*text.encode(), BYTES + 1, BYTES + 2]
+  stream = TextStream(BYTE_FALLBACK.decode, [BYTES], byte_ids=range(BYTES), silent_ids=SILENT)
+  pieces = [stream.push(token) for token in answer]
+  assert "".join(pieces) + stream.finish() == text + " b"
+  # Nothing is shown that a wrong byte could still take back.
+  assert pieces == [""] * 27 + [text + " ", "b"]
 
 
 @pytest.mark.parametrize("prompt", ["", "x", "a longer prompt, é"])
@@ -24,7 +90,7 @@ def test_an_incomplete_end_comes_out_at_last():
 
 
 def test_control_tokens_have_no_text():
-  stream = TextStream(decode_bytes, [256, 65])
+  stream = TextStream(decode_bytes, [256, 65], silent_ids={256})
   assert [stream.push(token) for token in (66, 256, 67)] == ["B", "", "C"]
   assert stream.finish() == ""
 

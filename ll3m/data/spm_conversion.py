@@ -1,0 +1,135 @@
+"""SentencePiece models as `tokenizers` encoders that give the same ids.
+
+transformers converts such models too, but a text that begins with a space, a run of one character
+(`****`) and a text that spells a control token come out with other ids than SentencePiece gives,
+and than the model was trained on.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from sentencepiece import sentencepiece_model_pb2 as spm
+from tokenizers import (
+  AddedToken,
+  Regex,
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+)
+
+_UNIGRAM, _BPE = 1, 2
+_SPACE = "▁"
+
+
+def parse_model(serialized: bytes, name: str) -> spm.ModelProto:
+  """Parses a `tokenizer.model`.
+
+  Raises:
+    ValueError: it is no SentencePiece model.
+    NotImplementedError: a model of whole words or characters, or with spaces behind words.
+  """
+  try:
+    proto = spm.ModelProto.FromString(serialized)
+  except Exception as error:  # protobuf's DecodeError, whose class depends on its backend
+    raise ValueError(f"{name} is not a SentencePiece model: {error}") from error
+  if not proto.pieces:
+    raise ValueError(f"{name} is not a SentencePiece model: it has no pieces")
+  trainer = proto.trainer_spec
+  if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
+    raise NotImplementedError(f"{name} is a SentencePiece model that is neither BPE nor Unigram")
+  return proto
+
+
+def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
+  """Builds the encoder that cuts text as a SentencePiece model does.
+
+  The pieces that text cannot spell (control tokens) and those that are never cut (user-defined
+  ones) become added tokens.
+
+  Args:
+    proto: The model.
+    legacy: Whether the text after an added token begins with a space too, as transformers has it
+      for tokenizers that say `legacy: true`; else only the beginning of the whole text does.
+  """
+  normalization = proto.normalizer_spec
+  encoder = Tokenizer(_model(proto))
+  steps: list[normalizers.Normalizer] = []
+  if normalization.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(normalization.precompiled_charsmap))
+  if normalization.remove_extra_whitespaces:
+    steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+  if normalization.add_dummy_prefix:
+    # Metaspace puts no space before a text that begins with one; SentencePiece does.
+    steps.append(normalizers.Replace(Regex(rf"\A(?=[ {_SPACE}])"), " "))
+    scheme = "always" if legacy else "first"
+  else:
+    scheme = "never"
+  encoder.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+  encoder.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+  undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+  if normalization.add_dummy_prefix:
+    undo.append(decoders.Strip(content=" ", left=1))
+  encoder.decoder = decoders.Sequence(undo)
+  # Found in the text after it was normalised as a whole, so that what is done at its beginning is
+  # not done after each of them.
+  kinds = proto.SentencePiece
+  encoder.add_tokens(
+    [
+      AddedToken(piece.piece, special=piece.type != kinds.USER_DEFINED, normalized=True)
+      for piece in proto.pieces
+      if piece.type in (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
+    ]
+  )
+  return encoder
+
+
+def special_tokens(proto: spm.ModelProto) -> dict[str, str]:
+  """Returns the names that transformers gives to a model's own special pieces, and their text."""
+  trainer = proto.trainer_spec
+  ids = {
+    "bos_token": trainer.bos_id,
+    "eos_token": trainer.eos_id,
+    "unk_token": trainer.unk_id,
+    "pad_token": trainer.pad_id,
+  }
+  return {name: proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+
+
+def _model(proto: spm.ModelProto) -> models.Model:
+  kinds = proto.SentencePiece
+  unknown = next((i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN), None)
+  byte_fallback = proto.trainer_spec.byte_fallback
+  if proto.trainer_spec.model_type == _UNIGRAM:
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    return models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback)
+  vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+  normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+  return models.BPE(
+    vocab=vocab,
+    merges=merges_from_scores(normal, normal),
+    unk_token=None if unknown is None else proto.pieces[unknown].piece,
+    fuse_unk=True,
+    byte_fallback=byte_fallback,
+  )
+
+
+def merges_from_scores(pieces: Mapping[str, float], parts: Iterable[str]) -> list[tuple[str, str]]:
+  """Lists the merges that give each piece, in the order in which SentencePiece prefers them.
+
+  SentencePiece merges the pair with the best-scored result, and of equals the leftmost; the
+  tokenizers library ranks pairs, not results. Where two pairs of one piece overlap, as in a run of
+  one character, the one with the longer left part is the leftmost, because merging began there.
+
+  Args:
+    pieces: The pieces that merging may give, and their scores.
+    parts: The pieces that may be merged.
+  """
+  parts = set(parts)
+  merges = []
+  for piece, score in pieces.items():
+    for cut in range(len(piece) - 1, 0, -1):
+      if piece[:cut] in parts and piece[cut:] in parts:
+        merges.append((-score, piece[:cut], piece[cut:]))
+  merges.sort(key=lambda merge: merge[0])  # stable: the longer left part stays first
+  return [(left, right) for _, left, right in merges]

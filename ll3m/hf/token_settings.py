@@ -1,0 +1,67 @@
+"""The token ids that config.json and generation_config.json name, kept true to a tokenizer."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ll3m.data.tokenizer import Tokenizer
+from ll3m.data.tokenizer_files import CONFIG, GENERATION_CONFIG
+
+# What `generate()` of transformers reads of both files.
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Generation settings that hold token ids, or text that ends a generation, of one tokenizer.
+_OF_ONE_TOKENIZER = (
+  "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids",
+  "forced_decoder_ids", "sequence_bias", "stop_strings", "suppress_tokens",
+)  # fmt: skip
+
+
+def retarget_settings(folder: epath.Path, tokenizer: Tokenizer) -> None:
+  """Makes the config files of a folder name another tokenizer's ids.
+
+  Settings that hold ids or texts of the earlier tokenizer go; the others stay.
+
+  Args:
+    folder: Where config.json and generation_config.json are, as far as they exist.
+    tokenizer: The new tokenizer.
+  """
+  for name in (CONFIG, GENERATION_CONFIG):
+    if (folder / name).exists():
+      settings = json.loads((folder / name).read_text())
+      settings = {
+        key: value
+        for key, value in settings.items()
+        if not key.endswith("_token_id") and key not in _OF_ONE_TOKENIZER
+      }
+      settings |= token_ids({}, tokenizer)
+      (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def token_ids(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+  """Returns the ids of BOS, EOS and padding to write into a file.
+
+  A model that was trained here ends its texts with the tokenizer's EOS or with the token that ends
+  a turn of its chat template, so generation has to stop at these as well as at those that the
+  file names.
+
+  Args:
+    settings: What the file says already; its ids come first.
+    tokenizer: The run's tokenizer.
+  """
+  named = settings.get("eos_token_id")
+  ends = list(named) if isinstance(named, list) else [] if named is None else [named]
+  # The tokenizer's own first, so that readers that take one id take that.
+  ends += [i for i in (tokenizer.eos_id, *sorted(tokenizer.stop_ids)) if i not in ends]
+  found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
+  if len(found["eos_token_id"]) == 1:
+    (found["eos_token_id"],) = found["eos_token_id"]
+  for key in ("bos_token_id", "pad_token_id"):
+    token = tokenizer.special_tokens.get(key.removesuffix("_id"))
+    value = settings.get(key)
+    if value is None and token is not None:
+      value = tokenizer.token_id(token)
+    if value is not None:
+      found[key] = value
+  return {key: found[key] for key in TOKEN_KEYS if key in found}
