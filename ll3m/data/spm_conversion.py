@@ -20,6 +20,8 @@ from tokenizers import (
 
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "▁"
+# Log probability of pieces that SentencePiece never matches in text: bytes and control tokens.
+_UNREACHABLE = -1e5
 
 
 def parse_model(serialized: bytes, name: str) -> spm.ModelProto:
@@ -44,6 +46,9 @@ def parse_model(serialized: bytes, name: str) -> spm.ModelProto:
 def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
   """Builds the encoder that cuts text as a SentencePiece model does.
 
+  Of a Unigram model, two ways to cut a text may have the same score, as `** *` and `* **` have; the
+  libraries choose differently then.
+
   The pieces that text cannot spell (control tokens) and those that are never cut (user-defined
   ones) become added tokens.
 
@@ -57,18 +62,22 @@ def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
   steps: list[normalizers.Normalizer] = []
   if normalization.precompiled_charsmap:
     steps.append(normalizers.Precompiled(normalization.precompiled_charsmap))
-  if normalization.remove_extra_whitespaces:
-    steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-  if normalization.add_dummy_prefix:
+  shrink, prefix = normalization.remove_extra_whitespaces, normalization.add_dummy_prefix
+  if shrink:
+    steps += [
+      normalizers.Replace(Regex(r" +\z"), ""),
+      normalizers.Replace(Regex(" {2,}"), " "),
+    ]
+  if shrink and not prefix:
+    steps.append(normalizers.Replace(Regex(r"\A "), ""))
+  if prefix and not shrink:
     # Metaspace puts no space before a text that begins with one; SentencePiece does.
     steps.append(normalizers.Replace(Regex(rf"\A(?=[ {_SPACE}])"), " "))
-    scheme = "always" if legacy else "first"
-  else:
-    scheme = "never"
+  scheme = "never" if not prefix else "always" if legacy else "first"
   encoder.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
   encoder.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
   undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-  if normalization.add_dummy_prefix:
+  if prefix:
     undo.append(decoders.Strip(content=" ", left=1))
   encoder.decoder = decoders.Sequence(undo)
   # Found in the text after it was normalised as a whole, so that what is done at its beginning is
@@ -101,7 +110,11 @@ def _model(proto: spm.ModelProto) -> models.Model:
   unknown = next((i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN), None)
   byte_fallback = proto.trainer_spec.byte_fallback
   if proto.trainer_spec.model_type == _UNIGRAM:
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    reachable = (kinds.NORMAL, kinds.USER_DEFINED)
+    pieces = [
+      (piece.piece, piece.score if piece.type in reachable else _UNREACHABLE)
+      for piece in proto.pieces
+    ]
     return models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback)
   vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
   normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}

@@ -10,6 +10,7 @@ text is replaced by that name. So a text is always cut into tokens as a whole.
 """
 
 import bisect
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,7 +38,8 @@ class Tokenizer:
   """Text to token ids and back.
 
   Attributes:
-    bos_id: The token that the family puts before a document; None for none.
+    prefix: The ids that stand before every document: [BOS] or nothing.
+    bos_id: The first of them; None for none.
     eos_id: The token that ends a document.
     stop_ids: The tokens that end a generated text: `eos_id`, those that the checkpoint's
       generation_config.json (else config.json) names, and those that end an assistant's turn.
@@ -62,7 +64,6 @@ class Tokenizer:
     Raises:
       ValueError: a file is damaged, or nothing says which token ends a text.
     """
-    self._files = files
     try:
       source = json.loads(files.encoder)
       added = {token["content"]: token for token in source.get("added_tokens") or []}
@@ -74,6 +75,7 @@ class Tokenizer:
     ids = {content: token["id"] for content, token in added.items()}
     if "eos_token" not in self.special_tokens and end_ids:
       self.special_tokens["eos_token"] = _token_of(end_ids[0], ids, vocabulary)
+    self._files = dataclasses.replace(files, special_tokens=self.special_tokens)
     turns = [
       chat_template.find_turn_tokens(template, self.special_tokens, added)
       for template in self.chat_templates.values()
@@ -95,9 +97,10 @@ class Tokenizer:
         f"{self.special_tokens.get('eos_token')!r}"
       )
     self.eos_id: int = eos
-    # Whether a text starts with BOS is the post-processor's say alone, as in transformers 5.
-    bos = self.token_id(self.special_tokens.get("bos_token", ""))
-    self.bos_id: int | None = bos if bos in self._encoder.encode("").ids else None
+    # What stands before a text is the post-processor's say alone, as in transformers 5.
+    around = self._encoder.encode("").ids
+    self.prefix: list[int] = around[:-1] if around[-1:] == [eos] else around
+    self.bos_id: int | None = self.prefix[0] if self.prefix else None
     self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in ends)})
     vocab = self._encoder.get_vocab(with_added_tokens=True)
     self.vocab_size: int = 1 + max(vocab.values())
@@ -134,11 +137,6 @@ class Tokenizer:
   def chat_template(self) -> str | None:
     """The template of conversations without tools, or None."""
     return self.chat_templates.get("default")
-
-  @property
-  def prefix(self) -> list[int]:
-    """What stands before every document: [BOS] or nothing."""
-    return [] if self.bos_id is None else [self.bos_id]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without BOS and EOS; control tokens in it are plain text."""

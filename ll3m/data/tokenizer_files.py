@@ -157,7 +157,7 @@ def eos_ids(config_dir: epath.Path | None) -> list[int]:
       value = config.get("eos_token_id", [])
       found[file] = [value] if isinstance(value, int) else list(value)
   if len(found) == 2 and found[CONFIG] and set(found[CONFIG]) != set(found[GENERATION_CONFIG]):
-    logging.info(
+    logging.warning(
       "%s: generation ends at the ids %s of %s, as in transformers; %s names %s",
       config_dir, found[GENERATION_CONFIG], GENERATION_CONFIG, CONFIG, found[CONFIG],
     )  # fmt: skip
@@ -284,14 +284,14 @@ def _report_disagreement(
     if len(set(said.values())) > 1:
       winner = next((file for file, named in said.items()
                      if named == found.special_tokens.get(token)), ENCODER)  # fmt: skip
-      logging.info(
+      logging.warning(
         "%s: the %s is %s, from %s, as in transformers (%s)", found.name, token,
         found.special_tokens.get(token), winner,
         "; ".join(f"{file} names {named}" for file, named in said.items()),
       )  # fmt: skip
   template = settings[SETTINGS].get("chat_template")
   if TEMPLATE in companions and template and template != companions[TEMPLATE].decode():
-    logging.info(
+    logging.warning(
       "%s: the chat template is that of %s, as in transformers; %s has another",
       found.name, TEMPLATE, SETTINGS,
     )  # fmt: skip

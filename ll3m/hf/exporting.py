@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from absl import logging
 from etils import epath
 
 from ll3m import families
@@ -158,13 +159,16 @@ def _blocks(
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
   """Loads the tokenizer that travels with a checkpoint; None if there is none that works."""
+  if checkpoint.tokenizer_dir is None:
+    return None
   try:
     return load_tokenizer(
       TokenizerConfig(),
       checkpoint_dir=checkpoint.tokenizer_dir,
       source_dir=checkpoint.source_dir,
     )
-  except (ValueError, OSError, NotImplementedError):  # the command reports it
+  except (ValueError, OSError, NotImplementedError) as error:
+    logging.warning("config.json names only the token ids of its source: %s", error)
     return None
 
 

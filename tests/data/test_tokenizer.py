@@ -89,6 +89,50 @@ def test_extra_tokens_are_appended_and_found_in_text(folder, mistral_model, tmp_
     assert (twice.vocab_size, twice.fingerprint) == (more.vocab_size, more.fingerprint)
 
 
+def test_the_fingerprint_changes_with_the_chat_template(train_tokenizer, tmp_path):
+  found = {
+    load(train_tokenizer(tmp_path / str(i), **settings)).fingerprint
+    for i, settings in enumerate(
+      [{}, {"chat_template": "{{ messages }}"}, {"eos_token": "<s>"}, {"unk_token": "<s>"}]
+    )
+  }
+  assert len(found) == 4
+  again = load(train_tokenizer(tmp_path / "again"))
+  assert again.fingerprint == load(tmp_path / "0").fingerprint
+
+
+def test_ids_that_the_library_would_not_give_are_refused(folder, tmp_path):
+  source = json.loads((folder / "tokenizer.json").read_text())
+  last = max(source["model"]["vocab"].values())
+  added = source["added_tokens"][-1] | {"content": "<gap>", "id": last + 5}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+  for number in (last + 5, last + 1):
+    source["added_tokens"] = [*source["added_tokens"][:4], added | {"id": number}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    if number == last + 1:
+      assert load(tmp_path).token_id("<gap>") == number
+    else:
+      with pytest.raises(ValueError, match=rf"'<gap>' the id {number}, .* number {last + 1}"):
+        load(tmp_path)
+
+
+def test_the_file_that_counts_is_named_where_several_disagree(train_tokenizer, tmp_path, caplog):
+  train_tokenizer(tmp_path)
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>"}))
+  (tmp_path / "chat_template.jinja").write_text("other")
+  (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+  ours = load_tokenizer(TokenizerConfig(), checkpoint_dir=tmp_path, source_dir=tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert ours.special_tokens["eos_token"] == theirs.eos_token == "<s>"
+  assert ours.chat_template == theirs.chat_template == "other"
+  assert ours.stop_ids == {1, 2, ours.token_id("<s>")}
+  messages = [record.getMessage() for record in caplog.records]
+  assert sum("eos_token is <s>, from special_tokens_map.json" in m for m in messages) == 1
+  assert sum("that of chat_template.jinja" in m for m in messages) == 1
+  assert sum("[1, 2] of generation_config.json" in m for m in messages) == 1
+
+
 def test_a_saved_folder_holds_nothing_else(folder, mistral_model, tmp_path):
   load(folder).save(tmp_path)
   (tmp_path / "chat_template.jinja").write_text("stale")
