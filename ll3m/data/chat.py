@@ -85,7 +85,7 @@ def encode(
     transformers.
   """
   ids, loss = tokenizer.encode_rendered(rendered.text, rendered.spans)
-  return np.array(ids, np.int32), np.array(loss, np.int32)
+  return np.array(ids, np.int32), loss
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> list[int]:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from ll3m.data import chat
 from ll3m.data.config import TextField, TextProcessorConfig, parse_fields
@@ -56,22 +57,22 @@ class TextProcessor:
     if isinstance(parts, chat.Rendered):
       document = Document(*chat.encode(self._tokenizer, parts))
     else:
-      ids, loss = self._encode(parts)
-      prefix = self._tokenizer.prefix
-      document = Document(
-        np.array([*prefix, *ids, self._tokenizer.eos_id], np.int32),
-        np.array([*(0 for _ in prefix), *loss, int(parts[-1][1])], np.int32),
-      )
+      prefix, (ids, loss) = self._tokenizer.prefix, self._encode(parts)
+      tokens = np.array([*prefix, *ids, self._tokenizer.eos_id], np.int32)
+      document = Document(tokens, np.zeros_like(tokens))
+      document.loss[len(prefix) : -1] = loss
+      document.loss[-1] = parts[-1][1]  # EOS is learnt with the last field
     if not document.loss[1:].any():  # nothing predicts the first token
       raise Unusable("no token to train on")
     return document
 
-  def _encode(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """Returns the ids of the joined parts, and for each whether it is trained."""
+  def _encode(
+    self, parts: list[tuple[str, bool]]
+  ) -> tuple[list[int], int | Int32[np.ndarray, "n"]]:
+    """Returns the ids of the joined parts, and 1 for those that are trained."""
     text = "".join(part for part, _ in parts)
     if all(learn for _, learn in parts):
-      ids = self._tokenizer.encode(text)
-      return ids, [1] * len(ids)
+      return self._tokenizer.encode(text), 1
     spans, end = [], 0
     for part, learn in parts:
       if learn:

@@ -18,7 +18,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsInt
 
+import numpy as np
+import tokenizers
 from etils import epath
+from jaxtyping import Int32
 
 from ll3m.data import chat_template
 from ll3m.data.config import TOKENIZER_NAMES, TokenizerConfig
@@ -145,7 +148,7 @@ class Tokenizer:
 
   def encode_spans(
     self, text: str, spans: Sequence[tuple[int, int]]
-  ) -> tuple[list[int], list[int]]:
+  ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
     """Tokenises a text as a whole and finds the tokens of some of its parts.
 
     A token belongs to a span if it holds any of its characters, as in the assistant mask of
@@ -159,7 +162,7 @@ class Tokenizer:
       The ids, and for each 1 if it belongs to a span, else 0.
     """
     encoding = self._encoder.encode_batch([text], add_special_tokens=False)[0]
-    return encoding.ids, _overlapping(encoding.offsets, spans)
+    return encoding.ids, _owned_by(spans, encoding)
 
   def quote(self, text: str) -> str:
     """Marks the control strings in a user's text as plain text, for `encode_rendered`."""
@@ -167,7 +170,7 @@ class Tokenizer:
 
   def encode_rendered(
     self, text: str, spans: Sequence[tuple[int, int]] = ()
-  ) -> tuple[list[int], list[int]]:
+  ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
     """Tokenises what a chat template wrote, as `encode_spans`; control tokens in it count.
 
     Args:
@@ -307,12 +310,21 @@ def _token_of(token_id: int, added: dict[str, int], vocabulary: Any) -> str:
   return next((text for text, i in (*added.items(), *items) if i == token_id), "")
 
 
-def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+def _owned_by(
+  spans: Sequence[tuple[int, int]], encoding: tokenizers.Encoding
+) -> Int32[np.ndarray, "n"]:
   """Returns 1 for each token that shares a character with a span, else 0."""
-  starts = [start for start, _ in spans]
-  found = []
-  for first, last in offsets:
-    # The last span that begins before the token ends; those before it end earlier.
-    i = bisect.bisect_left(starts, max(last, first + 1)) - 1
-    found.append(int(i >= 0 and spans[i][1] > first and spans[i][0] < spans[i][1]))
-  return found
+  owned = np.zeros(len(encoding), np.int32)
+  for start, end in spans:
+    # Characters that normalisation removes have no token.
+    held = (encoding.char_to_token(i) for i in range(start, end))
+    first = next((token for token in held if token is not None), None)
+    if first is None:
+      continue
+    held = (encoding.char_to_token(i) for i in range(end - 1, start - 1, -1))
+    last = next(token for token in held if token is not None)
+    # Of a character that is cut into bytes, that was the first token.
+    while last + 1 < len(owned) and encoding.token_to_chars(last + 1)[0] < end:
+      last += 1
+    owned[first : last + 1] = 1
+  return owned
