@@ -51,7 +51,7 @@ def apply_template(
       add_generation_prompt=add_generation_prompt,
       **special_tokens,
     )
-  except (jinja2.TemplateError, TypeError) as error:
+  except Exception as error:  # whatever a stranger's template makes Python raise
     raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 

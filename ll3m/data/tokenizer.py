@@ -25,11 +25,11 @@ from jaxtyping import Int32
 
 from ll3m.data import chat_template
 from ll3m.data.config import TOKENIZER_NAMES, TokenizerConfig
+from ll3m.data.generation_config import eos_ids
 from ll3m.data.sealed_encoder import SEAL, build_sealed
 from ll3m.data.tokenizer_files import (
   ENCODER,
   TokenizerFiles,
-  eos_ids,
   read_tokenizer_files,
 )
 
@@ -71,11 +71,11 @@ class Tokenizer:
       source = json.loads(files.encoder)
       added = {token["content"]: token for token in source.get("added_tokens") or []}
       vocabulary = source["model"]["vocab"]
+      ids = {content: token["id"] for content, token in added.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise ValueError(f"{files.name}/{ENCODER} cannot be read: {error}") from error
     self.chat_templates = files.chat_templates
     self.special_tokens = dict(files.special_tokens)
-    ids = {content: token["id"] for content, token in added.items()}
     if "eos_token" not in self.special_tokens and end_ids:
       self.special_tokens["eos_token"] = _token_of(end_ids[0], ids, vocabulary)
     self._files = dataclasses.replace(files, special_tokens=self.special_tokens)

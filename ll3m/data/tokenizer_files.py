@@ -27,7 +27,6 @@ ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 # What else transformers can make an encoder from.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tokenizer.bpe.model")
@@ -133,35 +132,13 @@ def read_tokenizer_files(
       files[SENTENCEPIECE].read_bytes(), name, settings[SETTINGS], companions
     )
   else:
-    source = files[ENCODER].read_text() if ENCODER in files else None
+    source = _decode(files[ENCODER].read_bytes(), name, ENCODER) if ENCODER in files else None
     if source is not None and _is_plain(source, name, settings, companions):
       found = _read_plain(source, name, settings[SETTINGS], companions)
     else:
       found = _read_with_transformers(folder, companions)
   _report_disagreement(found, settings, companions)
   return found
-
-
-def eos_ids(config_dir: epath.Path | None) -> list[int]:
-  """Returns the ids that end a generated text by the model's own files; [] if they name none.
-
-  As in transformers, generation_config.json counts where it exists, else config.json.
-
-  Args:
-    config_dir: The folder of both.
-  """
-  found: dict[str, list[int]] = {}
-  for file in (CONFIG, GENERATION_CONFIG):
-    if config_dir is not None and (config_dir / file).exists():
-      config = parse_json((config_dir / file).read_bytes(), config_dir / file)
-      value = config.get("eos_token_id", [])
-      found[file] = [value] if isinstance(value, int) else list(value)
-  if len(found) == 2 and found[CONFIG] and set(found[CONFIG]) != set(found[GENERATION_CONFIG]):
-    logging.warning(
-      "%s: generation ends at the ids %s of %s, as in transformers; %s names %s",
-      config_dir, found[GENERATION_CONFIG], GENERATION_CONFIG, CONFIG, found[CONFIG],
-    )  # fmt: skip
-  return found.get(GENERATION_CONFIG, found.get(CONFIG, []))
 
 
 def _from_sentencepiece(
@@ -178,7 +155,7 @@ def _from_sentencepiece(
     raise ValueError(f"SentencePiece model {name} must have an EOS piece, has none")
   encoder = spm_conversion.build_encoder(proto, legacy=bool(settings.get("legacy")))
   found = TokenizerFiles(name, encoder.to_str(), special, {}, sentencepiece=serialized)
-  if companions:
+  if companions and companions.keys() != {CONFIG}:
     # transformers reads what the other files say beside the encoder that we built.
     said = {k: v for k, v in settings.items() if k not in ("tokenizer_class", "auto_map")}
     said = special | said | {"tokenizer_class": _PLAIN_CLASSES[0]}
@@ -245,12 +222,12 @@ def _read_plain(
   source: str, name: str, said: Mapping[str, Any], companions: Mapping[str, bytes]
 ) -> TokenizerFiles:
   if TEMPLATE in companions:
-    templates = {"default": companions[TEMPLATE].decode()}
+    templates = {"default": _decode(companions[TEMPLATE], name, TEMPLATE)}
   else:
     templates = _templates(said.get("chat_template"))
   for file in companions:
     if file.startswith(f"{TEMPLATES}/"):
-      templates[Path(file).stem] = companions[file].decode()
+      templates[Path(file).stem] = _decode(companions[file], name, file)
   return TokenizerFiles(name, source, _named_tokens(said), templates, _travelling(said))
 
 
@@ -290,7 +267,7 @@ def _report_disagreement(
         "; ".join(f"{file} names {named}" for file, named in said.items()),
       )  # fmt: skip
   template = settings[SETTINGS].get("chat_template")
-  if TEMPLATE in companions and template and template != companions[TEMPLATE].decode():
+  if template and TEMPLATE in companions and found.chat_templates.get("default") != template:
     logging.warning(
       "%s: the chat template is that of %s, as in transformers; %s has another",
       found.name, TEMPLATE, SETTINGS,
@@ -315,11 +292,27 @@ def _named_tokens(said: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _templates(template: Any) -> dict[str, str]:
-  if isinstance(template, list):  # several, by name
-    return {item["name"]: item["template"] for item in template}
-  if isinstance(template, dict):
-    return dict(template)
-  return {} if template is None else {"default": template}
+  try:
+    if isinstance(template, list):  # several, by name
+      template = {item["name"]: item["template"] for item in template}
+  except (KeyError, TypeError):
+    pass
+  if template is None:
+    return {}
+  templates = template if isinstance(template, dict) else {"default": template}
+  if not all(isinstance(text, str) for item in templates.items() for text in item):
+    raise ValueError(
+      f"{SETTINGS}: chat_template must be text, or a list of "
+      f'{{"name": ..., "template": ...}}, got {str(template)[:80]!r}'
+    )
+  return dict(templates)
+
+
+def _decode(content: bytes, name: str, file: str) -> str:
+  try:
+    return content.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{name}/{file} is not UTF-8 text: {error}") from error
 
 
 def _parse(source: str, name: str) -> tokenizers.Tokenizer:

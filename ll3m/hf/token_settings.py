@@ -6,8 +6,9 @@ from typing import Any
 
 from etils import epath
 
+from ll3m.data.generation_config import GENERATION_CONFIG
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.tokenizer_files import CONFIG, GENERATION_CONFIG
+from ll3m.data.tokenizer_files import CONFIG
 
 # What `generate()` of transformers reads of both files.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -193,3 +193,41 @@ def test_files_that_are_no_tokenizer(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
     load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "message"),
+  [
+    ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 text"),
+    ("tokenizer.json", b"\xff", r"tokenizer.json is not UTF-8 text"),
+    ("generation_config.json", b'{"eos_token_id": "x"}', "must be an id or a list of ids, got 'x'"),
+    (
+      "tokenizer_config.json",
+      b'{"eos_token": "<s>", "chat_template": [{"name": 1}]}',
+      "chat_template must be text, or a list",
+    ),
+    ("tokenizer_config.json", b'{"chat_template": "{{ messages }}"}', "must name its eos_token"),
+  ],
+)
+def test_damaged_companions_are_named(train_tokenizer, tmp_path, file, content, message):
+  train_tokenizer(tmp_path)
+  (tmp_path / file).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    load_tokenizer(TokenizerConfig(), checkpoint_dir=tmp_path, source_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{% for %}",
+    "{{ 1 / 0 }}",
+    "{{ messages[9].content }}",
+    "{{ raise_exception('no') }}",
+    "{{ x.y.z }}",
+  ],
+)
+def test_a_template_that_cannot_be_rendered_is_no_fault_of_the_tokenizer(
+  train_tokenizer, tmp_path, template
+):
+  tokenizer = load(train_tokenizer(tmp_path, chat_template=template))
+  assert tokenizer.encode("if x") and tokenizer.stop_ids == {tokenizer.eos_id}

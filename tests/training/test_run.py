@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints, whatever tokenizer it used."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -93,4 +94,8 @@ def test_a_run_leaves_the_tokenizer_that_it_used(
   used = leave(source, config, tmp_path / "run")
   again = load_tokenizer(TokenizerConfig(), checkpoint_dir=tmp_path / "run" / "tokenizer")
   assert (again.fingerprint, again.chat_template) == (used.fingerprint, used.chat_template)
-  assert (tmp_path / "run" / "hf" / "config.json").exists()
+  config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+  if asked in ("json", "pieces"):  # another tokenizer's ids would be wrong
+    assert config["eos_token_id"] == used.eos_id
+  else:
+    assert config == json.loads((source.source_dir / "config.json").read_text())

@@ -1,0 +1,37 @@
+"""The ids that end a generated text, by the files of a model."""
+
+import os
+
+from absl import logging
+from etils import epath
+
+from ll3m.data.tokenizer_files import CONFIG, parse_json
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def eos_ids(config_dir: epath.Path | None) -> list[int]:
+  """Returns the ids that end a generated text by the model's own files; [] if they name none.
+
+  As in transformers, generation_config.json counts where it exists, else config.json.
+
+  Args:
+    config_dir: The folder of both.
+  """
+  found: dict[str, list[int]] = {}
+  for file in (CONFIG, GENERATION_CONFIG):
+    if config_dir is not None and (config_dir / file).exists():
+      config = parse_json((config_dir / file).read_bytes(), config_dir / file)
+      value = config.get("eos_token_id", [])
+      found[file] = value if isinstance(value, list) else [value]
+      if not all(type(i) is int for i in found[file]):
+        raise ValueError(
+          f"{os.fspath(config_dir / file)}: eos_token_id must be an id or a list of ids, got "
+          f"{value!r}"
+        )
+  if len(found) == 2 and found[CONFIG] and set(found[CONFIG]) != set(found[GENERATION_CONFIG]):
+    logging.warning(
+      "%s: generation ends at the ids %s of %s, as in transformers; %s names %s",
+      config_dir, found[GENERATION_CONFIG], GENERATION_CONFIG, CONFIG, found[CONFIG],
+    )  # fmt: skip
+  return found.get(GENERATION_CONFIG, found.get(CONFIG, []))
