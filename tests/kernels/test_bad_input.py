@@ -90,6 +90,7 @@ def test_epsilon(epsilon, implementation):
       "rotary_embedding", rotary, "theta",
       [NAN, INF, 0, -1.0, 1e-60, "1e4", jnp.array(1e4), np.array(1e4), None],
     ),
+    ("rotary_embedding", rotary, "scaling_factor", [NAN, INF, 0, 0.5, "2", jnp.ones(()), None]),
     (
       "rotary_embedding", rotary, "rotary_dim",
       [8.0, jnp.array(8), "8", True, np.array(8), 7, 0, -2, 18],

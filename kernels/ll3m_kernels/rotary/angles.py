@@ -23,11 +23,13 @@ class Rotation(NamedTuple):
   Attributes:
     theta: base of the frequencies.
     rotary_dim: R.
+    scaling_factor: what the frequencies are divided by.
     is_inverse: turns back; so do cotangents.
   """
 
   theta: float
   rotary_dim: int
+  scaling_factor: float = 1.0
   is_inverse: bool = False
 
   def inverse(self) -> "Rotation":
@@ -38,11 +40,13 @@ class Rotation(NamedTuple):
 def frequencies(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
   """Returns turns per position: whole 2**-32 turns, int32 [R/2], and the rest, float32 [R/2].
 
-  The inverse frequencies theta**(-2i/R) are rounded to float32, as in every published
-  implementation.
+  The inverse frequencies theta**(-2i/R) are rounded to float32, and again when they are divided by
+  the scaling factor, as in every published implementation.
   """
   exponent = np.arange(0, rotation.rotary_dim, 2) / rotation.rotary_dim
-  radians = (1.0 / rotation.theta**exponent).astype(np.float32)
+  radians = (1.0 / rotation.theta**exponent).astype(np.float32) / np.float32(
+    rotation.scaling_factor
+  )
   turns = radians.astype(np.float64) / (2 * np.pi)
   turns -= np.floor(turns)  # a frequency of several turns (theta < 1) is as good as its last one
   whole = np.rint(turns * 2.0**32)

@@ -34,6 +34,7 @@ def rotary_embedding(
   positions: Int[Array, "B T"],
   *,
   theta: float = 10_000.0,
+  scaling_factor: float = 1.0,
   rotary_dim: int | None = None,
   implementation: str | None = None,
   sharding: Sharding | None = None,
@@ -44,6 +45,7 @@ def rotary_embedding(
 
       y[i] = x[i] cos - x[i + R/2] sin        y[i + R/2] = x[i + R/2] cos + x[i] sin
 
+  With a scaling factor, positions are divided by it (linear scaling; Chen et al., 2023).
   The dimensions from R on pass unchanged. The inverse frequencies are rounded to float32, as in
   every published implementation; their products with the positions are not: angles are reduced
   to one turn exactly, so that cos and sin are within 1e-6 at any position up to 2**20.
@@ -58,6 +60,7 @@ def rotary_embedding(
       are taken, but less exactly. Those that do not are refused, except in traced 64-bit arrays,
       whose values are not at hand: they are taken modulo 2**32.
     theta: base of the frequencies, at least 1e-3 (below, float64 does not hold them).
+    scaling_factor: what positions are divided by, at least 1.
     rotary_dim: R, even; the whole head by default.
     implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32, and heads of
       at most 512. None takes "xla" for fewer than 128 tokens a row, as in decoding.
@@ -70,7 +73,9 @@ def rotary_embedding(
     ValueError: shapes, dtypes, positions or options that do not fit.
     NotImplementedError: the named implementation cannot serve an argument.
   """
-  plan = make_plan(query, key, positions, theta, rotary_dim, implementation, sharding)
+  plan = make_plan(
+    query, key, positions, theta, scaling_factor, rotary_dim, implementation, sharding
+  )
   query, key, positions = plan.arrays
   # Each like the positions, not like each other: keys that devices share stay shared.
   (query, _), (key, _) = vary_alike(query, positions), vary_alike(key, positions)
@@ -145,6 +150,7 @@ def make_plan(
   key: Any,
   positions: Any,
   theta: Any,
+  scaling_factor: Any,
   rotary_dim: Any,
   implementation: Any,
   sharding: Any,
@@ -152,7 +158,7 @@ def make_plan(
   """Checks the arguments of a call, named as there, and settles what runs."""
   query, key = floating("query", query), floating("key", key)
   positions = int32_ids("positions", positions)
-  rotation = _check(query, key, positions, theta, rotary_dim)
+  rotation = _check(query, key, positions, theta, scaling_factor, rotary_dim)
   check_sharding(sharding)
   if sharding is not None:
     sharding.check_batch("query", query.shape)
@@ -188,7 +194,9 @@ def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
   return None
 
 
-def _check(query: Any, key: Any, positions: Any, theta: Any, rotary_dim: Any) -> Rotation:
+def _check(
+  query: Any, key: Any, positions: Any, theta: Any, scaling_factor: Any, rotary_dim: Any
+) -> Rotation:
   if len(query.shape) != 4 or len(key.shape) != 4 or key.shape[:2] != query.shape[:2]:
     raise ValueError(
       f"query and key must be [B, T, heads, H] with one B and T, got {query.shape} and {key.shape}"
@@ -201,4 +209,6 @@ def _check(query: Any, key: Any, positions: Any, theta: Any, rotary_dim: Any) ->
   rotary_dim = head_dim if rotary_dim is None else whole_number("rotary_dim", rotary_dim)
   if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
     raise ValueError(f"rotary_dim must be even and within 2..{head_dim}, got {rotary_dim}")
-  return Rotation(finite_number("theta", theta, at_least=_LEAST_THETA), rotary_dim)
+  theta = finite_number("theta", theta, at_least=_LEAST_THETA)
+  factor = finite_number("scaling_factor", scaling_factor, at_least=1)
+  return Rotation(theta, rotary_dim, factor)

@@ -39,6 +39,12 @@ def test_values_and_gradients(batch, length, heads, size, rotary_dim):
   check(arrays, positions, rotary_dim=rotary_dim)
 
 
+@pytest.mark.parametrize("factor", [1.5, 4.0, 1e6])
+def test_positions_divided_by_a_factor(factor):
+  arrays, positions = draw(2, 21, (2, 1), 16, most=LAST)
+  check(arrays, positions, rotary_dim=12, scaling_factor=factor)
+
+
 @pytest.mark.parametrize("model", shapes.ROTARY)
 def test_the_models_shapes(model):
   shape = shapes.ROTARY[model]
