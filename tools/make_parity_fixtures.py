@@ -192,6 +192,9 @@ _PHI = {
 VARIANTS = {
   "llama2": Variant(_LLAMA_2, length=21, buffers=True),
   "llama2_modern": Variant(_LLAMA_2 | {"torch_dtype": "float32"}, length=21, modern=True),
+  "llama2_linear": Variant(  # as LongChat and Vicuna 16k: positions divided by a factor
+    _LLAMA_2 | {"rope_scaling": {"type": "linear", "factor": 4.0}}, length=27
+  ),
   "tiny_llama": Variant(_TINY_LLAMA, length=26, shards=3),
   "open_llama": Variant(_OPEN_LLAMA, length=17, form="bin", buffers=True),
   "open_llama_sharded": Variant(_OPEN_LLAMA, length=17, form="bin", shards=2, buffers=True),
@@ -221,6 +224,16 @@ VARIANTS = {
       "torch_dtype": "float32",
     },
     length=33,
+    modern=True,
+  ),
+  "phi_linear": Variant(
+    _PHI
+    | {
+      "num_hidden_layers": 1,
+      "rope_scaling": {"type": "linear", "factor": 2.5},
+      "torch_dtype": "float32",
+    },
+    length=25,
     modern=True,
   ),
 }

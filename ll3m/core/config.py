@@ -35,6 +35,7 @@ class ModelConfig:
     parallel_block: x + attention(norm(x)) + mlp(norm(x)) with one norm (GPT-J, Phi).
     use_bias: every projection has a bias, the head included.
     rope_theta: base of the rotary frequencies (Su et al., 2021).
+    rope_scaling_factor: positions are divided by it (Chen et al., 2023, position interpolation).
     rotary_fraction: share of head_dim that is rotated.
     sliding_window: how many keys a query sees, itself included; None sees all before it.
     tie_embeddings: the head is the transposed embedding.
@@ -57,6 +58,7 @@ class ModelConfig:
   parallel_block: bool = False
   use_bias: bool = False
   rope_theta: float = 10_000.0
+  rope_scaling_factor: float = 1.0
   rotary_fraction: float = 1.0
   sliding_window: int | None = None
   tie_embeddings: bool = False
@@ -92,6 +94,8 @@ class ModelConfig:
         f"rotary_fraction must rotate an even number of the {self.head_dim} head dimensions, "
         f"got {self.rotary_fraction} ({self.rotary_dim} of them)"
       )
+    if self.rope_scaling_factor < 1:
+      raise ValueError(f"rope_scaling_factor must be at least 1, got {self.rope_scaling_factor}")
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
 

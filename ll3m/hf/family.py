@@ -5,9 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ll3m.core.config import ModelConfig, check_type
+from ll3m.hf.known_keys import check_keys
 from ll3m.hf.mapping import Rule
+from ll3m.hf.quantisation import CONFIG_KEYS as QUANTISATION_KEYS
+from ll3m.hf.quantisation import refuse_quantised_config
+from ll3m.hf.rope import KEYS as ROPE_KEYS
+from ll3m.hf.rope import Rope, read_rope
+from ll3m.hf.rope import to_hf as rope_to_hf
 
 REQUIRED = object()
+
+# What every family reads beside its own keys.
+_READ_KEYS = ("model_type", "architectures", "hidden_act", "hidden_activation", *QUANTISATION_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Family:
       ValueError: a required key is missing or a value makes no sense.
       NotImplementedError: the file asks for something that the decoder does not do.
     """
+    refuse_quantised_config(hf)
+    self._check_architecture(hf)
     fields = dict(self.switches)
     for key in self.keys:
       value = hf.get(key.hf)
@@ -86,15 +97,15 @@ class Family:
         raise NotImplementedError(
           f"config.json has {name}={hf[name]!r}; {self.name} models here support {expected!r} only"
         )
-    rope = _rope_parameters(hf)
-    fields["rope_theta"] = rope.get("rope_theta", 10_000.0)
-    check_type("rope_theta", fields["rope_theta"], "rope_theta of config.json")
-    fraction = rope.get("partial_rotary_factor")
+    rope = read_rope(hf)
+    fields |= {"rope_theta": rope.theta, "rope_scaling_factor": rope.scaling_factor}
     if "rotary_fraction" in fields:
-      fields["rotary_fraction"] = fields["rotary_fraction"] if fraction is None else fraction
-    elif fraction not in (None, 1, 1.0):
+      if rope.fraction is not None:
+        fields["rotary_fraction"] = rope.fraction
+    elif rope.fraction not in (None, 1):
       raise NotImplementedError(
-        f"config.json has partial_rotary_factor={fraction}; {self.name} models rotate whole heads"
+        f"config.json has partial_rotary_factor={rope.fraction}; {self.name} models rotate whole "
+        f"heads"
       )
     fields["activation"] = self._activation(hf)
     if fields.get("num_kv_heads") is None:
@@ -106,7 +117,10 @@ class Family:
           f"of num_attention_heads {fields['num_heads']}"
         )
       fields["head_dim"] = fields["d_model"] // fields["num_heads"]
-    return ModelConfig.from_dict(fields)
+    config = ModelConfig.from_dict(fields)
+    used = {key.hf for key in self.keys} | self.fixed.keys() | {*_READ_KEYS, *ROPE_KEYS}
+    check_keys(hf, used, config, self.name)
+    return config
 
   def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
     """Writes the config.json of a model: the inverse of `from_hf_config`.
@@ -122,10 +136,8 @@ class Family:
     hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
     hf |= {key.hf: getattr(config, key.ours) for key in self.keys}
     hf |= dict(self.fixed) | {"hidden_act": activation}
-    rope = {"rope_theta": config.rope_theta}
-    if "rotary_fraction" in self.switches:
-      rope["partial_rotary_factor"] = config.rotary_fraction
-    hf |= rope | {"rope_parameters": {"rope_type": "default"} | rope}
+    fraction = config.rotary_fraction if "rotary_fraction" in self.switches else None
+    hf |= rope_to_hf(Rope(config.rope_theta, config.rope_scaling_factor, fraction))
     if "head_dim" not in hf and config.head_dim * config.num_heads != config.d_model:
       raise ValueError(
         f"a {self.name} model has head_dim = d_model / num_heads ({config.d_model} / "
@@ -140,6 +152,16 @@ class Family:
         )
     return hf
 
+  def _check_architecture(self, hf: Mapping[str, Any]) -> None:
+    """Raises if the file's weights are another class's: another head, or attention both ways."""
+    names = hf.get("architectures") or [self.architecture]
+    # Files of early 2023 write LLaMAForCausalLM.
+    if [str(name).lower() for name in names] != [self.architecture.lower()]:
+      raise NotImplementedError(
+        f"config.json has architectures={names!r}; of {self.name} models only "
+        f"{self.architecture} is supported"
+      )
+
   def _activation(self, hf: Mapping[str, Any]) -> str:
     # Gemma's files of 2024 have both keys, and the second one is right.
     name = hf.get("hidden_activation") or hf.get("hidden_act") or next(iter(self.activations))
@@ -148,22 +170,10 @@ class Family:
         f"config.json has the activation {name!r}; {self.name} models here support "
         f"{', '.join(self.activations)}"
       )
+    other = hf.get("hidden_act") or name
+    if self.activations.get(other) != self.activations[name]:
+      raise ValueError(
+        f"config.json has hidden_activation={name!r} and hidden_act={other!r}, which contradict "
+        f"each other; keep the right one"
+      )
     return self.activations[name]
-
-
-def _rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """Joins the two styles of rotary parameters; refuses scaled ones."""
-  nested = {}
-  for name in ("rope_scaling", "rope_parameters"):
-    value = hf.get(name) or {}
-    if not isinstance(value, Mapping):
-      raise ValueError(f"{name} of config.json must be an object or null, got {value!r}")
-    nested |= value
-  kind = nested.get("rope_type", nested.get("type", "default"))
-  if kind not in ("default", None):
-    raise NotImplementedError(
-      f"config.json asks for rotary scaling of type {kind!r}; only unscaled rotary embeddings "
-      f"are supported"
-    )
-  top = {k: hf[k] for k in ("rope_theta", "partial_rotary_factor") if hf.get(k) is not None}
-  return top | nested

@@ -62,6 +62,7 @@ class Attention(hk.Module):
       key,
       positions,
       theta=config.rope_theta,
+      scaling_factor=config.rope_scaling_factor,
       rotary_dim=config.rotary_dim,
       **self._kernels.options,
     )

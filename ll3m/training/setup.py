@@ -84,7 +84,7 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
 
 
 # Fields that may change without making another set of weights.
-_FREE = ("max_positions", "sliding_window", "rope_theta", "norm_epsilon")
+_FREE = ("max_positions", "sliding_window", "rope_theta", "rope_scaling_factor", "norm_epsilon")
 
 
 def check_same_model(

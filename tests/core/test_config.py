@@ -57,6 +57,7 @@ def test_dict_round_trip_through_json():
     ({"norm_epsilon": 0.0}, "norm_epsilon must be positive, got 0.0"),
     ({"norm_epsilon": float("nan")}, "norm_epsilon must be finite, got nan"),
     ({"rope_theta": float("inf")}, "rope_theta must be finite, got inf"),
+    ({"rope_scaling_factor": 0.5}, "rope_scaling_factor must be at least 1, got 0.5"),
     ({"norm_scale_offset": float("nan")}, "norm_scale_offset must be finite, got nan"),
     ({"rotary_fraction": float("nan")}, "rotary_fraction must be finite"),
     ({"d_ff": 2.5}, "d_ff must be int, got 2.5"),

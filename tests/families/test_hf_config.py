@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import LlamaConfig
 
 from ll3m import families
 
@@ -75,6 +76,37 @@ def test_rope_theta_in_every_style(rope):
 @pytest.mark.parametrize(
   "rope",
   [
+    {"rope_scaling": {"type": "linear", "factor": 4}},
+    {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    {"rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 64}},
+    {
+      "rope_theta": 1e4,
+      "rope_scaling": {"type": "linear", "factor": 4.0},
+      "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+    },
+  ],
+)
+def test_linear_scaling_in_every_style(rope):
+  """And transformers reads what we write of it as it read the file."""
+  config = read(LLAMA, **rope)
+  assert config.rope_scaling_factor == 4.0
+  written = families.FAMILIES["llama"].to_hf_config(config)
+  assert families.from_hf_config(written).config == config
+  expected = {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
+  for file in (LLAMA | rope, written):
+    parameters = LlamaConfig(**file).rope_parameters
+    assert {key: parameters[key] for key in expected} == expected
+
+
+def test_a_factor_of_one_scales_nothing():
+  for parameters in ({"type": "linear", "factor": 1.0}, {"factor": 1.0}, {}):
+    assert read(LLAMA, rope_scaling=parameters).rope_scaling_factor == 1.0
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
     {"partial_rotary_factor": 0.4},
     {"rope_parameters": {"partial_rotary_factor": 0.4, "rope_type": "default"}},
   ],
@@ -121,6 +153,25 @@ def test_tied_llama():
     (LLAMA | {"rope_theta": "big"}, "rope_theta of config.json must be float, got 'big'"),
     (LLAMA | {"rope_scaling": "linear"}, "rope_scaling of config.json must be an object or null"),
     (LLAMA | {"rope_parameters": [2.0]}, "rope_parameters of config.json must be an object"),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, "the type 'linear' and no factor"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "must be float, got '4'"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, got 0.5"),
+    (
+      LLAMA | {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+      "rope_type='default' and type='linear', which contradict each other",
+    ),
+    (
+      LLAMA
+      | {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+      },
+      "which contradict each other; keep the right one",
+    ),
+    (
+      PHI | {"hidden_activation": "gelu"},
+      "hidden_activation='gelu' and hidden_act='gelu_new', which contradict each other",
+    ),
   ],
 )
 def test_refuses_what_makes_no_sense(hf, message):
@@ -136,8 +187,27 @@ def test_refuses_what_makes_no_sense(hf, message):
     (LLAMA | {"hidden_act": "relu"}, "the activation 'relu'"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     (PHI | {"qk_layernorm": True}, "qk_layernorm=True"),
-    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
     (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "type 'llama3'"),
+    (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
+    (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+    (LLAMA | {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "type 'su'"),
+    (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "type 'longrope'"),
+    (LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "type 'mrope'"),
+    (LLAMA | {"rope_scaling": {"type": ["linear"]}}, "type ['linear']"),
+    (LLAMA | {"rope_scaling": {"factor": 2.0}}, "factor=2.0 and no type of scaling"),
+    (LLAMA | {"rope_parameters": {"rope_type": "default", "factor": 2}}, "factor=2 and no type"),
+    (
+      LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+      "full_attention={'rope_type': 'default'}, not known to ll3m",
+    ),
+    (
+      LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 0.9}},
+      "attention_factor=0.9, not known to ll3m",
+    ),
+    (
+      LLAMA | {"architectures": ["LlamaForSequenceClassification"]},
+      "architectures=['LlamaForSequenceClassification']; of llama models only LlamaForCausalLM",
+    ),
   ],
 )
 def test_refuses_what_the_decoder_does_not_do(hf, message):

@@ -1,0 +1,171 @@
+"""Every key of a config.json is used, known to be irrelevant, or refused by its name.
+
+Oracles: the fields of transformers' own configurations, and config.json files as published.
+"""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from transformers import (
+  GemmaConfig,
+  GenerationConfig,
+  LlamaConfig,
+  MistralConfig,
+  PhiConfig,
+  PreTrainedConfig,
+)
+
+from ll3m import families
+from tests.families.test_hf_config import GEMMA, LLAMA, MISTRAL, PHI, read, without
+
+CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "phi": PhiConfig}
+FILES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "phi": PHI}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_reads_what_transformers_writes(name):
+  """All fields of the family's class, with the values that it gives them."""
+  written = CLASSES[name](**FILES[name]).to_dict()
+  fields = {field.name for field in dataclasses.fields(CLASSES[name])}
+  assert fields <= written.keys() | {"torch_dtype"}
+  assert read(json.loads(json.dumps(written))) == read(FILES[name])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_settings_of_no_consequence_are_ignored(name):
+  hf = FILES[name]
+  common = {f.name: "?" for f in dataclasses.fields(PreTrainedConfig)}
+  settings = GenerationConfig(
+    temperature=0.3, top_p=0.9, do_sample=True, max_length=99, eos_token_id=[1, 2]
+  ).to_dict()
+  older = {
+    "_name_or_path": "a/b", "torch_dtype": "bfloat16", "torchscript": False, "pretraining_tp": 2,
+    "auto_map": {"AutoConfig": "a.B"}, "unsloth_fixed": True, "_attn_implementation": "sdpa",
+    "id2label": {"0": "x"}, "num_labels": 1, "task_specific_params": {"a": 1}, "is_decoder": True,
+    "attention_dropout": 0.1, "use_return_dict": True, "max_sequence_length": 2048,
+    "image_token_id": 3, "initializer_range": 0.5,
+  }  # fmt: skip
+  own = {key: hf[key] for key in hf} | {"architectures": None, "is_encoder_decoder": False}
+  assert read(common | settings | older | own) == read(hf)
+
+
+PUBLISHED = {  # of the hub, with sizes made small
+  "TinyLlama": LLAMA
+  | {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02,
+    "pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "float32",
+    "tie_word_embeddings": False, "transformers_version": "4.35.0", "use_cache": True,
+  },
+  "decapoda": LLAMA
+  | {
+    "architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1,
+    "max_sequence_length": 2048, "pad_token_id": -1, "torch_dtype": "float16",
+    "transformers_version": "4.27.0.dev0",
+  },
+  "SmolLM2": LLAMA
+  | {
+    "is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "mlp_bias": False,
+  },
+  "zephyr": MISTRAL
+  | {"sliding_window": 9, "_flash_attn_2_enabled": True, "attention_dropout": 0.0},
+  "gemma": GEMMA | {"hidden_activation": "gelu_pytorch_tanh", "rope_scaling": None},
+  "phi-2": PHI
+  | {
+    "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.1, "partial_rotary_factor": 0.4,
+    "auto_map": {"AutoConfig": "configuration_phi.PhiConfig"}, "qk_layernorm": False,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read(name):
+  assert read(PUBLISHED[name]).vocab_size == 100
+
+
+@pytest.mark.parametrize(
+  ("hf", "neutral", "others"),
+  [
+    (LLAMA, {"is_causal": True}, [{"is_causal": False}]),
+    (GEMMA, {"use_bidirectional_attention": False}, [{"use_bidirectional_attention": True},
+     {"use_bidirectional_attention": "all"}]),
+    (LLAMA, {"is_encoder_decoder": False}, [{"is_encoder_decoder": True}]),
+    (LLAMA, {"add_cross_attention": False}, [{"add_cross_attention": True}]),
+    (LLAMA, {"pruned_heads": {}}, [{"pruned_heads": {"0": [1]}}]),
+    (MISTRAL, {"attention_bias": False}, [{"attention_bias": True}]),
+    (PHI, {"head_dim": 12}, [{"head_dim": 16}]),
+    (LLAMA, {"sliding_window": None}, [{"sliding_window": 4096}]),
+    (LLAMA, {"use_sliding_window": False}, [{"use_sliding_window": True}]),
+    (MISTRAL, {"use_sliding_window": True}, [{"use_sliding_window": False}]),
+    (LLAMA, {"max_window_layers": 1}, []),
+    (MISTRAL | {"sliding_window": None}, {"max_window_layers": 1}, []),
+    (MISTRAL, {}, [{"max_window_layers": 1}]),
+    (LLAMA, {"layer_types": ["full_attention"] * 2},
+     [{"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": []}]),
+    (MISTRAL, {"layer_types": ["sliding_attention"] * 2},
+     [{"layer_types": ["full_attention"] * 2}]),
+    (LLAMA, {"no_rope_layers": [1, 1]}, [{"no_rope_layers": [1, 0]}]),
+    (LLAMA, {"rope_interleaved": False}, [{"rope_interleaved": True}]),
+    (GEMMA, {"attn_logit_softcapping": None}, [{"attn_logit_softcapping": 50.0}]),
+    (GEMMA, {"final_logit_softcapping": None}, [{"final_logit_softcapping": 30.0}]),
+    (GEMMA, {"query_pre_attn_scalar": 16}, [{"query_pre_attn_scalar": 144}]),
+    (LLAMA, {"attention_multiplier": 8**-0.5}, [{"attention_multiplier": 0.1}]),
+    (LLAMA, {"embedding_multiplier": 1.0}, [{"embedding_multiplier": 12.0}]),
+    (LLAMA, {"residual_multiplier": 1.0}, [{"residual_multiplier": 0.2}]),
+    (LLAMA, {"logit_scale": 1.0}, [{"logit_scale": 0.06}]),
+    (LLAMA, {"logits_scaling": 1}, [{"logits_scaling": 8.0}]),
+    (LLAMA, {"num_local_experts": 0, "num_experts_per_tok": 0}, [{"num_local_experts": 8}]),
+    (LLAMA, {"clip_qkv": None}, [{"clip_qkv": 8.0}]),
+  ],
+)  # fmt: skip
+def test_settings_that_count_are_refused_unless_neutral(hf, neutral, others):
+  assert read(hf, **neutral) == read(hf)
+  for other in others:
+    ((key, value),) = other.items()
+    with pytest.raises(NotImplementedError, match=re.escape(f"config.json has {key}={value!r}")):
+      families.from_hf_config(hf | other)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_key_that_nobody_knows_is_refused(name):
+  strange = {"mystery_scale": 2.0, "per_layer_config": {"0": {}}, "rms_norm_epsilon": 1e-3}
+  with pytest.raises(NotImplementedError) as error:
+    families.from_hf_config(FILES[name] | strange)
+  for part in ("mystery_scale=2.0", "per_layer_config={'0': {}}", "rms_norm_epsilon=0.001",
+               "not known to ll3m", "from config.json if not"):  # fmt: skip
+    assert part in str(error.value)
+  assert read(FILES[name], mystery_scale=None) == read(FILES[name])
+
+
+def test_a_misspelt_key_gets_a_suggestion():
+  with pytest.raises(NotImplementedError, match=r"did you mean 'rms_norm_eps'\?"):
+    families.from_hf_config(without(LLAMA, "rms_norm_eps") | {"rms_norm_epsilon": 1e-5})
+
+
+@pytest.mark.parametrize(
+  ("settings", "method"),
+  [
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "'fp8'"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
+    ({"quantization_config": {"load_in_8bit": True}}, "'bitsandbytes'"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "'compressed-tensors'"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4'"),
+    ({"quantization": {"bits": 4, "group_size": 64}}, "not named; it has bits, group_size"),
+    ({"compression_config": {"format": "int-quantized"}}, "not named; it has format"),
+    ({"quantization_config": "int8"}, "'int8'"),
+  ],
+)
+def test_quantised_models_are_refused_by_their_method(settings, method):
+  (key,) = settings
+  part = re.escape(f"config.json has a {key} (quant_method {method})")
+  with pytest.raises(NotImplementedError, match=f"{part}.*convert the unquantised model"):
+    families.from_hf_config(LLAMA | settings)
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_an_empty_quantisation_is_none(value):
+  assert read(LLAMA, quantization_config=value) == read(LLAMA)
