@@ -36,17 +36,17 @@ def main() -> None:
   """Exports a model, and says what was done."""
   config = flags.read("", ExportConfig)
 
-  from ll3m.core.checkpoint import open_checkpoint
   from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.exporting import export_model, parse_size
+  from ll3m.hf.sources import open_converted
 
   if config.checkpoint.startswith("hf::"):
     raise ValueError(
       f"--checkpoint must be a converted folder or a run, got {config.checkpoint}, which is a "
       f"Hugging Face folder already"
     )
-  checkpoint = open_checkpoint(config.checkpoint, verify=config.verify)
+  checkpoint = open_converted(config.checkpoint, verify=config.verify)
   with writing(config.output_dir):
     done = export_model(
       checkpoint,

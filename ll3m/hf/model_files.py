@@ -14,10 +14,11 @@ from ll3m import families
 from ll3m.core import checkpoint
 from ll3m.core.config import ModelConfig
 from ll3m.core.storage import is_remote
-from ll3m.hf import torch_bin, weights
+from ll3m.hf import folders, torch_bin, weights
 from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec
 from ll3m.hf.matching import listing, match_tensors
+from ll3m.hf.quantisation import refuse_quantised_tensors
 from ll3m.hf.tensors import LazyTensor
 
 CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
@@ -98,7 +99,8 @@ def open_model(
 
   Raises:
     ValueError: config and weights, or config and preset, contradict each other; damaged files.
-    NotImplementedError: a format or an architecture that is not supported.
+    NotImplementedError: a format or an architecture that is not supported, an adapter, or
+      quantised weights.
     FileNotFoundError: no such folder, or nothing in it to convert.
   """
   if is_remote(path):
@@ -131,6 +133,7 @@ def open_model(
       if file.is_file()
     }
     tensors, problems = _read_headers(path, kind)
+    refuse_quantised_tensors(tensors, str(path))
   found = _resolve(expected, hf_config, path)
   match = match_tensors(*found, tensors, str(path), problems)
   return HfModel(
@@ -143,12 +146,15 @@ def detect_type(path: Path) -> str:
 
   Raises:
     ValueError: a file that is no GGUF.
+    NotImplementedError: a folder with something else: an adapter, weights of another format.
     FileNotFoundError: a folder without weights.
   """
   if path.is_file():
     if path.suffix != ".gguf":
       raise ValueError(f"expected a folder or a .gguf file, got {path}")
     return "gguf"
+  if other := folders.other_kind(path):
+    raise NotImplementedError(other)
   for kind, pattern in zip(CHECKPOINT_TYPES, ("*.safetensors*", "*.bin*", "*.gguf"), strict=True):
     if any(path.glob(pattern)):
       return kind

@@ -14,6 +14,7 @@ from ll3m import families
 from ll3m.core import checkpoint, parameter_store
 from ll3m.core.checkpoint import Params
 from ll3m.core.config import ModelConfig
+from ll3m.hf import folders
 from ll3m.hf.mapping import parameter_shapes
 from ll3m.hf.matching import check_parameters
 from ll3m.hf.model_files import HfModel, detect_type, open_model
@@ -63,7 +64,7 @@ def open_source(name: str, *, verify: bool = True) -> ModelSource:
   """
   if name.startswith(_HF_PREFIX):
     return _open_published(name.removeprefix(_HF_PREFIX))
-  found = checkpoint.open_checkpoint(name, verify=verify)
+  found = open_converted(name, verify=verify)
   return ModelSource(
     path=found.path,
     family=found.family,
@@ -74,6 +75,29 @@ def open_source(name: str, *, verify: bool = True) -> ModelSource:
     load_params=functools.partial(_restore, found),
     save_companions=functools.partial(_copy_companions, found),
   )
+
+
+def open_converted(path: str, *, verify: bool = True) -> checkpoint.Checkpoint:
+  """Opens what is ours: a converted folder, a run's output_dir or one step folder.
+
+  Args:
+    path: The folder.
+    verify: Whether files are compared with the checksums that were saved with them.
+
+  Raises:
+    FileNotFoundError: There is no such folder.
+    ValueError: It is not a complete model, or a damaged one; of other kinds of folder (a published
+      model, an adapter) the message says what they are.
+  """
+  try:
+    return checkpoint.open_checkpoint(path, verify=verify)
+  except ValueError as error:
+    folder = checkpoint.absolute(path)
+    ours = (folder / checkpoint.MANIFEST, folder / checkpoint.STEPS, folder / checkpoint.META)
+    kind = None if any(file.exists() for file in ours) else folders.published_kind(folder)
+    if kind is None:
+      raise
+    raise ValueError(kind) from error
 
 
 def _restore(found: checkpoint.Checkpoint, dtype: Any = None, shardings: Any = None) -> Params:
