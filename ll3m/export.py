@@ -62,7 +62,8 @@ def main() -> None:
     print(f"the tokenizer was exported as it is: {fault}")
   print(
     f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "
-    f"tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {config.output_dir}"
+    f"tensors of {' and '.join(done.dtypes)}, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) "
+    f"to {config.output_dir}"
   )
 
 

@@ -1,5 +1,6 @@
 """Writes a model of ours as a Hugging Face folder: the rules of conversion run backwards."""
 
+import collections
 import json
 import os
 import re
@@ -34,10 +35,19 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Export(NamedTuple):
-  """What was written."""
+  """What was written.
+
+  Attributes:
+    tensors: Number of tensors.
+    parameters: Number of values in them.
+    dtypes: Names of their dtypes, the most frequent first.
+    nbytes: Size of the tensors in bytes.
+    seconds: Time that it took.
+  """
 
   tensors: int
   parameters: int
+  dtypes: tuple[str, ...]
   nbytes: int
   seconds: float
 
@@ -114,7 +124,9 @@ def export_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     raise
   count = sum(int(np.prod(info.shape)) for info in tensors.values())
-  return Export(len(tensors), count, nbytes, time.perf_counter() - start)
+  dtypes = collections.Counter(info.dtype.name for info in tensors.values())
+  names = tuple(name for name, _ in dtypes.most_common())
+  return Export(len(tensors), count, names, nbytes, time.perf_counter() - start)
 
 
 def _check_output(output: Path) -> None:

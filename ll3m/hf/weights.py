@@ -122,11 +122,11 @@ def _header(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[bytes, dict[str,
 
 
 class SafetensorsWriter:
-  """Writes a model as one or more safetensors files with an index, in pieces of any order.
+  """Writes a model as one safetensors file, or as several with an index, in pieces of any order.
 
   Within a file tensors lie as the safetensors library lays them out, by falling dtype size and
   then by name. The index is written on leaving the `with` block, and only if nothing was raised
-  and every value was written.
+  and every value was written; a single file has none, as transformers writes it.
   """
 
   def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int):
@@ -189,6 +189,8 @@ class SafetensorsWriter:
       return
     if incomplete := sorted(name for name, count in self._unwritten.items() if count):
       raise ValueError(f"tensors were not written completely: {', '.join(incomplete)}")
+    if len(self._files) == 1:
+      return
     index = {
       "metadata": {"total_size": sum(info.nbytes for info in self._tensors.values())},
       "weight_map": {name: self._places[name][0] for name in sorted(self._places)},

@@ -50,7 +50,8 @@ def test_convert_then_export_gives_the_very_file(
   for name, values in expected.items():
     assert (found[name].dtype, found[name].shape) == (values.dtype, values.shape)
     assert found[name].tobytes() == values.tobytes(), name
-  assert done.tensors == len(expected)
+  assert (done.tensors, done.dtypes) == (len(expected), (np.dtype(dtype).name,))
+  assert not list(output.glob("*.index.json"))  # one file needs none
   config = json.loads((output / "config.json").read_text())
   assert families.from_hf_config(config) == (tiny.family, tiny.config)
   assert config["bos_token_id"] == 1 and config["eos_token_id"] == 2
