@@ -17,7 +17,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from ll3m.hf.gguf_tokenizer import tokenizer_files
+from ll3m.hf.gguf_metadata import Metadata
+from ll3m.hf.gguf_tokenizer import generation_config, token_ids, tokenizer_files
 from ll3m.hf.tensors import Index, LazyTensor, describe_wrong_file
 
 _NAMES = {
@@ -50,11 +51,13 @@ class GgufFile:
 
   Attributes:
     config: a config.json.
+    generation_config: a generation_config.json: the special tokens, and all that end an answer.
     tensors: by their Hugging Face names, dequantised (to float32) when they are read.
     tokenizer_files: makers of the tokenizer's files, by name.
   """
 
   config: dict[str, Any]
+  generation_config: dict[str, Any]
   tensors: dict[str, LazyTensor]
   tokenizer_files: dict[str, Callable[[], bytes]]
 
@@ -71,8 +74,13 @@ def open_gguf(path: Path) -> GgufFile:
   except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
     wrong = describe_wrong_file(path) or f"truncated or not a GGUF file ({error})"
     raise ValueError(f"{path} is {wrong}") from error
-  metadata = _Metadata(path, reader)
+  metadata = Metadata(path, reader)
   architecture = metadata.get("general.architecture")
+  if metadata.get("general.type", "model") == "adapter":
+    raise NotImplementedError(
+      f"{path} holds a {metadata.get('adapter.type', 'LoRA')} adapter, not a model: merge it into "
+      f"its base (llama.cpp's llama-export-lora) and give the merged file"
+    )
   if architecture != "llama":
     raise NotImplementedError(f"{path} is of architecture {architecture!r}, expected 'llama'")
   if metadata.get("split.count", 1) > 1:
@@ -80,7 +88,9 @@ def open_gguf(path: Path) -> GgufFile:
   if metadata.get("llama.expert_count", 0):
     raise NotImplementedError(f"{path} is a mixture of experts, which is not supported")
   tensors = {tensor.name: tensor for tensor in reader.tensors}
+  _drop_neutral_frequencies(tensors, path)
   config = _hf_config(metadata, tensors)
+  metadata.check(config)
   heads = {
     "attn_q": config["num_attention_heads"],
     "attn_k": config["num_key_value_heads"],
@@ -93,41 +103,28 @@ def open_gguf(path: Path) -> GgufFile:
       hf_name = f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
       interleaved = heads.get(layer[2])
     lazy[hf_name] = _lazy_tensor(path, tensor, interleaved)
-  return GgufFile(config, lazy, tokenizer_files(metadata.get, path))
+  return GgufFile(
+    config, generation_config(metadata.get), lazy, tokenizer_files(metadata.get, path)
+  )
 
 
-class _Metadata:
-  """The key-value pairs, as plain Python values."""
-
-  def __init__(self, path: Path, reader: GGUFReader):
-    self.path = path
-    self._fields = reader.fields
-
-  def get(self, key: str, default: Any = None) -> Any:
-    field = self._fields.get(key)
-    return default if field is None else field.contents()
-
-  def require(self, key: str) -> Any:
-    if key not in self._fields:
-      raise ValueError(f"{self.path} lacks the metadata {key}")
-    return self.get(key)
-
-
-def _hf_config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
+def _hf_config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
   """Writes a config.json from the metadata."""
   if "token_embd.weight" not in tensors:
     raise ValueError(f"{metadata.path} lacks the tensor token_embd.weight")
-  num_heads = metadata.require("llama.attention.head_count")
+  num_heads = _one_for_all_layers(metadata, "llama.attention.head_count")
   d_model = metadata.require("llama.embedding_length")
   config = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": int(tensors["token_embd.weight"].shape[1]),
     "hidden_size": d_model,
-    "intermediate_size": metadata.require("llama.feed_forward_length"),
+    "intermediate_size": _one_for_all_layers(metadata, "llama.feed_forward_length"),
     "num_hidden_layers": metadata.require("llama.block_count"),
     "num_attention_heads": num_heads,
-    "num_key_value_heads": metadata.get("llama.attention.head_count_kv", num_heads),
+    "num_key_value_heads": _one_for_all_layers(
+      metadata, "llama.attention.head_count_kv", num_heads
+    ),
     "head_dim": metadata.get("llama.attention.key_length", d_model // num_heads),
     "max_position_embeddings": metadata.require("llama.context_length"),
     "rms_norm_eps": _decimal(metadata.require("llama.attention.layer_norm_rms_epsilon")),
@@ -135,16 +132,69 @@ def _hf_config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
     "hidden_act": "silu",
     "tie_word_embeddings": "output.weight" not in tensors,
   }
-  scaling = metadata.get("llama.rope.scaling.type", "none")
-  if "rope_freqs.weight" in tensors:
-    scaling = "llama3"
-  if scaling != "none":
-    config["rope_scaling"] = {"rope_type": scaling}
-  for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if token is not None:
-      config[f"{name}_token_id"] = token
-  return config
+  factor = _rope_factor(metadata)
+  if factor != 1:
+    config["rope_scaling"] = {"rope_type": "linear", "type": "linear", "factor": factor}
+  return config | token_ids(metadata.get)
+
+
+def _one_for_all_layers(metadata: Metadata, key: str, default: int | None = None) -> int:
+  """Returns a positive size that newer files may give for each layer.
+
+  Raises:
+    ValueError: It is missing and has no default, or is not positive.
+    NotImplementedError: Layers differ.
+  """
+  found = metadata.require(key) if default is None else metadata.get(key, default)
+  sizes = set(found) if isinstance(found, list) else {found}
+  if len(sizes) > 1:
+    raise NotImplementedError(
+      f"{metadata.path} has {key}={found}; layers of different sizes are not supported"
+    )
+  size = min(sizes, default=0)
+  if size < 1:
+    raise ValueError(f"{metadata.path} has {key}={found}, expected a positive number")
+  return size
+
+
+def _rope_factor(metadata: Metadata) -> float:
+  """Returns the factor that positions are divided by, as llama.cpp reads it.
+
+  Raises:
+    ValueError: Keys contradict each other.
+    NotImplementedError: Scaling of another kind than linear.
+  """
+  keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # today's, and that of 2023
+  given = {key: metadata.get(key, 0) for key in keys}
+  factors = {_decimal(factor) for factor in given.values() if factor} or {1.0}
+  kind = metadata.get("llama.rope.scaling.type", "linear")
+  if kind not in ("none", "linear"):
+    raise NotImplementedError(
+      f"{metadata.path} has llama.rope.scaling.type={kind!r}; only 'none' and 'linear' are "
+      f"supported"
+    )
+  if len(factors) > 1 or (kind == "none" and factors != {1.0}):
+    said = ", ".join(f"{key}={factor}" for key, factor in given.items() if factor)
+    raise ValueError(
+      f"{metadata.path} has {said} and llama.rope.scaling.type={kind!r}, which contradict each "
+      f"other"
+    )
+  return factors.pop()
+
+
+def _drop_neutral_frequencies(tensors: dict[str, Any], path: Path) -> None:
+  """Removes factors of the rotary frequencies that are all one.
+
+  Raises:
+    NotImplementedError: Others, as Llama 3.1 and longrope have them.
+  """
+  for name in [name for name in tensors if name.startswith("rope_")]:
+    if not (np.asarray(tensors[name].data) == 1).all():
+      raise NotImplementedError(
+        f"{path} has {name}, which scales each rotary frequency (as Llama 3.1 does); only unscaled "
+        f"and linearly scaled rotary embeddings are supported"
+      )
+    del tensors[name]
 
 
 def _decimal(value: float) -> float:

@@ -1,10 +1,10 @@
 """Rebuilds a Hugging Face tokenizer from the metadata of a GGUF file."""
 
-import functools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import (
   AddedToken,
@@ -21,6 +21,12 @@ Get = Callable[..., Any]
 
 # Kinds of piece, as GGUF numbers them.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_KINDS = range(1, 7)  # unknown is 2, unused 5, a byte 6
+# The score that llama.cpp's converter gives to tokens that were added to a SentencePiece model.
+_ADDED = -1000.0
+
+# Names of special tokens: transformers' and GGUF's.
+_SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 
 _LLAMA3_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -45,12 +51,55 @@ def _llama3_words() -> pre_tokenizers.PreTokenizer:
   )
 
 
-# How text is cut into words before BPE, by llama.cpp's `tokenizer.ggml.pre`.
+class _Words(NamedTuple):
+  """How text becomes words before BPE, and what goes with it in llama.cpp.
+
+  Attributes:
+    make: Makes the pre-tokenizer.
+    ignore_merges: Whether a word that is a token becomes it, whatever merges there are.
+    add_bos: Whether BOS is added where the file does not say.
+  """
+
+  make: Callable[[], pre_tokenizers.PreTokenizer]
+  ignore_merges: bool = False
+  add_bos: bool = False
+
+
+# By llama.cpp's `tokenizer.ggml.pre`.
 _PRE_TOKENIZERS = {
-  **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _gpt2_words),
-  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _single_digits),
-  **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _llama3_words),
+  **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _Words(_gpt2_words)),
+  **dict.fromkeys(
+    ("smollm", "starcoder", "refact", "command-r", "codeshell"), _Words(_single_digits)
+  ),
+  **dict.fromkeys(
+    ("llama-bpe", "llama3", "llama-v3"), _Words(_llama3_words, ignore_merges=True, add_bos=True)
+  ),
 }
+
+
+def token_ids(get: Get) -> dict[str, int]:
+  """Returns the ids of BOS, EOS and padding by their keys in a config.json.
+
+  Args:
+    get: Gives a metadata value by key, None where there is none.
+  """
+  ids = {f"{name}_token_id": get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL}
+  return {key: i for key, i in ids.items() if i is not None and key != "unk_token_id"}
+
+
+def generation_config(get: Get) -> dict[str, Any]:
+  """Returns a generation_config.json: the special tokens, with all that end an answer as EOS.
+
+  Args:
+    get: Gives a metadata value by key, None where there is none.
+  """
+  config: dict[str, Any] = token_ids(get)
+  ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+  ends += get("tokenizer.ggml.eos_token_ids") or []
+  ends = list(dict.fromkeys(i for i in ends if i is not None))
+  if ends:
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+  return config
 
 
 def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
@@ -81,23 +130,42 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
   partner = get("tokenizer.ggml.merges" if kind == "gpt2" else "tokenizer.ggml.scores")
   if not pieces or not kinds or partner is None or len(pieces) != len(kinds):
     raise ValueError(f"{path} lacks parts of its tokenizer (tokens, token_type, merges or scores)")
-  build = functools.partial(_byte_level if kind == "gpt2" else _sentencepiece, get)
-  files = {
-    "tokenizer.json": lambda: build().to_str(pretty=True).encode(),
-    "tokenizer_config.json": lambda: _json(_tokenizer_config(get, kind)),
+  if strange := sorted(set(kinds) - set(_KINDS)):
+    raise ValueError(f"{path} has pieces of the kinds {strange}, expected 1 to {_KINDS[-1]}")
+  for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
+    if (i := get(f"tokenizer.ggml.{key}_token_id")) is not None and i >= len(pieces):
+      raise ValueError(
+        f"{path} has tokenizer.ggml.{key}_token_id={i}, and only {len(pieces)} tokens"
+      )
+  try:
+    built = (_byte_level if kind == "gpt2" else _sentencepiece)(get)
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"the tokenizer of {path} cannot be built: {error}") from error
+  return {
+    "tokenizer.json": lambda: built.to_str(pretty=True).encode(),
+    "tokenizer_config.json": lambda: _json(_tokenizer_config(get)),
     "special_tokens_map.json": lambda: _json(_special_tokens(get)),
   }
-  return files
 
 
 def _byte_level(get: Get) -> Tokenizer:
   """BPE over bytes, as GPT-2 does it (`tokenizer.ggml.model` = gpt2)."""
   vocab = {piece: i for i, piece in enumerate(get("tokenizer.ggml.tokens"))}
-  merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
-  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-  tokenizer.pre_tokenizer = _PRE_TOKENIZERS[get("tokenizer.ggml.pre", "default")]()
+  merges = [_merge(text, vocab) for text in get("tokenizer.ggml.merges")]
+  words = _PRE_TOKENIZERS[get("tokenizer.ggml.pre", "default")]
+  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words.ignore_merges))
+  tokenizer.pre_tokenizer = words.make()
   tokenizer.decoder = decoders.ByteLevel()
   return _finish(tokenizer, get)
+
+
+def _merge(text: str, vocab: Mapping[str, int]) -> tuple[str, str]:
+  """Splits a merge at the space between its two pieces, which may hold spaces themselves."""
+  for cut, character in enumerate(text):
+    left, right = text[:cut], text[cut + 1 :]
+    if character == " " and left in vocab and right in vocab and left + right in vocab:
+      return left, right
+  raise ValueError(f"the merge {text!r} is not of two tokens that make a third")
 
 
 def _sentencepiece(get: Get) -> Tokenizer:
@@ -116,41 +184,69 @@ def _sentencepiece(get: Get) -> Tokenizer:
       byte_fallback=True,
     )
   )
-  prefix = get("tokenizer.ggml.add_space_prefix", True)
   steps = [normalizers.Replace(" ", "▁")]
   undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-  if prefix:
-    steps.insert(0, normalizers.Prepend("▁"))
+  if get("tokenizer.ggml.add_space_prefix", True):
+    steps.insert(0, _prefix(_own_symbols(get)))
     undo.append(decoders.Strip(content=" ", left=1))
   tokenizer.normalizer = normalizers.Sequence(steps)
   tokenizer.decoder = decoders.Sequence(undo)
   return _finish(tokenizer, get)
 
 
+def _own_symbols(get: Get) -> set[str]:
+  """Returns the user-defined symbols of a SentencePiece model itself.
+
+  SentencePiece finds them in the text that has its prefix: `a<sep>b` is `▁a <sep> b`. Tokens that
+  were added later cut the text before, and each part gets a prefix: `▁a <sep> ▁b`.
+  """
+  parts = (get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+  scores = get("tokenizer.ggml.scores") or ()
+  found = zip(*parts, scores, strict=False)
+  return {piece for piece, kind, score in found if kind == _USER_DEFINED and score != _ADDED}
+
+
+def _prefix(symbols: Collection[str]) -> normalizers.Normalizer:
+  """Puts ▁ before a text, but not before a symbol alone.
+
+  The library finds a symbol in the normalised text by its own normalised form, which must not have
+  the prefix. A text that is nothing but a symbol therefore lacks the ▁ that SentencePiece gives it.
+  """
+  if not symbols:
+    return normalizers.Prepend("▁")
+  alone = "|".join(re.escape(symbol) for symbol in sorted(symbols))
+  return normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), "▁")
+
+
 def _merges_from_scores(pieces: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-  """Lists the merges that give each piece: SentencePiece merges the best-scored piece first."""
+  """Lists the merges that give each piece: SentencePiece merges the best-scored piece first.
+
+  Of equal scores (Mistral's runs of spaces) it takes the leftmost, so that one piece grows as far
+  as it can: the longer left part comes first.
+  """
   merges = []
   for piece, score in pieces.items():
     for cut in range(1, len(piece)):
       left, right = piece[:cut], piece[cut:]
       if left in vocab and right in vocab:
-        merges.append((-score, vocab[left], vocab[right], left, right))
+        merges.append((-score, -cut, vocab[left], vocab[right], left, right))
   return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
   """Adds the special tokens, and the template that puts BOS and EOS around a text."""
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+  own = _own_symbols(get)
   added = [
-    AddedToken(piece, special=kind == _CONTROL, normalized=False)
+    AddedToken(piece, special=kind == _CONTROL, normalized=piece in own)
     for piece, kind in zip(pieces, kinds, strict=True)
     if kind in (_CONTROL, _USER_DEFINED)
   ]
   tokenizer.add_tokens(added)
   around = {}
-  for name, default in (("bos", get("tokenizer.ggml.model") == "llama"), ("eos", False)):
+  for name in ("bos", "eos"):
     token = _special_tokens(get).get(f"{name}_token")
-    if token and get(f"tokenizer.ggml.add_{name}_token", default):
+    if token and _adds(get, name):
       around[name] = (token, tokenizer.token_to_id(token))
   if around:
     template = " ".join(
@@ -166,22 +262,34 @@ def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
   return tokenizer
 
 
+def _adds(get: Get, name: str) -> bool:
+  """Says whether BOS or EOS stands around a text; the defaults are llama.cpp's."""
+  is_default = name == "bos" and (
+    get("tokenizer.ggml.model") == "llama" or _PRE_TOKENIZERS[get("tokenizer.ggml.pre")].add_bos
+  )
+  return get(f"tokenizer.ggml.add_{name}_token", is_default)
+
+
 def _special_tokens(get: Get) -> dict[str, str]:
   pieces = get("tokenizer.ggml.tokens")
-  keys = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-  ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in keys}
+  ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL}
   return {f"{name}_token": pieces[i] for name, i in ids.items() if i is not None}
 
 
-def _tokenizer_config(get: Get, kind: str) -> dict[str, Any]:
+def _tokenizer_config(get: Get) -> dict[str, Any]:
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "add_bos_token": get("tokenizer.ggml.add_bos_token", kind == "llama"),
-    "add_eos_token": get("tokenizer.ggml.add_eos_token", False),
+    "add_bos_token": _adds(get, "bos"),
+    "add_eos_token": _adds(get, "eos"),
     "clean_up_tokenization_spaces": False,
     "model_max_length": get("llama.context_length"),
   } | _special_tokens(get)
-  if template := get("tokenizer.chat_template"):
+  named = {n: get(f"tokenizer.chat_template.{n}") for n in get("tokenizer.chat_templates") or ()}
+  template = get("tokenizer.chat_template")
+  if any(named.values()):
+    templates = ({"default": template} | named).items()
+    config["chat_template"] = [{"name": n, "template": t} for n, t in templates if t]
+  elif template:
     config["chat_template"] = template
   return config
 

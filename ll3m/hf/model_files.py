@@ -116,7 +116,14 @@ def open_model(
 
     file = gguf.open_gguf(_find_gguf(path))
     hf_config, tensors = file.config, file.tensors
-    config_files = {CONFIG_NAME: (json.dumps(hf_config, indent=2) + "\n").encode()}
+    config_files = {
+      name: (json.dumps(content, indent=2) + "\n").encode()
+      for name, content in (
+        (CONFIG_NAME, hf_config),
+        (GENERATION_CONFIG_NAME, file.generation_config),
+      )
+      if content
+    }
     tokenizer_files = file.tokenizer_files
   else:
     _refuse_links_out(path)

@@ -1,14 +1,19 @@
 """Files are written with the `gguf` package; oracles: its dequantiser, llama.cpp's permute."""
 
+import json
+
 import gguf as gguf_format
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
+from transformers import GenerationConfig
 
 from ll3m import families
 from ll3m.hf import gguf
+from ll3m.hf.model_files import open_model
 from ll3m.hf.tensors import read_part
 
 # A quarter of a block of K-quants is no multiple of anything; rows of both q and k are permuted.
@@ -64,7 +69,10 @@ def write(path, tensors=None, skip=(), arch="llama", **metadata):
   } | {name.replace("__", "."): value for name, value in metadata.items()}
   for key, value in pairs.items():
     if key not in skip and value is not None:
-      (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+      add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+      add.get(type(value), writer.add_array if isinstance(value, list) else writer.add_uint32)(
+        key, value
+      )
   if "epsilon" not in skip:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
   for name, shape in SHAPES.items():
@@ -172,6 +180,7 @@ def test_quantised_values_are_near_the_original(path, read_all):
   [
     ({"arch": "qwen2"}, NotImplementedError, "architecture 'qwen2', expected 'llama'"),
     ({"llama__expert_count": 8}, NotImplementedError, "mixture of experts"),
+    ({"llama__attention__head_count": 0}, ValueError, "head_count=0, expected a positive number"),
     ({"split__count": 2}, NotImplementedError, "one part of several"),
     ({"skip": ("llama.block_count",)}, ValueError, "lacks the metadata llama.block_count"),
     ({"skip": ("token_embd.weight",)}, ValueError, "lacks the tensor token_embd.weight"),
@@ -186,14 +195,131 @@ def test_refuses_what_it_does_not_know(path, arguments, error, message):
     gguf.open_gguf(write(path, **arguments))
 
 
-def test_scaled_rotary_embeddings_reach_the_config(path):
-  tensors = {"rope_freqs.weight": (np.ones(64, np.float32), Kind.F32)}
-  file = gguf.open_gguf(write(path, tensors))
-  with pytest.raises(NotImplementedError, match="rotary scaling of type 'llama3'"):
-    families.from_hf_config(file.config)
-  file = gguf.open_gguf(write(path, llama__rope__scaling__type="yarn"))
-  with pytest.raises(NotImplementedError, match="rotary scaling of type 'yarn'"):
-    families.from_hf_config(file.config)
+@pytest.mark.parametrize(
+  ("metadata", "factor"),
+  [
+    ({}, 1.0),
+    ({"llama.rope.scaling.type": "none"}, 1.0),
+    ({"llama.rope.scaling.type": "linear"}, 1.0),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+    ({"llama.rope.scaling.factor": 2.5}, 2.5),  # llama.cpp: linear, if no type is given
+    ({"llama.rope.scale_linear": 4.0}, 4.0),
+    ({"llama.rope.scale_linear": 0.0}, 1.0),
+    ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 4.0}, 4.0),
+  ],
+)
+def test_linear_scaling_in_every_spelling(path, metadata, factor):
+  file = gguf.open_gguf(write(path, **metadata))
+  assert families.from_hf_config(file.config).config.rope_scaling_factor == factor
+  assert ("rope_scaling" in file.config) == (factor != 1)
+
+
+@pytest.mark.parametrize(
+  ("metadata", "error", "message"),
+  [
+    ({"llama.rope.scaling.type": "yarn"}, NotImplementedError, "scaling.type='yarn'; only"),
+    ({"llama.rope.scaling.type": "longrope"}, NotImplementedError, "type='longrope'; only"),
+    (
+      {"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0},
+      ValueError, "factor=2.0, llama.rope.scale_linear=4.0 and .* contradict each other",
+    ),
+    (
+      {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0},
+      ValueError, "factor=2.0 and llama.rope.scaling.type='none', which contradict",
+    ),
+  ],
+)  # fmt: skip
+def test_other_scaling_is_refused(path, metadata, error, message):
+  with pytest.raises(error, match=message):
+    gguf.open_gguf(write(path, **metadata))
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
+def test_factors_of_the_frequencies_are_refused_unless_they_are_one(path, name):
+  ones, others = np.ones(64, np.float32), np.linspace(1, 8, 64, dtype=np.float32)
+  file = gguf.open_gguf(write(path, {name: (ones, Kind.F32)}))
+  assert name not in file.tensors
+  with pytest.raises(NotImplementedError, match=f"has {name}, which scales each rotary frequency"):
+    gguf.open_gguf(write(path, {name: (others, Kind.F32)}))
+
+
+NEUTRAL = {
+  "general.name": "x", "general.sampling.temp": 0.5, "quantize.imatrix.file": "x",
+  "someone.quantized_by": "x", "split.no": 0, "llama.vocab_size": V,
+  "llama.rope.dimension_count": D // N, "llama.attention.key_length": D // N,
+  "llama.attention.value_length": D // N, "llama.attention.causal": True,
+  "llama.attention.sliding_window": 0, "llama.attention.scale": (D // N) ** -0.5,
+  "llama.attention.clamp_kqv": 0.0, "llama.attn_logit_softcapping": 0.0,
+  "llama.final_logit_softcapping": 0.0, "llama.logit_scale": 1.0, "llama.embedding_scale": 1.0,
+  "llama.residual_scale": 0.0, "llama.expert_count": 0, "llama.expert_used_count": 0,
+  "llama.use_parallel_residual": False, "llama.rope.scaling.finetuned": True,
+  "llama.rope.scaling.original_context_length": 64, "llama.rope.scaling.attn_factor": 1.0,
+  "llama.pooling_type": 0, "llama.feed_forward_length": [F], "llama.attention.head_count": [N],
+  "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_sep_token": False,
+  "tokenizer.ggml.remove_extra_whitespaces": False, "tokenizer.ggml.fim_pre_token_id": 3,
+  "tokenizer.ggml.prefix_token_id": 3, "tokenizer.ggml.mask_token_id": 3,
+}  # fmt: skip
+
+
+def test_metadata_that_change_nothing_are_taken(path):
+  plain = gguf.open_gguf(write(path)).config
+  assert gguf.open_gguf(write(path, **NEUTRAL)).config == plain
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("llama.vocab_size", V + 1), ("llama.rope.dimension_count", D // N // 2),
+    ("llama.attention.value_length", 3), ("llama.attention.causal", False),
+    ("llama.attention.sliding_window", 4096), ("llama.attention.scale", 0.5),
+    ("llama.attention.clamp_kqv", 8.0), ("llama.attention.max_alibi_bias", 8.0),
+    ("llama.attn_logit_softcapping", 50.0), ("llama.final_logit_softcapping", 30.0),
+    ("llama.logit_scale", 0.5), ("llama.embedding_scale", 12.0), ("llama.residual_scale", 0.5),
+    ("llama.use_parallel_residual", True), ("llama.rope.scaling.attn_factor", 1.5),
+    ("tokenizer.ggml.add_space_prefix", True), ("tokenizer.ggml.add_sep_token", True),
+    ("tokenizer.ggml.remove_extra_whitespaces", True),
+    ("tokenizer.ggml.precompiled_charsmap", [1, 2]), ("tokenizer.ggml.suppress_tokens", [3]),
+  ],
+)  # fmt: skip
+def test_metadata_that_change_something_are_refused(path, key, value):
+  with pytest.raises(NotImplementedError, match=f"model.gguf has {key}=.*, which is not supported"):
+    gguf.open_gguf(write(path, **{key: value}))
+
+
+def test_metadata_that_nobody_knows_are_refused(path):
+  strange = {"llama.mystery": 2, "llama.attention.layer_norm_epsilon": 1e-3,
+             "tokenizer.ggml.mystery": True, "tokenizer.chat_template.mystery": "x"}  # fmt: skip
+  with pytest.raises(NotImplementedError) as error:
+    gguf.open_gguf(write(path, **strange))
+  for part in (*strange, "llama.mystery=2", "not known to ll3m", "--remove-metadata"):
+    assert part in str(error.value)
+
+
+def test_layers_of_different_sizes_are_refused(path):
+  with pytest.raises(NotImplementedError, match=r"head_count_kv=\[2, 1\]; layers of different"):
+    gguf.open_gguf(write(path, llama__attention__head_count_kv=[2, 1]))
+
+
+def test_an_adapter_is_named(path):
+  with pytest.raises(NotImplementedError, match="holds a lora adapter, not a model: merge it"):
+    gguf.open_gguf(write(path, general__type="adapter", adapter__type="lora"))
+
+
+@pytest.mark.parametrize(
+  ("metadata", "eos"),
+  [
+    ({}, 2),
+    ({"tokenizer.ggml.eot_token_id": 9}, [2, 9]),
+    ({"tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 8}, [2, 8]),
+    ({"tokenizer.ggml.eos_token_ids": [2, 5]}, [2, 5]),
+  ],
+)
+def test_all_tokens_that_end_an_answer_are_eos_of_generation(path, tmp_path, metadata, eos):
+  folder = epath.Path(tmp_path / "converted")
+  open_model(write(path, **metadata)).save_companions(folder)
+  generation = GenerationConfig.from_pretrained(folder / "hf")
+  assert (generation.bos_token_id, generation.eos_token_id) == (1, eos)
+  assert json.loads((folder / "hf" / "config.json").read_text())["eos_token_id"] == 2
 
 
 @pytest.mark.parametrize("length", [0, 3, 100, 700, 100_000, -1])

@@ -4,11 +4,15 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from ll3m.data.config import TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.gguf_tokenizer import tokenizer_files
 from ll3m.hf.model_files import open_model
 
@@ -20,7 +24,23 @@ TEXTS = (
   "don't we'LL I'm",
   "",
 )
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+HARD = (
+  "",
+  "<s>a</s>",
+  "<0x41>",
+  "<unk>",
+  "x\x00y",
+  "\x00",
+  " ",
+  "a ",
+  "▁a ▁",
+  "ᏣᎳᎩᎦᏬᏂᎯᏍᏗ done",
+  "\ufeffa\u2028b\x85c\x0cd",
+  "x" * 999,
+  *(" " * n + "x" + " " * n + "y\n" + " " * n for n in range(1, 66)),
+)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+ADDED = -1000.0  # llama.cpp's score of tokens that were added to the model
 
 
 def load(metadata, folder):
@@ -29,29 +49,30 @@ def load(metadata, folder):
   return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def mistral():
-  """The real SentencePiece model of Mistral v0.1, and what a GGUF of it holds."""
+def sentencepiece_model(symbols=()):
+  """The real SentencePiece model of Mistral v0.1 with symbols, and what a GGUF of it holds."""
   (package,) = importlib.util.find_spec("mistral_common").submodule_search_locations
-  model = sentencepiece.SentencePieceProcessor(str(Path(package) / "data/tokenizer.model.v1"))
-  ids = range(model.vocab_size())
-
-  def kind(i):
-    if model.is_byte(i):
-      return BYTE
-    return UNKNOWN if model.is_unknown(i) else CONTROL if model.is_control(i) else NORMAL
-
+  content = (Path(package) / "data/tokenizer.model.v1").read_bytes()
+  proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+  for symbol in symbols:
+    proto.pieces.add(piece=symbol, score=0.0, type=USER)
+  model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
   return model, {
     "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in ids],
-    "tokenizer.ggml.scores": [model.get_score(i) for i in ids],
-    "tokenizer.ggml.token_type": [kind(i) for i in ids],
+    "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+    "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
+    "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.unknown_token_id": 0,
     "tokenizer.chat_template": "{{ bos_token }}{{ messages[0]['content'] }}",
     "llama.context_length": 128,
   }
+
+
+@pytest.fixture(scope="module")
+def mistral():
+  return sentencepiece_model()
 
 
 def test_sentencepiece_model_is_rebuilt(mistral, tmp_path):
@@ -67,6 +88,55 @@ def test_sentencepiece_model_is_rebuilt(mistral, tmp_path):
   assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
   assert tokenizer.pad_token is None
   assert tokenizer.apply_chat_template([{"content": "hi"}], tokenize=False) == "<s>hi"
+
+
+def plain_encoder(metadata):
+  """The encoder of users' text, in which control tokens are characters."""
+  files = tokenizer_files(metadata.get, Path("model.gguf"))
+  encoder = Tokenizer.from_str(files["tokenizer.json"]().decode())
+  encoder.encode_special_tokens = True
+  return lambda text: encoder.encode(text, add_special_tokens=False).ids
+
+
+def test_hard_texts_are_cut_as_sentencepiece_does(mistral):
+  """Runs of spaces, whose pieces all have one score; NUL, bytes, and names of control tokens."""
+  model, metadata = mistral
+  encode = plain_encoder(metadata)
+  for text in (*TEXTS, *HARD):
+    assert encode(text) == model.encode(text), repr(text)
+
+
+def test_sentencepieces_own_symbols_are_found_within_the_text():
+  model, metadata = sentencepiece_model(("<sep>", "<|im_end|>", "fooz", "a*b(c", "fo\\"))
+  encode = plain_encoder(metadata)
+  random = np.random.default_rng(0)
+  parts = [" ", "  ", "a", "the", "<sep>", "<|im_end|>", "fooz", "a*b(c", "fo\\", "\n", "</s>", "é"]
+  texts = ["".join(random.choice(parts, n)) for n in random.integers(2, 12, 300)]
+  for text in ("<sep>hello", "a<sep>b", "a <sep> b", "<sep><sep>", "fooz foozfooz", *texts):
+    assert encode(text) == model.encode(text), repr(text)
+
+
+def test_added_tokens_cut_the_text_before_it_is_normalised():
+  """As transformers' legacy Llama tokenizer and llama.cpp do; by hand, from SentencePiece."""
+  model, metadata = sentencepiece_model()
+  names = ["tokens", "scores", "token_type"]
+  for name, value in zip(names, ("<|im_start|>", ADDED, USER), strict=True):
+    metadata[f"tokenizer.ggml.{name}"].append(value)
+  encode = plain_encoder(metadata)
+  for text in ("<|im_start|>user", "a<|im_start|>b", "x <|im_start|> y", "<|im_start|>"):
+    first, *others = text.split("<|im_start|>")
+    expected = model.encode(first)
+    for other in others:
+      expected += [32000, *model.encode(other)]
+    assert encode(text) == expected
+
+
+def test_a_space_prefix_may_be_absent(mistral):
+  model, metadata = mistral
+  encode = plain_encoder(metadata | {"tokenizer.ggml.add_space_prefix": False})
+  for text in ("hello", "the cat", "x  y"):
+    # SentencePiece puts a prefix after a line break neither.
+    assert encode(text) == model.encode(f"\n{text}")[2:]
 
 
 def test_bos_and_eos_are_added_as_the_file_says(mistral, tmp_path):
@@ -122,6 +192,75 @@ def test_byte_level_model_is_rebuilt(tmp_path, pre, digits):
     assert tokenizer.decode(ids) == text
   assert tokenizer.pad_token == "<|im_end|>"
   assert len(tokenizer("1234567").input_ids) == (7 if digits else 1)
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_level(pre, *, merges=("Ġ V",), tokens=("ĠV", "ĠViá»ĩt"), **others):
+  """Metadata of BPE over bytes: 256 bytes, some tokens, BOS and EOS."""
+  pieces = [*ALPHABET, *tokens, "<bos>", "<eos>"]
+  return {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": pre,
+    "tokenizer.ggml.tokens": pieces,
+    "tokenizer.ggml.token_type": [NORMAL] * (len(pieces) - 2) + [CONTROL] * 2,
+    "tokenizer.ggml.merges": list(merges),
+    "tokenizer.ggml.bos_token_id": len(pieces) - 2,
+    "tokenizer.ggml.eos_token_id": len(pieces) - 1,
+    "llama.context_length": 128,
+  } | others
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama_3_takes_a_word_that_is_a_token_without_its_merges(tmp_path, pre):
+  """By hand; merges alone give another cut, as gpt-2's do."""
+  tokenizer = load(byte_level(pre), tmp_path)
+  assert tokenizer(" Việt", add_special_tokens=False).input_ids == [257]
+  assert tokenizer(" Việt").input_ids == [258, 257]  # llama.cpp adds BOS if no key says otherwise
+  assert tokenizer.decode([257]) == " Việt"
+  silent = byte_level(pre, **{"tokenizer.ggml.add_bos_token": False})
+  assert load(silent, tmp_path)(" Việt").input_ids == [257]
+
+
+def test_gpt_2_needs_the_merges(tmp_path):
+  ids = load(byte_level("gpt-2"), tmp_path)(" Việt").input_ids
+  assert ids == [256, *(ALPHABET.index(c) for c in "iá»ĩt")]
+
+
+def test_merges_of_pieces_with_spaces(tmp_path):
+  metadata = byte_level("gpt-2", tokens=["a b", "a bc", "de"], merges=["a b c", "d e"])
+  state = json.loads(tokenizer_files(metadata.get, tmp_path)["tokenizer.json"]())
+  assert state["model"]["merges"] == [["a b", "c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tokenizer.ggml.merges": ["x yy"]}, "the merge 'x yy' is not of two tokens"),
+    ({"tokenizer.ggml.eot_token_id": 260}, "eot_token_id=260, and only 260 tokens"),
+    ({"tokenizer.ggml.token_type": [0] * 260}, r"pieces of the kinds \[0\], expected 1 to 6"),
+  ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizer_files(byte_level("gpt-2", **changes).get, Path("model.gguf"))
+
+
+def test_named_chat_templates_travel(tmp_path):
+  templates = {
+    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    "tokenizer.chat_templates": ["tool_use"],
+    "tokenizer.chat_template.tool_use": "tools: {{ messages[0]['content'] }}",
+  }
+  tokenizer = load(byte_level("gpt-2", **templates), tmp_path)
+  chat = [{"role": "user", "content": "hi"}]
+  for name, said in ((None, "hi"), ("default", "hi"), ("tool_use", "tools: hi")):
+    assert tokenizer.apply_chat_template(chat, chat_template=name, tokenize=False) == said
+  assert (
+    load_tokenizer(TokenizerConfig(path=str(tmp_path))).chat_template
+    == (templates["tokenizer.chat_template"])
+  )
 
 
 def test_the_real_gguf(smollm2_gguf, tmp_path):
