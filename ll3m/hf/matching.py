@@ -45,13 +45,14 @@ def match_tensors(
   """
   specs = expected_tensors(family.rules, config)
   problems = list(problems)
+  names = {rule.ours: rule.hf for rule in family.rules}
+  head, embedding = names["head/w"], names["embed/embedding"]
   if missing := [name for name in specs if name not in tensors]:
-    problems.append(f"missing {listing(missing)}")
+    tied = " (tie_word_embeddings=true makes it the embedding)" if missing == [head] else ""
+    problems.append(f"missing {listing(missing)}{tied}")
   extra = [name for name in tensors if name not in specs]
   buffers = [n for n in extra if any(re.fullmatch(p, n) for p in family.ignored_buffers)]
   ignored = list(buffers)
-  names = {rule.ours: rule.hf for rule in family.rules}
-  head, embedding = names["head/w"], names["embed/embedding"]
   if config.tie_embeddings and head in extra and embedding in tensors:
     if not _identical(tensors[head], tensors[embedding]):
       problems.append(f"{head} differs from {embedding}, though the config ties them")

@@ -139,9 +139,10 @@ def open_model(
       for file in sorted(path.glob(pattern))
       if file.is_file()
     }
+  found = _resolve(expected, hf_config, path)
+  if kind != "gguf":  # after config.json, which may say why they cannot be read
     tensors, problems = _read_headers(path, kind)
     refuse_quantised_tensors(tensors, str(path))
-  found = _resolve(expected, hf_config, path)
   match = match_tensors(*found, tensors, str(path), problems)
   return HfModel(
     path, kind, *found, match.specs, match.tensors, match.ignored, config_files, tokenizer_files

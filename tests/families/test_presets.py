@@ -95,6 +95,7 @@ def test_switches_are_the_published_ones():
   assert {n: c.rope_theta for n, c in configs.items() if c.rope_theta != 1e4} == {
     "smollm2_135m": 1e5
   }
+  assert all(c.rope_scaling_factor == 1 for c in configs.values())
   for switched in (
     lambda c: c.norm == "layer",
     lambda c: c.parallel_block,

@@ -121,6 +121,16 @@ def test_quantised_weights_are_named_without_a_config(make_tiny, tensors, said):
     open_model(tiny.folder)
 
 
+def test_a_config_that_names_a_quantisation_is_believed_before_weights_are_read(make_tiny):
+  tiny = make_tiny()
+  config = json.loads((tiny.folder / "config.json").read_text())
+  config["quantization_config"] = {"quant_method": "fp8"}
+  (tiny.folder / "config.json").write_text(json.dumps(config))
+  (tiny.folder / "model.safetensors").write_bytes(b"of a dtype that is not known")
+  with pytest.raises(NotImplementedError, match="quant_method 'fp8'"):
+    open_model(tiny.folder)
+
+
 def test_float8_weights_are_named(make_tiny):
   """No library here writes them: the header of a file is changed."""
   tiny = make_tiny(dtype=np.float16)

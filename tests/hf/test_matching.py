@@ -46,6 +46,13 @@ def test_a_long_list_is_cut(make_tiny):
     match_tensors(tiny.family, tiny.config, {}, "it")
 
 
+def test_a_missing_head_may_be_a_tied_one(make_tiny):
+  tiny = make_tiny()
+  tiny.save({name: tensor for name, tensor in tiny.tensors.items() if name != HEAD})
+  with pytest.raises(ValueError, match=r"missing \(1\): lm_head.weight \(tie_word_embeddings=true"):
+    open_model(tiny.folder)
+
+
 def test_a_head_that_repeats_the_tied_embedding_is_ignored(make_tiny):
   tiny = make_tiny(tie_embeddings=True)
   assert HEAD not in tiny.tensors
