@@ -7,7 +7,6 @@ from typing import Any
 from ll3m.core.config import ModelConfig, check_type
 from ll3m.hf.known_keys import check_keys
 from ll3m.hf.mapping import Rule
-from ll3m.hf.quantisation import CONFIG_KEYS as QUANTISATION_KEYS
 from ll3m.hf.quantisation import refuse_quantised_config
 from ll3m.hf.rope import KEYS as ROPE_KEYS
 from ll3m.hf.rope import Rope, read_rope
@@ -16,7 +15,7 @@ from ll3m.hf.rope import to_hf as rope_to_hf
 REQUIRED = object()
 
 # What every family reads beside its own keys.
-_READ_KEYS = ("model_type", "architectures", "hidden_act", "hidden_activation", *QUANTISATION_KEYS)
+_READ_KEYS = ("model_type", "architectures", "hidden_act", "hidden_activation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +154,7 @@ class Family:
   def _check_architecture(self, hf: Mapping[str, Any]) -> None:
     """Raises if the file's weights are another class's: another head, or attention both ways."""
     names = hf.get("architectures") or [self.architecture]
+    names = names if isinstance(names, list) else [names]
     # Files of early 2023 write LLaMAForCausalLM.
     if [str(name).lower() for name in names] != [self.architecture.lower()]:
       raise NotImplementedError(

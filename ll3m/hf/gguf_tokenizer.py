@@ -20,8 +20,8 @@ from tokenizers import (
 Get = Callable[..., Any]
 
 # Kinds of piece, as GGUF numbers them.
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_KINDS = range(1, 7)  # unknown is 2, unused 5, a byte 6
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_KINDS = range(1, 7)  # unknown is 2, a byte 6
 # The score that llama.cpp's converter gives to tokens that were added to a SentencePiece model.
 _ADDED = -1000.0
 
@@ -139,6 +139,8 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
       )
   try:
     built = (_byte_level if kind == "gpt2" else _sentencepiece)(get)
+  except NotImplementedError as error:
+    raise NotImplementedError(f"the tokenizer of {path} {error}") from error
   except Exception as error:  # the library raises bare Exception
     raise ValueError(f"the tokenizer of {path} cannot be built: {error}") from error
   return {
@@ -175,6 +177,10 @@ def _sentencepiece(get: Get) -> Tokenizer:
   vocab = {piece: i for i, piece in enumerate(pieces)}
   unknown = pieces[get("tokenizer.ggml.unknown_token_id", 0)]
   normal = {p: s for p, s, k in zip(pieces, scores, kinds, strict=True) if k == _NORMAL}
+  unused = {p: 0.0 for p, k in zip(pieces, kinds, strict=True) if k == _UNUSED}
+  if merges := _merges_from_scores(unused, vocab):
+    # SentencePiece merges to them and takes them apart again in the end.
+    raise NotImplementedError(f"has unused pieces that others make, such as {''.join(merges[0])!r}")
   tokenizer = Tokenizer(
     models.BPE(
       vocab=vocab,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ll3m.core.config import ModelConfig, did_you_mean
+from ll3m.hf.quantisation import CONFIG_KEYS as QUANTISATION_KEYS
 
 # Keys that change nothing of what a loaded model computes.
 _UNUSED_KEYS = """
@@ -95,6 +96,7 @@ _NEUTRAL: dict[str, Callable[[Any, ModelConfig], bool]] = {
   "num_experts": _only(0),
   "num_local_experts": _only(0),
   "num_experts_per_tok": _only(0),
+  **dict.fromkeys(QUANTISATION_KEYS, _only({})),
 }
 
 
@@ -130,8 +132,8 @@ def check_keys(
   if unknown:
     keys = "it" if len(unknown) == 1 else "them"
     raise NotImplementedError(
-      f"config.json has {', '.join(unknown)}, not known to ll3m: {keys} may change what the model "
-      f"computes; remove {keys} from config.json if not"
+      f"config.json has {', '.join(unknown)}, not known to ll3m: what the model computes may "
+      f"depend on {keys}; if not, remove {keys} from config.json"
     )
 
 

@@ -135,7 +135,7 @@ def test_a_key_that_nobody_knows_is_refused(name):
   with pytest.raises(NotImplementedError) as error:
     families.from_hf_config(FILES[name] | strange)
   for part in ("mystery_scale=2.0", "per_layer_config={'0': {}}", "rms_norm_epsilon=0.001",
-               "not known to ll3m", "from config.json if not"):  # fmt: skip
+               "not known to ll3m", "if not, remove them from config.json"):  # fmt: skip
     assert part in str(error.value)
   assert read(FILES[name], mystery_scale=None) == read(FILES[name])
 

@@ -52,6 +52,7 @@ def models(draw):
     head_dim=head_dim,
     max_positions=draw(st.integers(1, 99)),
     rotary_fraction=1.0 if phi else config.rotary_fraction,
+    rope_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
   )
 
 

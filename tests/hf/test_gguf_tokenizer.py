@@ -116,6 +116,22 @@ def test_sentencepieces_own_symbols_are_found_within_the_text():
     assert encode(text) == model.encode(text), repr(text)
 
 
+def test_unused_pieces_are_padding_or_refused(mistral):
+  model, metadata = mistral
+  parts = ("tokens", "scores", "token_type")
+  changed = {f"tokenizer.ggml.{name}": list(metadata[f"tokenizer.ggml.{name}"]) for name in parts}
+  for name, value in zip(parts, ("[PAD32000]", -1000.0, UNUSED), strict=True):
+    changed[f"tokenizer.ggml.{name}"].append(value)
+  encode = plain_encoder(metadata | changed)
+  for text in (*TEXTS, "a [PAD32000] b"):
+    assert encode(text) == model.encode(text)
+  changed["tokenizer.ggml.token_type"][model.piece_to_id("▁the")] = UNUSED
+  with pytest.raises(
+    NotImplementedError, match="has unused pieces that others make, such as '▁the"
+  ):
+    plain_encoder(metadata | changed)
+
+
 def test_added_tokens_cut_the_text_before_it_is_normalised():
   """As transformers' legacy Llama tokenizer and llama.cpp do; by hand, from SentencePiece."""
   model, metadata = sentencepiece_model()
