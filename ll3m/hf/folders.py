@@ -59,9 +59,10 @@ def other_kind(folder: epath.PathLike) -> str | None:
         f"{folder} holds {kind} ({found[0]}); expected Hugging Face's format: config.json with "
         f"*.safetensors or pytorch_model*.bin files, or a .gguf file"
       )
-  inner = [n for n in names if (folder / n).is_dir() and (folder / n / "config.json").exists()]
-  if inner:
-    return f"{folder} holds no weights itself; give {folder / inner[-1]}, which has a config.json"
+  for inner in reversed([folder / name for name in names if (folder / name).is_dir()]):
+    held = [file.name for file in inner.iterdir()]
+    if "config.json" in held and has_weights(held):
+      return f"{folder} holds no model itself; give {inner}, which does"
   return None
 
 

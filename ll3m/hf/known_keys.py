@@ -16,15 +16,14 @@ from ll3m.hf.quantisation import CONFIG_KEYS as QUANTISATION_KEYS
 _UNUSED_KEYS = """
 _name_or_path name_or_path _commit_hash transformers_version transformers.js_config auto_map
 torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss unsloth_fixed unsloth_version
-is_llama_config tokenizer_class model_max_length max_sequence_length padding_side prefix language
+is_llama_config tokenizer_class tokenizer_model_max_length tokenizer_padding_side model_max_length
+max_sequence_length padding_side prefix language bos_token eos_token pad_token unk_token
 _attn_implementation _attn_implementation_autoset _attn_implementation_internal
 attn_implementation _experts_implementation _experts_implementation_internal
 experts_implementation _flash_attn_2_enabled use_flash_attn use_flash_attention
 gradient_checkpointing chunk_size_feed_forward pretraining_tp ep_size keys_to_ignore_at_inference
 is_decoder tie_encoder_decoder
 initializer_range initializer_factor neftune_noise_alpha
-attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout attention_probs_dropout_prob
-hidden_dropout_prob classifier_dropout summary_first_dropout
 id2label label2id num_labels problem_type finetuning_task task_specific_params
 return_dict use_return_dict output_attentions output_hidden_states tie_last_hidden_states
 use_cache
@@ -46,7 +45,8 @@ target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mtp
 watermarking_config
 """
 _IRRELEVANT = frozenset(_UNUSED_KEYS.split() + _GENERATION_KEYS.split())
-_IRRELEVANT_ENDINGS = ("_token_id", "_token_ids")
+# Training here has no dropout, and what is computed otherwise does not either.
+_IRRELEVANT_ENDINGS = ("_token_id", "_token_ids", "dropout", "dropout_prob", "pdrop")
 
 
 def _only(*values: Any) -> Callable[[Any, ModelConfig], bool]:

@@ -23,7 +23,7 @@ CONFIGS = {
   "mistral": get_preset("mistral_7b").config.replace(**TINY, sliding_window=5),
   "mistral_window_1": get_preset("mistral_7b").config.replace(**TINY, sliding_window=1),
   "gemma": get_preset("gemma_2b").config.replace(**TINY | {"num_kv_heads": 1}),
-  "phi": get_preset("phi_2").config.replace(**TINY),
+  "phi": get_preset("phi_2").config.replace(**TINY, rope_scaling_factor=2.5),
 }
 # Both sides compute in float32, in other orders of summation.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -80,10 +80,21 @@ def test_weights_of_other_formats_are_named(tmp_path, names, said):
 
 def test_a_folder_of_checkpoints_is_looked_into(tmp_path):
   (tmp_path / "trainer_state.json").write_text("{}")
-  (tmp_path / "checkpoint-500").mkdir()
-  (tmp_path / "checkpoint-500" / "config.json").write_text("{}")
+  for name in ("checkpoint-1000", "checkpoint-500", "logs"):
+    (tmp_path / name).mkdir()
+  for name in ("checkpoint-500/config.json", "checkpoint-500/model.safetensors"):
+    (tmp_path / name).write_text("{}")
   for message in refusals(tmp_path):
-    assert f"give {tmp_path / 'checkpoint-500'}, which has a config.json" in message
+    assert (
+      message == f"{tmp_path} holds no model itself; give {tmp_path}/checkpoint-500, which does"
+    )
+
+
+def test_an_unfinished_conversion_is_not_taken_for_something_else(tmp_path):
+  (tmp_path / "hf").mkdir()
+  (tmp_path / "hf" / "config.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"not a complete checkpoint: .* has no ll3m.json"):
+    open_source(str(tmp_path))
 
 
 def test_a_published_model_is_not_taken_for_a_converted_one(make_tiny, tmp_path):

@@ -20,9 +20,11 @@ def test_the_checkpoint_says_what_it_is():
 
 
 def test_what_is_named_may_differ_where_the_weights_do_not_say():
-  options = ModelOptions(update_model_config="max_positions=8192,rope_theta=5e5")
+  options = ModelOptions(
+    update_model_config="max_positions=8192,rope_theta=5e5,rope_scaling_factor=2"
+  )
   config = choose_model(options, source()).config
-  assert (config.max_positions, config.rope_theta) == (8192, 5e5)
+  assert (config.max_positions, config.rope_theta, config.rope_scaling_factor) == (8192, 5e5, 2.0)
   options = ModelOptions(load_model_config="llama_7b", update_model_config="max_positions=8192")
   assert choose_model(options, source()).config.max_positions == 8192
 
