@@ -171,7 +171,7 @@ class Family:
         f"{', '.join(self.activations)}"
       )
     other = hf.get("hidden_act") or name
-    if self.activations.get(other) != self.activations[name]:
+    if self.activations.get(str(other)) != self.activations[name]:
       raise ValueError(
         f"config.json has hidden_activation={name!r} and hidden_act={other!r}, which contradict "
         f"each other; keep the right one"

@@ -102,11 +102,15 @@ class Metadata:
     """Args: the file, for messages; what reads it."""
     self.path = path
     self._fields = reader.fields
+    self._values: dict[str, Any] = {}
 
   def get(self, key: str, default: Any = None) -> Any:
     """Returns a value, or the default where there is none."""
-    field = self._fields.get(key)
-    return default if field is None else field.contents()
+    if key not in self._fields:
+      return default
+    if key not in self._values:  # decoding a vocabulary takes a second
+      self._values[key] = self._fields[key].contents()
+    return self._values[key]
 
   def require(self, key: str) -> Any:
     """Returns a value.

@@ -113,7 +113,8 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
     Makers of the files' contents, by name; empty if the GGUF has no tokenizer.
 
   Raises:
-    NotImplementedError: a kind of tokenizer that is not known.
+    NotImplementedError: a kind of tokenizer that is not known, or one that tokenizer.json cannot
+      express exactly.
     ValueError: its parts do not fit together.
   """
   kind = get("tokenizer.ggml.model")
@@ -178,13 +179,19 @@ def _sentencepiece(get: Get) -> Tokenizer:
   unknown = pieces[get("tokenizer.ggml.unknown_token_id", 0)]
   normal = {p: s for p, s, k in zip(pieces, scores, kinds, strict=True) if k == _NORMAL}
   unused = {p: 0.0 for p, k in zip(pieces, kinds, strict=True) if k == _UNUSED}
-  if merges := _merges_from_scores(unused, vocab):
+  if made := _merges_from_scores(unused, vocab):
     # SentencePiece merges to them and takes them apart again in the end.
-    raise NotImplementedError(f"has unused pieces that others make, such as {''.join(merges[0])!r}")
+    raise NotImplementedError(f"has unused pieces that others make, such as {''.join(made[0])!r}")
+  merges = _merges_from_scores(normal, vocab)
+  if (piece := _overlap(merges, normal)) is not None:
+    raise NotImplementedError(
+      f"gives one score to pieces that overlap, such as {piece!r}; which of them is merged first "
+      f"depends on their places in a text, which tokenizer.json cannot say"
+    )
   tokenizer = Tokenizer(
     models.BPE(
       vocab=vocab,
-      merges=_merges_from_scores(normal, vocab),
+      merges=merges,
       unk_token=unknown,
       fuse_unk=True,
       byte_fallback=True,
@@ -237,6 +244,23 @@ def _merges_from_scores(pieces: dict[str, float], vocab: dict[str, int]) -> list
       if left in vocab and right in vocab:
         merges.append((-score, -cut, vocab[left], vocab[right], left, right))
   return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _overlap(merges: list[tuple[str, str]], scores: Mapping[str, float]) -> str | None:
+  """Returns a piece that shares a part with another of equal score, which a text may hold first.
+
+  Runs of one character are none: what would be merged too early does not come about.
+  """
+  following: dict[tuple[float, str], list[tuple[int, str]]] = {}
+  for rank, (left, right) in enumerate(merges):
+    piece = left + right
+    following.setdefault((scores[piece], left), []).append((rank, piece))
+  for rank, (left, right) in enumerate(merges):
+    piece = left + right
+    for other_rank, other in following.get((scores[piece], right), ()):
+      if len(set(piece + other)) > 1 and (other != piece or other_rank < rank):
+        return piece
+  return None
 
 
 def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:

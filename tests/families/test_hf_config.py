@@ -168,6 +168,7 @@ def test_tied_llama():
       },
       "which contradict each other; keep the right one",
     ),
+    (GEMMA | {"hidden_activation": "gelu", "hidden_act": ["gelu"]}, "hidden_act=['gelu'], which"),
     (
       PHI | {"hidden_activation": "gelu"},
       "hidden_activation='gelu' and hidden_act='gelu_new', which contradict each other",

@@ -96,6 +96,7 @@ def test_published_files_are_read(name):
     (LLAMA, {"add_cross_attention": False}, [{"add_cross_attention": True}]),
     (LLAMA, {"pruned_heads": {}}, [{"pruned_heads": {"0": [1]}}]),
     (MISTRAL, {"attention_bias": False}, [{"attention_bias": True}]),
+    (PHI, {"attention_bias": True, "use_bias": True}, [{"mlp_bias": False}]),
     (PHI, {"head_dim": 12}, [{"head_dim": 16}]),
     (LLAMA, {"sliding_window": None}, [{"sliding_window": 4096}]),
     (LLAMA, {"use_sliding_window": False}, [{"use_sliding_window": True}]),

@@ -132,6 +132,52 @@ def test_unused_pieces_are_padding_or_refused(mistral):
     plain_encoder(metadata | changed)
 
 
+def tied_model(words):
+  """A SentencePiece model whose pieces all have one score, as hand-made ones do."""
+  characters = sorted(set("▁unhappyingthe"))
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.trainer_spec.model_type = proto.trainer_spec.BPE
+  proto.trainer_spec.byte_fallback = True
+  proto.normalizer_spec.remove_extra_whitespaces = False
+  for piece, kind in (
+    ("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL),
+    *((f"<0x{i:02X}>", BYTE) for i in range(256)),
+    *((piece, NORMAL) for piece in (*words, *characters)),
+  ):  # fmt: skip
+    proto.pieces.add(piece=piece, score=0.0, type=kind)
+  return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+    "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
+    "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
+  }
+
+
+def test_pieces_of_one_score_are_merged_as_sentencepiece_does_or_refused():
+  random = np.random.default_rng(0)
+  pieces = ("un", "hap", "py", "happy", "th", "the", "he", "in", "ing", "▁u", "▁un", "▁t", "▁th")
+  parts = ["un", "happy", "the", " ", "in", "g", "h", "p"]
+  refused = 0
+  for _ in range(60):
+    model, metadata = tied_model(random.choice(pieces, random.integers(2, 7), replace=False))
+    try:
+      encode = plain_encoder(metadata)
+    except NotImplementedError as error:
+      assert "gives one score to pieces that overlap" in str(error)
+      refused += 1
+      continue
+    for text in ("".join(random.choice(parts, 8)) for _ in range(40)):
+      assert encode(text) == model.encode(text), (metadata["tokenizer.ggml.tokens"][259:], text)
+  assert 0 < refused < 40
+
+
+def test_a_vocabulary_without_scores_is_refused(mistral):
+  """As llama.cpp's converter writes it from a tokenizer.json."""
+  metadata = mistral[1] | {"tokenizer.ggml.scores": [ADDED] * 32000}
+  with pytest.raises(NotImplementedError, match="the tokenizer of .* gives one score to pieces"):
+    plain_encoder(metadata)
+
+
 def test_added_tokens_cut_the_text_before_it_is_normalised():
   """As transformers' legacy Llama tokenizer and llama.cpp do; by hand, from SentencePiece."""
   model, metadata = sentencepiece_model()
