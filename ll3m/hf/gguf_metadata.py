@@ -62,6 +62,11 @@ def _only(*values: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
   return lambda value, config: value in values
 
 
+def _is_score_scale(value: Any, config: Mapping[str, Any]) -> bool:
+  usual = config["head_dim"] ** -0.5
+  return isinstance(value, float) and math.isclose(value, usual, rel_tol=1e-6)  # it was a float32
+
+
 # Keys with values that change nothing; (value, the model's config.json) says whether it is one.
 _NEUTRAL: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
   "llama.vocab_size": lambda value, config: value == config["vocab_size"],
@@ -71,11 +76,7 @@ _NEUTRAL: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
   "llama.attention.value_length": lambda value, config: value == config["head_dim"],
   "llama.attention.causal": _only(True),
   "llama.attention.sliding_window": _only(0),
-  "llama.attention.scale": (
-    lambda value, config: (
-      value == 0 or math.isclose(value, config["head_dim"] ** -0.5, rel_tol=1e-6)
-    )
-  ),
+  "llama.attention.scale": lambda value, config: value == 0 or _is_score_scale(value, config),
   "llama.attention.clamp_kqv": _only(0),
   "llama.attention.max_alibi_bias": _only(0),
   "llama.attn_logit_softcapping": _only(0),

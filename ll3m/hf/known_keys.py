@@ -54,7 +54,7 @@ def _only(*values: Any) -> Callable[[Any, ModelConfig], bool]:
 
 
 def _is_score_scale(value: Any, config: ModelConfig) -> bool:
-  return isinstance(value, int | float) and math.isclose(value, config.head_dim**-0.5)
+  return isinstance(value, float) and math.isclose(value, config.head_dim**-0.5)
 
 
 def _is_uniform_window(value: Any, config: ModelConfig) -> bool:

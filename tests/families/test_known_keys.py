@@ -5,6 +5,7 @@ Oracles: the fields of transformers' own configurations, and config.json files a
 
 import dataclasses
 import json
+import random
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from ll3m import families
+from ll3m.hf import known_keys, rope
 from tests.families.test_hf_config import GEMMA, LLAMA, MISTRAL, PHI, read, without
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "phi": PhiConfig}
@@ -170,3 +172,25 @@ def test_quantised_models_are_refused_by_their_method(settings, method):
 @pytest.mark.parametrize("value", [None, {}])
 def test_an_empty_quantisation_is_none(value):
   assert read(LLAMA, quantization_config=value) == read(LLAMA)
+
+
+ANYTHING = (
+  None, True, False, 0, 1, -1, 2.5, float("inf"), float("nan"), 10**400, "x", "linear", [], [1],
+  ["full_attention"] * 2, {}, {"type": "linear", "factor": 2}, {"type": {}}, {"factor": None},
+  {"rope_type": "linear", "factor": []}, {"rope_theta": "x"}, {"a": {"b": 1}}, [None],
+)  # fmt: skip
+
+
+def test_any_value_under_any_key_is_read_or_refused_in_a_sentence():
+  draw = random.Random(0)
+  keys = sorted({*known_keys._NEUTRAL, *rope.KEYS, *LLAMA, *GEMMA, *PHI, "architectures"})
+  outcomes = {True: 0, False: 0}
+  for _ in range(5000):
+    changes = {draw.choice(keys): draw.choice(ANYTHING) for _ in range(draw.randint(1, 3))}
+    try:
+      families.from_hf_config(draw.choice(list(FILES.values())) | changes)
+      outcomes[True] += 1
+    except (ValueError, NotImplementedError) as error:
+      assert len(str(error)) < 1000 and "\n" not in str(error)
+      outcomes[False] += 1
+  assert min(outcomes.values()) > 100
