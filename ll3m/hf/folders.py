@@ -59,10 +59,9 @@ def other_kind(folder: epath.PathLike) -> str | None:
         f"{folder} holds {kind} ({found[0]}); expected Hugging Face's format: config.json with "
         f"*.safetensors or pytorch_model*.bin files, or a .gguf file"
       )
-  for inner in reversed([folder / name for name in names if (folder / name).is_dir()]):
-    held = [file.name for file in inner.iterdir()]
-    if "config.json" in held and has_weights(held):
-      return f"{folder} holds no model itself; give {inner}, which does"
+  inner = [name for name in names if (folder / name).is_dir() and _is_model(folder / name)]
+  if inner:
+    return f"{folder} holds no model itself; give a folder in it that does ({', '.join(inner)})"
   return None
 
 
@@ -71,13 +70,12 @@ def published_kind(folder: epath.PathLike) -> str | None:
   folder = epath.Path(folder)
   if found := other_kind(folder):
     return found
-  names = [file.name for file in folder.iterdir()]
-  if "config.json" in names and has_weights(names):
+  if _is_model(folder):
     return (
       f"{folder} is a published model, not a converted one: give hf::{folder}, or convert it first "
       f"(python -m ll3m.convert --checkpoint_dir={folder} --output_dir=...)"
     )
-  if fnmatch.filter(names, "*.gguf"):
+  if any(folder.glob("*.gguf")):
     return (
       f"{folder} holds a GGUF model, which has to be converted first (python -m ll3m.convert "
       f"--checkpoint_dir={folder} --output_dir=...)"
@@ -88,6 +86,11 @@ def published_kind(folder: epath.PathLike) -> str | None:
 def has_weights(names: Sequence[str]) -> bool:
   """Says whether file names include weights of a kind that is read."""
   return any(_matches(name, _READ) and not _matches(name, _NOT_WEIGHTS) for name in names)
+
+
+def _is_model(folder: epath.Path) -> bool:
+  names = [file.name for file in folder.iterdir()]
+  return "config.json" in names and has_weights(names)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

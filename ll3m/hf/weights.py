@@ -81,7 +81,10 @@ def _describe(path: Path, name: str, entry: Any, base: int) -> tuple[LazyTensor,
   if not all(type(n) is int for n in (begin, end, *shape)):
     raise ValueError(f"{path}: the header's entry for {name} is not understood")
   if code not in _DTYPES:
-    raise NotImplementedError(f"{path}: {name} has the dtype {code}, which is not supported")
+    raise NotImplementedError(
+      f"{path}: {name} has the dtype {code}, expected F64, F32, F16 or BF16; quantised weights are "
+      f"not supported"
+    )
   dtype = np.dtype(_DTYPES[code])
   if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
     raise ValueError(

@@ -80,13 +80,15 @@ def test_weights_of_other_formats_are_named(tmp_path, names, said):
 
 def test_a_folder_of_checkpoints_is_looked_into(tmp_path):
   (tmp_path / "trainer_state.json").write_text("{}")
-  for name in ("checkpoint-1000", "checkpoint-500", "logs"):
+  for name in ("checkpoint-500", "checkpoint-1000", "logs"):
     (tmp_path / name).mkdir()
-  for name in ("checkpoint-500/config.json", "checkpoint-500/model.safetensors"):
-    (tmp_path / name).write_text("{}")
+  for name in ("checkpoint-500", "checkpoint-1000"):
+    (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / name / "model.safetensors").write_text("{}")
   for message in refusals(tmp_path):
-    assert (
-      message == f"{tmp_path} holds no model itself; give {tmp_path}/checkpoint-500, which does"
+    assert message == (
+      f"{tmp_path} holds no model itself; give a folder in it that does "
+      f"(checkpoint-1000, checkpoint-500)"
     )
 
 
