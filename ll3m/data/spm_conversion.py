@@ -118,9 +118,15 @@ def _model(proto: spm.ModelProto) -> models.Model:
     return models.Unigram(pieces, unk_id=unknown, byte_fallback=byte_fallback)
   vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
   normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+  merges = merges_from_scores(normal, normal)
+  if (piece := find_overlap(merges, normal)) is not None:
+    raise NotImplementedError(
+      f"the SentencePiece model gives one score to pieces that overlap, such as {piece!r}; which "
+      "of them is merged first depends on their places in a text, which tokenizer.json cannot say"
+    )
   return models.BPE(
     vocab=vocab,
-    merges=merges_from_scores(normal, normal),
+    merges=merges,
     unk_token=None if unknown is None else proto.pieces[unknown].piece,
     fuse_unk=True,
     byte_fallback=byte_fallback,
@@ -146,3 +152,24 @@ def merges_from_scores(pieces: Mapping[str, float], parts: Iterable[str]) -> lis
         merges.append((-score, piece[:cut], piece[cut:]))
   merges.sort(key=lambda merge: merge[0])  # stable: the longer left part stays first
   return [(left, right) for _, left, right in merges]
+
+
+def find_overlap(merges: list[tuple[str, str]], scores: Mapping[str, float]) -> str | None:
+  """Returns a piece that shares a part with another of equal score, which a text may hold first.
+
+  Runs of one character are none: what would be merged too early does not come about.
+
+  Args:
+    merges: What `merges_from_scores` returned.
+    scores: The scores of the pieces that they give.
+  """
+  following: dict[tuple[float, str], list[tuple[int, str]]] = {}
+  for rank, (left, right) in enumerate(merges):
+    piece = left + right
+    following.setdefault((scores[piece], left), []).append((rank, piece))
+  for rank, (left, right) in enumerate(merges):
+    piece = left + right
+    for other_rank, other in following.get((scores[piece], right), ()):
+      if len(set(piece + other)) > 1 and (other != piece or other_rank < rank):
+        return piece
+  return None

@@ -17,6 +17,8 @@ from tokenizers import (
   processors,
 )
 
+from ll3m.data.spm_conversion import find_overlap, merges_from_scores
+
 Get = Callable[..., Any]
 
 # Kinds of piece, as GGUF numbers them.
@@ -179,11 +181,11 @@ def _sentencepiece(get: Get) -> Tokenizer:
   unknown = pieces[get("tokenizer.ggml.unknown_token_id", 0)]
   normal = {p: s for p, s, k in zip(pieces, scores, kinds, strict=True) if k == _NORMAL}
   unused = {p: 0.0 for p, k in zip(pieces, kinds, strict=True) if k == _UNUSED}
-  if made := _merges_from_scores(unused, vocab):
+  if made := merges_from_scores(unused, vocab):
     # SentencePiece merges to them and takes them apart again in the end.
     raise NotImplementedError(f"has unused pieces that others make, such as {''.join(made[0])!r}")
-  merges = _merges_from_scores(normal, vocab)
-  if (piece := _overlap(merges, normal)) is not None:
+  merges = merges_from_scores(normal, vocab)
+  if (piece := find_overlap(merges, normal)) is not None:
     raise NotImplementedError(
       f"gives one score to pieces that overlap, such as {piece!r}; which of them is merged first "
       f"depends on their places in a text, which tokenizer.json cannot say"
@@ -229,38 +231,6 @@ def _prefix(symbols: Collection[str]) -> normalizers.Normalizer:
     return normalizers.Prepend("▁")
   alone = "|".join(re.escape(symbol) for symbol in sorted(symbols))
   return normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), "▁")
-
-
-def _merges_from_scores(pieces: dict[str, float], vocab: dict[str, int]) -> list[tuple[str, str]]:
-  """Lists the merges that give each piece: SentencePiece merges the best-scored piece first.
-
-  Of equal scores (Mistral's runs of spaces) it takes the leftmost, so that one piece grows as far
-  as it can: the longer left part comes first.
-  """
-  merges = []
-  for piece, score in pieces.items():
-    for cut in range(1, len(piece)):
-      left, right = piece[:cut], piece[cut:]
-      if left in vocab and right in vocab:
-        merges.append((-score, -cut, vocab[left], vocab[right], left, right))
-  return [(left, right) for *_, left, right in sorted(merges)]
-
-
-def _overlap(merges: list[tuple[str, str]], scores: Mapping[str, float]) -> str | None:
-  """Returns a piece that shares a part with another of equal score, which a text may hold first.
-
-  Runs of one character are none: what would be merged too early does not come about.
-  """
-  following: dict[tuple[float, str], list[tuple[int, str]]] = {}
-  for rank, (left, right) in enumerate(merges):
-    piece = left + right
-    following.setdefault((scores[piece], left), []).append((rank, piece))
-  for rank, (left, right) in enumerate(merges):
-    piece = left + right
-    for other_rank, other in following.get((scores[piece], right), ()):
-      if len(set(piece + other)) > 1 and (other != piece or other_rank < rank):
-        return piece
-  return None
 
 
 def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
