@@ -4,7 +4,10 @@ PY := .venv/bin/python
 RUN_DIR ?= runs/demo
 BENCH_DIR ?= runs/bench
 
-.PHONY: demo test soak bench tpu-check cycles lint format clean
+.PHONY: install demo test soak bench tpu-check cycles lint format clean
+
+# What the commands need; `source .venv/bin/activate` then finds them.
+install: .venv/installed-train
 
 demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)

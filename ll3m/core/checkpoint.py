@@ -89,7 +89,7 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
   # TensorFlow's is_dir takes it for a no when access is refused; exists says so.
   if not (path.exists() and path.is_dir()):
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
-  if not (path / STEPS).is_dir():
+  if (path / MANIFEST).exists() or not (path / STEPS).is_dir():
     return _open(path, verify)
   reasons = []
   for step in reversed(finished_steps(path)):
@@ -104,12 +104,14 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
 
 def _open(path: epath.Path, verify: bool) -> Checkpoint:
   """Opens a converted folder or one step folder."""
-  if path.parent.name == STEPS or (path / META).is_dir():
-    home, manifest = path.parent.parent, path / META / "metadata"
-  else:
-    home, manifest = path, path / MANIFEST
+  home, manifest = path, path / MANIFEST
   if not manifest.exists():
-    raise ValueError(f"not a complete checkpoint: {path} has no {os.path.relpath(manifest, path)}")
+    home, manifest = _run_of(path), path / META / "metadata"
+  if not manifest.exists():
+    raise ValueError(
+      f"not a complete checkpoint: {path} has no {MANIFEST} (a converted folder), "
+      f"{META}/metadata (a step) or {STEPS}/ (a run)"
+    )
   meta = _read_json(manifest)
   if meta.get("format") != FORMAT:
     raise ValueError(
@@ -125,11 +127,18 @@ def _open(path: epath.Path, verify: bool) -> Checkpoint:
     path=path,
     family=meta["family"],
     config=ModelConfig.from_dict(meta["config"]),
-    tokenizer_dir=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
-    source_dir=home / SOURCE if (home / SOURCE).is_dir() else None,
+    tokenizer_dir=home / TOKENIZER if home and (home / TOKENIZER).is_dir() else None,
+    source_dir=home / SOURCE if home and (home / SOURCE).is_dir() else None,
     step=meta.get("step"),
     meta=meta,
   )
+
+
+def _run_of(step: epath.Path) -> epath.Path | None:
+  """Returns the run's output_dir that a step folder lies in; None for a copy kept elsewhere."""
+  # A link such as latest -> checkpoints/40, or a path such as ../40, names another parent.
+  steps = (step if is_remote(step) else epath.Path(os.path.realpath(step))).parent
+  return steps.parent if steps.name == STEPS else None
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -139,15 +148,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def finished_steps(output_dir: epath.PathLike) -> list[int]:
-  """Returns the steps of a run that were saved completely, in order."""
+  """Returns the steps of a run that were saved completely, in order.
+
+  Raises:
+    ValueError: a converted folder lies among them under the name of a step.
+  """
   folder = epath.Path(output_dir) / STEPS
   if not folder.is_dir():
     return []
-  return sorted(
-    int(step.name)
-    for step in folder.iterdir()
-    if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
-  )
+  steps = [step for step in folder.iterdir() if step.name.isdigit()]
+  for step in steps:
+    if (step / MANIFEST).exists():  # a run would number, and delete, it among its own
+      raise ValueError(f"{step} is a converted model under the name of a step: rename it")
+  return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
 
 
 def restore_params(

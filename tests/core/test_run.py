@@ -1,5 +1,7 @@
 """Checkpoints of a run: retention, what is refused, and what is restored."""
 
+import json
+import os
 import shutil
 
 import jax
@@ -113,6 +115,43 @@ def test_incomplete_folders_are_refused(tmp_path):
   (tmp_path / "ll3m.json").write_text('{"format": 99}')
   with pytest.raises(ValueError, match="has format 99, expected 1"):
     checkpoint.open_checkpoint(tmp_path)
+
+
+def test_what_a_folder_is_does_not_depend_on_its_parents_name(tmp_path, monkeypatch):
+  converted = tmp_path / "checkpoints" / "my-model"
+  for folder in ("params", "tokenizer", "checkpoints"):  # the last one is the user's own
+    (converted / folder).mkdir(parents=True)
+  (converted / "ll3m.json").write_text(json.dumps(checkpoint.model_meta("llama", CONFIG)))
+  for path in (converted, converted.parent / "." / "my-model"):
+    opened = checkpoint.open_checkpoint(path)
+    assert (opened.path, opened.step) == (converted, None)
+    assert opened.tokenizer_dir == converted / "tokenizer"
+  # A run may be kept beside it, in the folder above; it has steps of its own.
+  with pytest.raises(ValueError, match="holds no good step"):
+    checkpoint.open_checkpoint(tmp_path)
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    save(saved, 3)
+  (tmp_path / "tokenizer").mkdir()
+  step = converted.parent / "3"
+  (tmp_path / "elsewhere" / "checkpoints").mkdir(parents=True)
+  link = tmp_path / "elsewhere" / "latest"
+  link.symlink_to(step)
+  monkeypatch.chdir(step)
+  for path in (tmp_path, step, link, step / ".." / "3", "."):
+    opened = checkpoint.open_checkpoint(path)
+    assert opened.step == 3 and os.path.samefile(opened.tokenizer_dir, tmp_path / "tokenizer")
+  # A copy of a step has no run around it, whatever stands where a run's tokenizer would.
+  copy = tmp_path / "copies" / "best"
+  shutil.copytree(step, copy)
+  opened = checkpoint.open_checkpoint(copy)
+  assert (opened.step, opened.tokenizer_dir) == (3, None)
+
+
+def test_a_converted_model_under_the_name_of_a_step_is_not_taken_for_one(tmp_path):
+  (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "7" / "ll3m.json").write_text("{}")
+  with pytest.raises(ValueError, match="checkpoints/7 is a converted model .*: rename it"):
+    checkpoint.finished_steps(tmp_path)
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer"])
