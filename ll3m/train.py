@@ -1,7 +1,7 @@
 """Trains or fine-tunes a model: `python -m ll3m.train --help`.
 
 Everything that can be checked is checked before weights are loaded. A run with the same flags in
-the same output_dir goes on where it stopped, to the bit, without what it was loaded from.
+the same output_dir resumes where it stopped, to the bit, without what it was loaded from.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from ll3m.core.claim import claim
 from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
 from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
+from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
@@ -43,9 +44,10 @@ from ll3m.training.run import (
   open_held_out,
   write_companions,
 )
+from ll3m.training.saving import SaveSchedule
 from ll3m.training.setup import check_length, check_same_model, choose_model
-from ll3m.training.step import TrainState, make_eval_step
-from ll3m.training.stopping import EXIT_CODE, Stopped, StopRequest
+from ll3m.training.step import StepMetrics, TrainState, make_eval_step
+from ll3m.training.stopping import INTERRUPTED, Stopped, StopRequest
 
 for prefix, options_class in FLAG_GROUPS.items():
   flags.define(prefix, options_class)
@@ -55,30 +57,31 @@ def main() -> None:
   """Trains, on this host alone or together with others."""
   values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
   with processes.joined(values["jax_distributed"], values):
-    finished = run_to_the_end()
-  if not finished:  # only now: all processes have left in peace
-    say("stopped by SIGTERM; the same command goes on from here")
-    sys.exit(EXIT_CODE)
+    exit_code = run_to_the_end()
+  if exit_code:  # only now: all processes have left in peace
+    signal = "Ctrl-C" if exit_code == INTERRUPTED else "SIGTERM"
+    say(f"stopped by {signal}; the same command resumes from here")
+    sys.exit(exit_code)
 
 
-def run_to_the_end() -> bool:
+def run_to_the_end() -> int:
   """Reads what to train, prepares it and trains.
 
   Returns:
-    Whether it is done; if not, it was asked to stop.
+    Exit code: 0 if the run is done, another one if it was asked to stop before.
   """
   run = read_run()
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:
     print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
-    return True
+    return 0
   program = make_program(options, run.optimizer, run.config, run.mesh)
   plan, train_step = program.plan, program.step
   if options.dry_run:
     print(run.describe(plan))
     jax.eval_shape(train_step, plan.state, run.batch_shapes())
     print("the training step traces; nothing was trained (--dry_run)")
-    return True
+    return 0
   say(run.describe(plan))
   with (
     claim(run.logger.output_dir),
@@ -94,6 +97,7 @@ def run_to_the_end() -> bool:
     checkpoints.set_aside_after(run.resumed.step if run.resumed else 0)
     write_companions(run)
     start = time.perf_counter()
+    say("compiling the training step")
     train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
     held_out = None
@@ -116,7 +120,7 @@ def run_to_the_end() -> bool:
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := stream.skipped.describe()):
       say(f"{name}_dataset: {skipped}")
-  return finished
+  return 0 if finished else stop.exit_code
 
 
 def train(
@@ -139,6 +143,11 @@ def train(
   options, step = run.options, int(state.step)
   rng = np.asarray(state.rng).tolist()
   settings = fixed_settings(options, run.optimizer, run.train_dataset)
+  saving = SaveSchedule(
+    options.total_steps,
+    every_steps=options.save_model_freq,
+    every_minutes=options.save_model_minutes,
+  )
   watch = NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps)
   under_way: tuple | None = None
   pending: list = []
@@ -146,6 +155,10 @@ def train(
 
   def due(freq: int) -> bool:
     return step == options.total_steps or bool(freq and step % freq == 0)
+
+  def finish(made: int, made_metrics: StepMetrics, rows: Batch) -> None:
+    watch.look(made, made_metrics, rows)  # which waits for the step
+    logger.advance(made)
 
   def log() -> None:
     nonlocal pending, since
@@ -158,10 +171,12 @@ def train(
         length=run.length,
       ),
     )
+    logger.advance(step)
     pending, since = [], time.perf_counter()
 
   def save() -> None:
     logger.flush()
+    saving.restart()
     checkpoints.save(
       step,
       params=state.params,
@@ -180,7 +195,7 @@ def train(
       batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
       state, step_metrics = train_step(state, to_devices(batch, run.mesh))
       if under_way:  # one step is always under way while the next batch is read
-        watch.look(*under_way)
+        finish(*under_way)
     step += 1
     profiler.finish(step, step_metrics)
     under_way = (step, step_metrics, batch)
@@ -190,11 +205,10 @@ def train(
       stop.check(step)
       if due(options.log_freq):
         log()
-      logger.advance(step)
       pause = time.perf_counter()
       if held_out and due(options.eval_freq):
         logger.log(step, held_out(state.params))
-      if due(options.save_model_freq):
+      if saving.due(step):
         save()
       since += time.perf_counter() - pause  # tokens/s is the training's
     except Stopped:
@@ -205,7 +219,7 @@ def train(
         logger.say("asked to stop: the last evaluation is left out; ll3m.evaluate makes it")
       break
   if under_way:
-    watch.look(*under_way)
+    finish(*under_way)
   return step >= options.total_steps
 
 

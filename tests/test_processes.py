@@ -15,7 +15,7 @@ import pytest
 
 from ll3m.core import checkpoint
 from ll3m.training.logger import METRICS, read_metrics
-from ll3m.training.stopping import EXIT_CODE
+from ll3m.training.stopping import EXIT_CODE, INTERRUPTED
 from tests import tiny_runs
 from tests.compiled import quickly
 from tests.waiting import wait_for
@@ -259,13 +259,21 @@ def test_a_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_pa
     assert sentence.startswith(("error: " if process == victim else named) + reason)
 
 
-def test_two_processes_that_are_asked_stop_at_the_same_step(streamed, start_two, tmp_path):
-  run = start_two(*streamed, f"--logger.output_dir={tmp_path}")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_that_are_asked_stop_at_the_same_step(streamed, start_two, tmp_path, number):
+  """SIGINT as a terminal sends it, to all of them; before, both have saved by process 0's clock."""
+  rarely = ("--save_model_freq=0", "--save_model_minutes=0.001")
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # see test_killed_runs
   try:
-    wait_for(lambda: len(losses(tmp_path)) > 2)
+    run = start_two(*streamed, *rarely, f"--logger.output_dir={tmp_path}")
+  finally:
+    signal.signal(signal.SIGINT, before)
+  try:
+    wait_for(lambda: checkpoint.finished_steps(tmp_path))
+    assert all(step % 10 == 0 for step in checkpoint.finished_steps(tmp_path))
   finally:
     for process in run:
-      process.terminate()
+      process.send_signal(number)
   for code, stderr in finish(*run, seconds=PATIENCE):
-    assert code == EXIT_CODE, stderr
+    assert code == (EXIT_CODE if number == signal.SIGTERM else INTERRUPTED), stderr
   assert max(checkpoint.finished_steps(tmp_path)) == len(losses(tmp_path))

@@ -43,6 +43,13 @@ def tensorflow_import() -> Iterator[None]:
       os.write(2, b"".join(x for x in held if not any(chatter in x for chatter in _CHATTER)))
 
 
+def tell(text: str) -> None:
+  """Writes a line at once from any thread; see `leave`."""
+  with _lock:
+    # A bar stands at the end of its line, and so does the ^C that a terminal shows.
+    os.write(_stderr, f"{chr(10) if os.isatty(_stderr) else ''}{text}\n".encode())
+
+
 def leave(last_words: str, code: int) -> typing.NoReturn:
   """Ends the process at once from any thread, with a line on stderr.
 

@@ -94,7 +94,12 @@ class Logger:
         self._open_wandb(config, flag_values, resume=first_step > 0)
     if sys.stderr.isatty():
       self._bar = tqdm(
-        total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr
+        total=total_steps,
+        initial=first_step,
+        desc="first step",
+        unit="step",
+        dynamic_ncols=True,
+        file=sys.stderr,
       )
       self._closing.callback(self._bar.close)
 
@@ -109,8 +114,9 @@ class Logger:
     self._closing.close()
 
   def advance(self, step: int) -> None:
-    """Moves the progress bar."""
+    """Moves the progress bar to a step that is finished."""
     if self._bar is not None:
+      self._bar.set_description_str(refresh=False)
       self._bar.update(step - self._bar.n)
 
   def log(self, step: int, record: Mapping[str, float]) -> None:

@@ -32,7 +32,14 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   z_loss: float = flags.option(0.0, "Weight of the z-loss log(Z)^2.")
   log_freq: int = flags.option(10, "Optimizer steps between records.")
   save_model_freq: int = flags.option(
-    0, "Optimizer steps between checkpoints; the last step is always saved."
+    0,
+    "Optimizer steps between checkpoints, beside those of save_model_minutes; 0 for none. The last "
+    "step is always saved.",
+  )
+  save_model_minutes: float = flags.option(
+    15.0,
+    "Minutes from one checkpoint to the next; 0 for none. Several processes compare process 0's "
+    "clock every 10 steps.",
   )
   save_milestone_freq: int = flags.option(
     0, "Checkpoints at multiples of this are never deleted; 0 for none."
@@ -61,6 +68,7 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
       ("total_steps", 1),
       ("log_freq", 1),
       ("save_model_freq", 0),
+      ("save_model_minutes", 0),
       ("save_milestone_freq", 0),
       ("max_nonfinite_steps", 1),
       ("eval_steps", 0),

@@ -1,4 +1,4 @@
-"""Stopping when the scheduler asks for it: SIGTERM, as sent before a machine is taken away."""
+"""Stopping when asked to: SIGTERM, as sent before a machine is taken away, and Ctrl-C."""
 
 import contextlib
 import os
@@ -11,8 +11,10 @@ from jax.experimental import multihost_utils
 
 from ll3m.core import stderr
 
-# sysexits.h calls it EX_TEMPFAIL: nothing is wrong, the same command goes on where this one ended.
+# sysexits.h calls it EX_TEMPFAIL: nothing is wrong, the same command resumes where this one ended.
 EXIT_CODE = 75
+# As shells report SIGINT. A script that starts a run again on 75 has to end when its user asks.
+INTERRUPTED = 130
 
 
 class Stopped(Exception):
@@ -20,37 +22,47 @@ class Stopped(Exception):
 
 
 class StopRequest:
-  """Listens for SIGTERM; use as a context manager, on the main thread.
+  """Listens for SIGTERM and SIGINT; use as a context manager, on the main thread.
 
   Until `defer` is called there is nothing to save, and the process ends at once, even inside of
-  compiling, which lets no Python code run on its thread. After it, `check` raises `Stopped`.
+  compiling, which lets no Python code run on its thread. After it, `check` raises `Stopped`, and a
+  second SIGINT ends the process at once.
 
   Of several processes, all have to stop at the same step. jax's coordination service sees to that
-  once it was initialised: it listens for SIGTERM itself, and this class only asks it.
+  once it was initialised: it listens for SIGTERM itself, and this class only asks it. It knows
+  nothing of SIGINT, which is passed on to it as SIGTERM.
+
+  Attributes:
+    exit_code: Exit code of a process that has stopped, by the signal that it heard.
   """
 
   def __init__(self):
     """Listens only within the `with` block."""
+    self.exit_code = EXIT_CODE
     self._asked = threading.Event()
     self._deferred = False
+    self._several = jax.process_count() > 1
     self._undo = contextlib.ExitStack()
 
   def __enter__(self) -> "StopRequest":
-    if jax.process_count() == 1:
-      # The interpreter writes each signal's number to the pipe as it comes in, whatever the main
-      # thread is doing; the handler itself has to wait for that thread.
-      reading, writing = os.pipe()
-      os.set_blocking(writing, False)
-      listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
-      listener.start()
-      # What is called last is undone first.
-      self._undo.callback(os.close, reading)
-      self._undo.callback(listener.join)
-      self._undo.callback(os.close, writing)  # which ends the listener
-      before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-      self._undo.callback(signal.set_wakeup_fd, before)
-      handler = signal.signal(signal.SIGTERM, lambda *_: None)
-      self._undo.callback(signal.signal, signal.SIGTERM, handler or signal.SIG_DFL)
+    heard = [] if self._several else [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is of a shell's `command &`
+      heard.append(signal.SIGINT)
+    # The interpreter writes each signal's number to the pipe as it comes in, whatever the main
+    # thread is doing; the handler itself has to wait for that thread.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
+    listener.start()
+    # What is called last is undone first.
+    self._undo.callback(os.close, reading)
+    self._undo.callback(listener.join)
+    self._undo.callback(os.close, writing)  # which ends the listener
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    self._undo.callback(signal.set_wakeup_fd, before)
+    for number in heard:
+      handler = signal.signal(number, lambda *_: None)
+      self._undo.callback(signal.signal, number, handler or signal.SIG_DFL)
     return self
 
   def __exit__(self, *exception: Any) -> None:
@@ -69,16 +81,29 @@ class StopRequest:
     Raises:
       Stopped: it was.
     """
-    if jax.process_count() == 1:
-      asked = self._asked.is_set()
-    else:
+    if self._several:
       asked = step is not None and multihost_utils.reached_preemption_sync_point(step)
+    else:
+      asked = self._asked.is_set()
     if asked:
       raise Stopped
 
   def _listen(self, pipe: int) -> None:
     while number := os.read(pipe, 1):
-      if number[0] == signal.SIGTERM:
+      if number[0] == signal.SIGINT:
+        self._interrupt()
+      elif number[0] == signal.SIGTERM:
         self._asked.set()
         if not self._deferred:
           stderr.leave("stopped by SIGTERM before the first step", EXIT_CODE)
+
+  def _interrupt(self) -> None:
+    if not self._deferred:
+      stderr.leave("stopped by Ctrl-C before the first step", INTERRUPTED)
+    if self.exit_code == INTERRUPTED:
+      stderr.leave("ended by Ctrl-C; the steps that were saved before are complete", INTERRUPTED)
+    self.exit_code = INTERRUPTED
+    stderr.tell("stopping after this step, which is saved; Ctrl-C again ends at once, unsaved")
+    self._asked.set()
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)

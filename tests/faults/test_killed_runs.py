@@ -99,7 +99,7 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
     job.wait_for(lambda: "step 10/" in job.said())
     job.signal(signal.SIGTERM)
     said = stop(job, within=10)
-  assert said.splitlines()[-1] == "stopped by SIGTERM; the same command goes on from here"
+  assert said.splitlines()[-1] == "stopped by SIGTERM; the same command resumes from here"
   stopped_at = checkpoint.open_checkpoint(output).step
   assert 10 < stopped_at < TOTAL
 
@@ -132,6 +132,51 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
   assert_same_end(output, uninterrupted)
 
 
+@pytest.fixture
+def foreground():
+  """A process that was started in the background ignores SIGINT, and so do those it starts."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_twice_ends_at_once(start, uninterrupted, tmp_path, foreground):
+  output = tmp_path / "interrupted"
+  rarely = (f"--total_steps={TOTAL}", "--log_freq=10")
+  # Before the first step there is nothing to save; compiling is not waited for.
+  with start(output, *rarely, compiles=True) as job:
+    job.wait_for(lambda: "compiling" in job.said())
+    job.signal(signal.SIGINT)
+    assert job.end(5) == stopping.INTERRUPTED, job.said()
+  assert job.said().splitlines()[-1] == "stopped by Ctrl-C before the first step"
+  assert not checkpoint.finished_steps(output)
+
+  with start(output, *rarely) as job:
+    job.wait_for(lambda: "step 10/" in job.said())
+    job.signal(signal.SIGINT)
+    assert job.end(60) == stopping.INTERRUPTED, job.said()
+  assert "stopping after this step, which is saved; Ctrl-C again ends at once" in job.said()
+  assert job.said().splitlines()[-1] == "stopped by Ctrl-C; the same command resumes from here"
+  assert "Traceback" not in job.said()
+  (first,) = checkpoint.finished_steps(output)
+  assert 10 <= first < TOTAL
+
+  with start(output, *rarely) as job:
+    job.wait_for(lambda: f"step {first // 10 * 10 + 10}/" in job.said())
+    job.signal(signal.SIGINT)
+    job.wait_for(lambda: "Ctrl-C again" in job.said())
+    job.signal(signal.SIGINT)
+    assert job.end(5) == stopping.INTERRUPTED, job.said()
+  last = "ended by Ctrl-C; the steps that were saved before are complete"
+  assert job.said().splitlines()[-1] == last
+  assert checkpoint.finished_steps(output) == [first]
+
+  with start(output, *rarely) as job:
+    assert job.end(300) == 0, job.said()
+  assert f"resuming from step {first}" in job.said()
+  assert_same_end(output, uninterrupted)
+
+
 def test_asked_to_stop_at_the_last_step_the_run_is_over(start, copy, text):
   evaluation = (
     "--eval_steps=350",
@@ -143,7 +188,7 @@ def test_asked_to_stop_at_the_last_step_the_run_is_over(start, copy, text):
     job.wait_for(lambda: "step 31/31  loss" in job.said())
     job.signal(signal.SIGTERM)
     assert job.end(60) == 0, job.said()
-  assert "eval loss" not in job.said() and "goes on from here" not in job.said()
+  assert "eval loss" not in job.said() and "resumes from here" not in job.said()
   assert "the last evaluation is left out; ll3m.evaluate makes it" in job.said()
   assert checkpoint.open_checkpoint(copy).step == 31
 

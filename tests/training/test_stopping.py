@@ -1,4 +1,4 @@
-"""What listening for SIGTERM does, and what is left of it."""
+"""What listening for SIGTERM and Ctrl-C does, and what is left of it."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ll3m.training.stopping import Stopped, StopRequest
+from ll3m.training.stopping import EXIT_CODE, Stopped, StopRequest
 
 
 def descriptors() -> set[str]:
@@ -32,7 +32,7 @@ def test_a_request_is_heard_and_nothing_is_left_of_listening():
         while time.monotonic() < deadline:
           stop.check()
           time.sleep(0.01)
-    assert not heard
+    assert not heard and stop.exit_code == EXIT_CODE
     assert descriptors() == opened and set(threading.enumerate()) == threads
     os.kill(os.getpid(), signal.SIGTERM)  # heard by whom it was before
     assert heard == ["before"] and ours.recv(9) == bytes([signal.SIGTERM])
@@ -41,3 +41,27 @@ def test_a_request_is_heard_and_nothing_is_left_of_listening():
     signal.signal(signal.SIGTERM, before)
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_is_a_request_that_is_answered_at_once(handler, capfd):
+  """Except in the background of a script, where shells have it ignored."""
+  before = signal.signal(signal.SIGINT, handler)
+  try:
+    with StopRequest() as stop:
+      stop.defer()
+      os.kill(os.getpid(), signal.SIGINT)
+      deadline = time.monotonic() + (10 if handler is signal.default_int_handler else 0.2)
+      while stop.exit_code == EXIT_CODE and time.monotonic() < deadline:
+        time.sleep(0.01)
+      time.sleep(0.05)
+      if handler is signal.SIG_IGN:
+        stop.check()
+      else:
+        assert stop.exit_code == 130
+        assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        with pytest.raises(Stopped):
+          stop.check()
+    assert signal.getsignal(signal.SIGINT) is handler
+  finally:
+    signal.signal(signal.SIGINT, before)
