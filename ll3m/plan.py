@@ -77,7 +77,7 @@ def read_job(wanted: PlanOptions) -> training.TrainingJob:
   """
   groups = {prefix: flags.read(prefix, options) for prefix, options in FLAG_GROUPS.items()}
   options, optimizer, dataset = (groups[prefix] for prefix in ("", "optimizer", "train_dataset"))
-  refuse_unchosen(optimizer, "optimizer")
+  refuse_unchosen(optimizer, "optimizer", options.param_dtype)
   refuse_unread(dataset, "train_dataset")
   gin_settings.apply(options, groups["tokenizer"])
   rows = dataset.seqio_dataset

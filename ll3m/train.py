@@ -241,7 +241,7 @@ def read_run() -> Run:
         f"run's own"
       )
   optimizer = flags.read("optimizer", OptimizerConfig)
-  refuse_unchosen(optimizer, "optimizer")
+  refuse_unchosen(optimizer, "optimizer", options.param_dtype)
   train_dataset = flags.read("train_dataset", DatasetConfig)
   refuse_unread(train_dataset, "train_dataset")
   eval_dataset = read_eval_dataset(options)

@@ -10,7 +10,14 @@ import optax
 from jax import Array
 
 from ll3m.core import flags
-from ll3m.core.dtypes import COMPUTED
+from ll3m.core.dtypes import COMPUTED, DTYPES
+from ll3m.training.rounding import (
+  UPDATES,
+  MasterState,
+  cast_stochastically,
+  to_float32,
+  with_master,
+)
 
 # Modules whose parameters have a leading axis of layers.
 _STACKED = "layers/"
@@ -109,6 +116,15 @@ class OptimizerConfig:
   accumulator_dtype: str = flags.option(
     "f32", "In which the micro-steps' gradients are summed.", choices=COMPUTED
   )
+  bf16_update: str = flags.option(
+    "nearest",
+    "How an update reaches parameters of --param_dtype=bf16. nearest: it is rounded, and lost "
+    "where it is less than half a unit in the last place. stochastic: it is rounded up or down at "
+    "random, with the exact mean; takes no memory. master: it goes to a float32 copy, with moments "
+    "in float32; takes 4 bytes per parameter for the copy and 2 more for each moment. Parameters "
+    "and AdamW's state take 6, 6 and 14 bytes per parameter; with --param_dtype=f32, 12.",
+    choices=UPDATES,
+  )
   adamw_optimizer: AdamWConfig = flags.group(AdamWConfig)
   adafactor_optimizer: AdafactorConfig = flags.group(AdafactorConfig)
   lion_optimizer: LionConfig = flags.group(LionConfig)
@@ -126,12 +142,13 @@ class OptimizerConfig:
     return getattr(self, f"{self.type}_optimizer")
 
 
-def refuse_unchosen(config: OptimizerConfig, prefix: str) -> None:
-  """Refuses flags that were given and belong to another optimizer than the chosen one.
+def refuse_unchosen(config: OptimizerConfig, prefix: str, param_dtype: str) -> None:
+  """Refuses flags that were given and belong to another optimizer, or dtype, than the chosen one.
 
   Args:
     config: the optimizer.
     prefix: of its flags.
+    param_dtype: Name of the parameters' dtype.
 
   Raises:
     ValueError: names the flag.
@@ -139,6 +156,8 @@ def refuse_unchosen(config: OptimizerConfig, prefix: str) -> None:
   for group in (f.name for f in dataclasses.fields(config) if f.name.endswith("_optimizer")):
     if getattr(config, group) is not config.chosen:
       flags.refuse(f"{prefix}.{group}", f"with --{prefix}.type={config.type}")
+  if DTYPES[param_dtype] != jnp.bfloat16:
+    flags.refuse(f"{prefix}.bf16_update", f"with --param_dtype={param_dtype}")
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
@@ -159,6 +178,8 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
   """Builds the optimizer: clipping, the update rule, decoupled weight decay, learning rate.
+
+  With `bf16_update="master"` its state is a `MasterState`.
 
   Args:
     config: `--optimizer.*`.
@@ -186,7 +207,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
   if chosen.weight_decay:
     transformations.append(optax.add_decayed_weights(chosen.weight_decay, mask=decay_mask))
   transformations.append(optax.scale_by_learning_rate(make_schedule(chosen, total_steps)))
-  return optax.chain(*transformations)
+  whole = optax.chain(*transformations)
+  return with_master(whole) if config.bf16_update == "master" else whole
 
 
 def updates_made(opt_state: Any) -> Array:
@@ -226,30 +248,37 @@ def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def apply(
-  optimizer: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any
+  optimizer: optax.GradientTransformation,
+  gradients: Any,
+  opt_state: Any,
+  params: Any,
+  key: Array | None = None,
 ) -> tuple[Any, Any]:
   """Makes one update, computed in float32 and stored in the dtypes that came in.
 
   Parameters and moments may be kept in bfloat16; their arithmetic may not: a moment's small
   increment would be rounded away before it is added.
 
+  Args:
+    optimizer: Optimizer that `make_optimizer` built.
+    gradients: Gradients, like the parameters.
+    opt_state: State of the optimizer; a `MasterState`'s copy is updated in place of `params`.
+    params: Parameters.
+    key: Random key for rounding parameters stochastically to bfloat16; to the nearest without.
+
   Returns:
     (params, opt_state) after the update.
   """
-  wide_params = _to_float32(params)
-  updates, new_state = optimizer.update(_to_float32(gradients), _to_float32(opt_state), wide_params)
+  wide_params = opt_state.master if isinstance(opt_state, MasterState) else to_float32(params)
+  updates, new_state = optimizer.update(to_float32(gradients), to_float32(opt_state), wide_params)
   new_params = optax.apply_updates(wide_params, updates)
 
   def cast_like(new, old):
     return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
 
+  if key is not None:
+    return cast_stochastically(new_params, params, key), cast_like(new_state, opt_state)
   return cast_like(new_params, params), cast_like(new_state, opt_state)
-
-
-def _to_float32(tree: Any) -> Any:
-  return jax.tree.map(
-    lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-  )
 
 
 def decay_mask(params: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:

@@ -44,6 +44,7 @@ def make_program(
     schedule,
     z_loss=options.z_loss,
     accumulator_dtype=DTYPES[optimizer_config.accumulator_dtype],
+    stochastic_rounding=optimizer_config.bf16_update == "stochastic",
   )
   shardings = jax.tree.map(lambda x: x.sharding, plan.state)
   return Program(model, plan, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))

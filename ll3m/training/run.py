@@ -97,9 +97,17 @@ class Run:
         f"{rows * steps * self.length:,} tokens per optimizer step",
         f"state       {state_bytes / 2**30:.2f} GiB per device (parameters and optimizer)",
         f"steps       {self.options.total_steps}",
+        *self._lost_updates(),
         *(f"not split   {text}" for text in sharding.unsplit(plan.params, self.mesh)),
       ]
     )
+
+  def _lost_updates(self) -> list[str]:
+    if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":
+      return []
+    return [
+      "updates     rounded to the nearest bfloat16: small ones are lost (--optimizer.bf16_update)"
+    ]
 
   def batch_shapes(self) -> Batch:
     """Returns the shapes and shardings of an optimizer step's batch, [A, B, T]."""
@@ -117,6 +125,7 @@ def fixed_settings(
   """Returns the flags that a run keeps and that are saved with it, to be compared at once."""
   return {
     "optimizer.type": optimizer.type,
+    "optimizer.bf16_update": optimizer.bf16_update,
     "param_dtype": jnp.dtype(DTYPES[options.param_dtype]).name,
     "train_dataset.seqio_dataset.num_shards": train_dataset.seqio_dataset.num_shards,
   }
@@ -153,8 +162,7 @@ def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> Tra
   if run.source is None:
     params = plan.init(jax.random.key(seed))
   else:
-    dtype = jax.tree.leaves(plan.params)[0].dtype
-    params = run.source.load_params(dtype=dtype, shardings=plan.param_shardings)
+    params = run.source.load_params(dtype=plan.start_dtype, shardings=plan.param_shardings)
   # If there was no memory for them, jax says so here; on CPUs, who asks for a result of `start`
   # that does not need them would wait for ever.
   jax.block_until_ready(params)

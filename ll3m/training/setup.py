@@ -17,6 +17,7 @@ from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
 from ll3m.training.optimizer import state_shardings
+from ll3m.training.rounding import MasterState
 from ll3m.training.step import TrainState, init_state
 
 Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
@@ -135,12 +136,15 @@ class StatePlan:
   Attributes:
     params: shapes with shardings.
     state: of the whole state, the same.
-    init: rng -> random parameters on the devices.
-    start: parameters, rng -> the state before the first step.
+    start_dtype: Dtype of the parameters that a state is made from: float32 where the optimizer
+      keeps a master copy, which begins with all that the source holds; else the parameters' own.
+    init: rng -> random parameters on the devices, in `start_dtype`.
+    start: parameters in `start_dtype`, rng -> the state before the first step.
   """
 
   params: Shapes
   state: TrainState
+  start_dtype: Any
   init: Callable[[jax.Array], Params]
   start: Callable[[Params, jax.Array], TrainState]
 
@@ -160,27 +164,34 @@ def plan_state(
   """Works out the train state of a model on a mesh."""
   dtype = DTYPES[param_dtype]
 
-  def init(rng):
-    return jax.tree.map(lambda x: x.astype(dtype), model.init(rng))
+  def cast(params, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
   def place(tree, shardings):
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
-  shapes = jax.eval_shape(init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda rng: cast(model.init(rng), dtype), jax.random.key(0))
   shardings = sharding.parameter_shardings(shapes, mesh)
   everywhere = sharding.replicated(mesh)
   opt_shardings = state_shardings(optimizer, shapes, shardings, everywhere)
   all_shardings = TrainState(everywhere, shardings, opt_shardings, everywhere)
 
+  has_master = isinstance(jax.eval_shape(optimizer.init, shapes), MasterState)
+  start_dtype = jnp.dtype(jnp.float32) if has_master else dtype
+
+  def init(rng):
+    return cast(model.init(rng), start_dtype)
+
   def start(params, rng):
-    return init_state(params, optimizer, rng)
+    return init_state(params, optimizer, rng)._replace(params=cast(params, dtype))
 
   rng_shape = jax.ShapeDtypeStruct((2,), jnp.uint32)
   return StatePlan(
     params=place(shapes, shardings),
     state=place(jax.eval_shape(start, shapes, rng_shape), all_shardings),
+    start_dtype=start_dtype,
     init=jax.jit(init, out_shardings=shardings),
     start=jax.jit(start, out_shardings=all_shardings, donate_argnums=0),
   )

@@ -58,6 +58,7 @@ def make_train_step(
   *,
   z_loss: float = 0.0,
   accumulator_dtype: Any = jnp.float32,
+  stochastic_rounding: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
   """Returns (state, batch [A, B, T]) -> (state, metrics).
 
@@ -74,6 +75,8 @@ def make_train_step(
     schedule: its learning rate, for the metrics.
     z_loss: weight of the z-loss.
     accumulator_dtype: in which the micro-steps' gradients are summed.
+    stochastic_rounding: Whether bfloat16 parameters are rounded at random, from the state's rng and
+      step.
   """
 
   def loss(params, micro_batch, total):
@@ -103,7 +106,10 @@ def make_train_step(
     gradients, sums = accumulate(state.params, batch, total)
     gradient_norm = _norm(gradients)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss + sums.z_loss)
-    updated = apply(optimizer, gradients, state.opt_state, state.params)
+    key = None
+    if stochastic_rounding:
+      key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    updated = apply(optimizer, gradients, state.opt_state, state.params, key)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
     )
