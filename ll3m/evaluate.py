@@ -115,7 +115,7 @@ def measure(
       skipped=batches.skipped,
       on_batch=bar.update,
     )
-  if skipped := batches.skipped.describe():
+  if skipped := batches.skipped.describe_unreported():
     say(skipped)
   if options.json:
     print(json.dumps(record))

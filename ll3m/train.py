@@ -118,7 +118,7 @@ def run_to_the_end() -> int:
         run, state, batches, train_step, held_out, checkpoints, logger, profiler, stop
       )
   for name, stream in (("train", batches), ("eval", held_out_batches)):
-    if stream is not None and (skipped := stream.skipped.describe()):
+    if stream is not None and (skipped := stream.skipped.describe_unreported()):
       say(f"{name}_dataset: {skipped}")
   return 0 if finished else stop.exit_code
 

@@ -223,7 +223,10 @@ def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tm
     assert done.stderr.splitlines()[-1] == f"error: {bad} (--strict)"
   done = train("--total_steps=1")
   assert done.returncode == 0, done.stderr
-  assert f"train_dataset: skipped 1: no field 'text' (1); the first: {bad}" in done.stderr
+  file = tmp_path / "lines.jsonl"
+  skipped = f"{file}: 9 usable lines, skipped 1: no field 'text' (1); the first: {bad}"
+  assert done.stderr.splitlines().count(f"warning: {skipped}") == 1
+  assert done.stderr.count(str(bad)) == 1  # it is not repeated at the end
   shutil.rmtree(tmp_path / "source")
   done = train("--total_steps=2")
   assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ validated. Only commands call `define` and `read`.
 
 import ast
 import dataclasses
+import logging as standard_logging
 import os
 import re
 import sys
@@ -256,7 +257,8 @@ def run(main: Callable[[], None]) -> None:
     if not given("verbosity"):  # the libraries' progress reports are not the user's
       logging.set_verbosity(logging.INFO if _DEBUG.value else logging.WARNING)
     if not _DEBUG.value:
-      logging.get_absl_handler().addFilter(_without_traceback)
+      logging.get_absl_handler().addFilter(_unseen_without_traceback)
+      logging.get_absl_handler().setFormatter(_Sentence())
     try:
       storage.prepare(sys.argv[1:])
       main()
@@ -268,10 +270,24 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded_main, flags_parser=guarded_parse)
 
 
-def _without_traceback(record: Any) -> bool:
-  """Leaves of what a library logs the sentence."""
+class _Sentence(standard_logging.Formatter):
+  """Formats a record as errors are printed, without absl's prefix of place and time.
+
+  What a library logs as an error is a warning: an error of ours ends the command.
+  """
+
+  def format(self, record: standard_logging.LogRecord) -> str:
+    level = "warning" if record.levelno >= standard_logging.WARNING else record.levelname.lower()
+    return f"{level}: {' '.join(record.getMessage().split())}"
+
+
+def _unseen_without_traceback(record: standard_logging.LogRecord) -> bool:
+  """Leaves of what a library logs the sentence, unless the library's own handler prints it too."""
   record.exc_info = record.exc_text = None
-  return True
+  logger = standard_logging.getLogger(record.name)
+  while logger.parent is not None and not logger.handlers:
+    logger = logger.parent
+  return logger.parent is None
 
 
 def sentence(error: Exception) -> str:

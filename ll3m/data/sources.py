@@ -221,6 +221,7 @@ class JsonLines(Sequence[bytes]):
       raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
     if skipped.counts:
       logging.warning("%s: %d usable lines, %s", path, len(found), skipped.describe())
+      skipped.mark_reported()
 
   def __len__(self) -> int:
     return len(self._lines)

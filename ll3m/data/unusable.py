@@ -39,6 +39,7 @@ class Skipped:
     self.counts: collections.Counter[str] = collections.Counter()
     self.first: list[str] = []
     self._strict = strict
+    self._reported = 0
 
   def add(self, place: str, reason: str) -> None:
     """Counts an example.
@@ -63,6 +64,15 @@ class Skipped:
     self.add(place, reason)
     if first:
       logging.warning("leaving out examples that cannot be used; the first: %s: %s", place, reason)
+      self.mark_reported()
+
+  def mark_reported(self) -> None:
+    """Notes that the user has been told of all that is counted so far."""
+    self._reported = self.counts.total()
+
+  def describe_unreported(self) -> str:
+    """Returns `describe()` for the end of a command; "" if it would only repeat a report."""
+    return self.describe() if self.counts.total() > self._reported else ""
 
   def describe(self) -> str:
     """Returns how many there are, by reason, and the first of them; "" for none."""

@@ -173,6 +173,9 @@ def test_unsupported_types_are_refused():
 COMMAND = textwrap.dedent("""
   import dataclasses
   import json
+  import logging
+
+  from absl import logging as absl_logging
 
   from ll3m.core import flags
 
@@ -194,6 +197,13 @@ COMMAND = textwrap.dedent("""
       {}["missing"]
     if config.fail == "file":
       raise FileNotFoundError("no such folder: x")
+    if config.fail == "softly":
+      absl_logging.warning("step %d is\\n  damaged", 3)
+      logging.getLogger("library.part").error("no such id", exc_info=ValueError("inner"))
+      chatty = logging.getLogger("chatty")
+      chatty.addHandler(logging.StreamHandler())
+      logging.getLogger("chatty.part").warning("printed by itself")
+      absl_logging.info("progress")
     print(json.dumps(flags.to_dict(config)))
 
   if __name__ == "__main__":
@@ -218,6 +228,15 @@ def test_run_calls_main(command):
   done = command("--run.steps=5", "--run.online=True")
   assert (done.returncode, done.stderr) == (0, "")
   assert json.loads(done.stdout) == {"steps": 5, "online": True, "fail": None}
+
+
+def test_what_is_logged_looks_like_an_error_and_is_printed_once(command):
+  done = command("--run.fail=softly")
+  assert done.stderr.splitlines() == [
+    "warning: step 3 is damaged",
+    "warning: no such id",
+    "printed by itself",
+  ]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
+from ll3m.data.unusable import Skipped
 
 EXAMPLES = [
   {"prompt": None if i % 9 == 4 else f"q{i}", "answer": f"a{i} " * (i % 5 + 1)} for i in range(60)
@@ -98,6 +99,17 @@ def test_rows_without_the_field_are_what_the_error_is_about(source, tokenizer, s
   (warning,) = (record.getMessage() for record in caplog.records)  # once, not once an example
   assert "leaving out examples that cannot be used; the first: " in warning
   assert warning.endswith(f"{source}: no field 'txt'")
+
+
+def test_the_end_does_not_repeat_what_was_reported():
+  skipped = Skipped()
+  assert skipped.describe_unreported() == ""
+  skipped.warn_and_add("a", "empty")
+  assert skipped.describe_unreported() == ""
+  skipped.warn_and_add("b", "empty")
+  assert skipped.describe_unreported() == "skipped 2: empty (2); the first: a: empty; b: empty"
+  skipped.mark_reported()
+  assert skipped.describe_unreported() == ""
 
 
 @pytest.mark.parametrize("streaming", [False, True])
