@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
 from ll3m.core import flags, processes, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.data.config import TokenizerConfig
+from ll3m.data.row_files import read_prompts
 from ll3m.data.unusable import Unusable, require_unicode
 from ll3m.models.transformer import make_model
 from ll3m.training.logger import say
@@ -158,44 +158,17 @@ def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None,
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
   if config.prompt_file is None:
-    texts = {"--prompt": config.prompt}
+    prompts = [("--prompt", config.prompt)]
   else:
-    texts = _read_file(config.prompt_file)
-  for where, text in texts.items():
+    prompts = read_prompts(config.prompt_file, "--prompt_file")
+  for where, text in prompts:
     if not text:
       raise ValueError(f"{where}: expected a prompt, got an empty text")
     try:
       require_unicode(text)
     except Unusable as reason:
       raise ValueError(f"{where}: {reason}, got {text[:80]!a}") from reason
-  return list(texts.values())
-
-
-def _read_file(name: str) -> dict[str, str]:
-  """Returns the prompts of a file by their places in it."""
-  file = epath.Path(name)
-  if not file.exists() or file.is_dir():
-    raise FileNotFoundError(f"--prompt_file: no such file: {name}")
-  try:
-    lines = file.read_text().splitlines()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-  texts = {f"{name}, line {i}": line for i, line in enumerate(lines, start=1) if line.strip()}
-  if not texts:
-    raise ValueError(f"{name} holds no prompt")
-  if name.endswith(".jsonl"):
-    return {where: _prompt_of(line, where) for where, line in texts.items()}
-  return texts
-
-
-def _prompt_of(line: str, where: str) -> str:
-  try:
-    prompt = json.loads(line)["prompt"]
-  except (ValueError, KeyError, TypeError):
-    prompt = None
-  if not isinstance(prompt, str):
-    raise ValueError(f'{where}: expected {{"prompt": "..."}}, got {line[:80]}')
-  return prompt
+  return [text for _, text in prompts]
 
 
 def _encode(tokenizer: Any, text: str, is_chat: bool) -> list[int]:

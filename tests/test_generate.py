@@ -126,7 +126,7 @@ def test_bfloat16_runs(generate):
       ["--prompt=a", "--max_new_tokens=1", "--mesh_dim=3,1,1"],
       "error: --mesh_dim=3,1,1 needs 3 devices, there are",
     ),
-    (["--prompt_file=/nowhere"], "error: --prompt_file: no such file: /nowhere"),
+    (["--prompt_file=/nowhere"], "error: --prompt_file: no file matches '/nowhere'"),
   ],
 )
 def test_bad_input_is_one_sentence(generate, folder, arguments, sentence):
@@ -142,10 +142,10 @@ def test_bad_input_is_one_sentence(generate, folder, arguments, sentence):
     (
       "p.jsonl",
       b'{"prompt": "a"}\n{"prompt": "\\ud800"}',
-      r"p.jsonl, line 2: not Unicode text, got",
+      r"p.jsonl:2: not Unicode text, got",
     ),
-    ("p.jsonl", b'{"text": "a"}', 'p.jsonl, line 1: expected {"prompt": "..."}'),
-    ("p.txt", b"a\n\xff", "p.txt is not UTF-8 text"),
+    ("p.jsonl", b'{"text": "a"}', 'p.jsonl:1: expected {"prompt": "..."}'),
+    ("p.txt", b"a\n\xff", "p.txt:2: not UTF-8 text"),
     ("p.txt", b"\n", "p.txt holds no prompt"),
   ],
 )

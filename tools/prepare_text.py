@@ -1,16 +1,17 @@
-"""Turns JSON Lines, .json.gz and plain text into the TFRecord shards that mixtures read.
+"""Turns rows (JSON Lines, JSON arrays, CSV, parquet) and plain text into TFRecord shards.
 
     python tools/prepare_text.py --input='corpus/*.json.gz' --output_dir=data/wiki
 
-writes data/wiki/{train,validation}-00000-of-00032.tfrecord ... with `id` and `text`. This process
-reads and writes; workers parse. The result does not depend on how many there are.
+writes data/wiki/{train,validation}-00000-of-00032.tfrecord ... with `id` and `text`, for mixtures.
+This process reads and writes; workers parse. The result does not depend on how many there are.
 """
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import gzip
+import fractions
 import itertools
 import multiprocessing
 import os
@@ -23,11 +24,10 @@ from tqdm import tqdm
 from ll3m.core import flags, stderr
 from ll3m.core.storage import require_bucket
 from ll3m.data.files import SPLITS, list_files
-from ll3m.data.text_processor import parse_json
+from ll3m.data.row_files import KINDS, is_array, kind_of, open_rows, parse_json
+from ll3m.data.text_files import HEAD, open_stream, require_utf8, split_lines
 from ll3m.data.unusable import Skipped, Unusable, require_unicode
 
-_JSON = (".jsonl", ".json", ".ndjson")
-_PLAIN = (".txt", ".text", ".md", ".rst")
 _BLOCK = 1 << 23  # bytes that a worker parses at a time
 
 
@@ -36,17 +36,21 @@ class PrepareConfig:
   """The flags of this tool."""
 
   input: tuple[str, ...] = flags.option(
-    (), f"File or glob, may be repeated: {', '.join(_JSON + _PLAIN)}, also with .gz.", repeated=True
+    (), f"File or glob, may be repeated: {', '.join(KINDS)}, also with .gz or .zst.", repeated=True
   )
   output_dir: str | None = flags.option(
     None, "Folder of the shards, local or gs://: {data_dir}/{source}, e.g. data/wiki."
   )
   num_shards: int = flags.option(32, "Files per split.")
   validation_fraction: float = flags.option(
-    0.01, "Share of the documents that is held out, evenly spread; 0 writes no validation split."
+    0.01,
+    "Share of the documents that is held out, evenly spread, at least one of two or more; 0 writes "
+    "no validation split.",
   )
   text_field: str = flags.option("text", "Field of a JSON object that holds its text.")
-  id_field: str = flags.option("id", "Field that holds its id; where missing, file:line is used.")
+  id_field: str = flags.option(
+    "id", "Field that holds its id; where missing, file:line is used (file:row of CSV and parquet)."
+  )
   plain_text: str = flags.option(
     "file", "What a document of a plain text file is.", choices=("file", "paragraph", "line")
   )
@@ -66,12 +70,12 @@ class PrepareConfig:
 
 
 class Block(NamedTuple):
-  """A piece of a file that ends where a line does."""
+  """A piece of a file that ends where a line or a row does."""
 
   file: str
-  kind: str  # "json", or what a document of plain text is
+  kind: str  # "json", "rows", or what a document of plain text is
   first_line: int
-  data: bytes
+  data: bytes | list[tuple[int, bytes]]  # of "rows" each with its number, else as in the file
 
 
 class Parsed(NamedTuple):
@@ -130,8 +134,7 @@ def write(
     ]
     for split in splits
   }
-  # Every so many documents, one is held out.
-  stride = round(1 / config.validation_fraction) if config.validation_fraction else None
+  share = fractions.Fraction(repr(config.validation_fraction))  # 0.4 is two fifths, not a float
   counts, skipped = dict.fromkeys(splits, 0), Skipped(strict=config.strict)
   parts = {split: [target / f"{name}.part" for name in names[split]] for split in splits}
   try:
@@ -140,20 +143,25 @@ def write(
         split: [stack.enter_context(tf.io.TFRecordWriter(os.fspath(part))) for part in parts[split]]
         for split in splits
       }
+
+      def add(split: str, document: tuple[str, str]) -> None:
+        writers[split][counts[split] % config.num_shards].write(example(*document))
+        counts[split] += 1
+
+      last = None  # waits for its split until another document shows that it is not the last
       for parsed in parse_all(config, kinds):
         for place, reason in parsed.skipped:
           skipped.add(place, reason)
-        for identity, text in parsed.documents:
-          number = sum(counts.values())
-          held_out = stride is not None and number % stride == stride - 1
-          split = splits[held_out]
-          writers[split][counts[split] % config.num_shards].write(example(identity, text))
-          counts[split] += 1
+        for document in parsed.documents:
+          if last:
+            add(_split(sum(counts.values()), share), last)
+          last = document
+      if last:
+        lacks = share and counts["train"] and not counts["validation"]
+        add("validation" if lacks else _split(sum(counts.values()), share), last)
     if empty := [split for split in splits if not counts[split]]:
       raise ValueError(
-        f"no document for the {empty[0]} split: {sum(counts.values())} in all, "
-        f"{skipped.describe() or 'skipped none'}, "
-        f"--validation_fraction={config.validation_fraction}"
+        _describe_empty(empty[0], sum(counts.values()), skipped, set(kinds.values()))
       )
   except BaseException:
     for part in itertools.chain(*parts.values()):
@@ -163,6 +171,22 @@ def write(
     for part, name in zip(parts[split], names[split], strict=True):
       part.rename(target / name)
   return counts, skipped
+
+
+def _split(number: int, share: fractions.Fraction) -> str:
+  """Returns the split of a document: of the first n, exactly floor(n * share) are held out."""
+  return SPLITS[int((number + 1) * share) > int(number * share)]
+
+
+def _describe_empty(split: str, count: int, skipped: Skipped, kinds: set[str]) -> str:
+  """Returns the error of a split without a document, and what to type instead."""
+  what = (
+    f"no document for the {split} split: {count} in all, {skipped.describe() or 'skipped none'}"
+  )
+  if not count:
+    return what
+  cut = ", or --plain_text=paragraph to cut files into more documents" if "file" in kinds else ""
+  return f"{what}; give --validation_fraction=0 to write the train split only{cut}"
 
 
 def parse_all(config: PrepareConfig, kinds: dict[str, str]) -> Iterator[Parsed]:
@@ -187,18 +211,18 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
   """Cuts a file into blocks of whole lines; plain files whose document is the file stay whole.
 
   Raises:
-    ValueError: if a compressed file is damaged.
+    ValueError: if the file is damaged.
   """
+  if kind == "rows":
+    yield from _row_blocks(file)
+    bar.update(epath.Path(file).stat().length)
+    return
   line, rest = 1, b""
   by_line = kind in ("json", "line")
-  with epath.Path(file).open("rb") as raw:
-    stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
+  with open_stream(file) as (stream, raw):
     while True:
       start = raw.tell()
-      try:
-        data = stream.read(_BLOCK if by_line else -1)
-      except (OSError, EOFError) as error:
-        raise ValueError(f"{file} is not a complete gzip file: {error}") from error
+      data = stream.read(_BLOCK if by_line else -1)
       bar.update(raw.tell() - start)
       whole, end, rest = (rest + data).rpartition(b"\n") if by_line and data else (rest, data, b"")
       if whole or end:
@@ -208,13 +232,26 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
         return
 
 
+def _row_blocks(file: str) -> Iterator[Block]:
+  """Yields the rows of an array or a table, which is read whole, some at a time."""
+  rows, waiting, size = open_rows(file), [], 0
+  for number, start, end in rows.positions:
+    waiting.append((number, rows.read(start, end)))
+    size += len(waiting[-1][1])
+    if size >= _BLOCK:
+      yield Block(file, "rows", 1, waiting)
+      waiting, size = [], 0
+  if waiting:
+    yield Block(file, "rows", 1, waiting)
+
+
 def parse(block: Block, text_field: str, id_field: str) -> Parsed:
   """Turns a block into documents; runs in a worker."""
   documents, skipped = [], []
   for line, piece in _pieces(block):
     try:
       identity, text = f"{os.path.basename(block.file)}:{line}", None
-      if block.kind == "json":
+      if block.kind in ("json", "rows"):
         found = parse_json(piece)
         if text_field not in found:
           raise Unusable(f"no field {text_field!r}")
@@ -235,15 +272,24 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
 
 def _pieces(block: Block) -> Iterator[tuple[int, bytes]]:
   """Yields documents with their line numbers; blank lines between them are none."""
-  if block.kind == "file":
-    yield block.first_line, block.data
-    return
-  separator = b"\n\n" if block.kind == "paragraph" else b"\n"
-  line = block.first_line
-  for piece in block.data.replace(b"\r\n", b"\n").split(separator):
-    if piece.strip():
-      yield line, piece
-    line += piece.count(b"\n") + separator.count(b"\n")
+  if block.kind == "rows":
+    yield from block.data
+  elif block.kind in ("json", "line"):
+    for line, start, end in split_lines(block.data, block.first_line):
+      piece = block.data[start:end]
+      if piece.strip():
+        yield line, piece
+  else:
+    # A document of several lines has line ends of one kind, those of old Macs (\r) included.
+    text = block.data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if block.kind == "file":
+      yield 1, text
+      return
+    line = 1
+    for piece in text.split(b"\n\n"):
+      if piece.strip():
+        yield line, piece
+      line += piece.count(b"\n") + 2
 
 
 def _decode(piece: bytes) -> str:
@@ -254,14 +300,23 @@ def _decode(piece: bytes) -> str:
 
 
 def _kind(file: str, plain_text: str) -> str:
-  name = file.removesuffix(".gz")
-  if name.endswith(_JSON):
-    return "json"
-  if name.endswith(_PLAIN):
+  """Returns the kind of a file's blocks.
+
+  Raises:
+    ValueError: if neither its name nor its content says, or it is UTF-16 or UTF-32.
+  """
+  with open_stream(file) as (stream, _):
+    head = stream.read(HEAD)
+  kind = kind_of(file, head)
+  if kind is None:
+    raise ValueError(
+      f"--input expects files that end in {', '.join(KINDS)}, also with .gz or .zst, got {file}"
+    )
+  if kind != "parquet":
+    require_utf8(file, head)
+  if kind == "text":
     return plain_text
-  raise ValueError(
-    f"--input expects files that end in {', '.join(_JSON + _PLAIN)}, also with .gz, got {file}"
-  )
+  return "json" if kind == "json" and not is_array(head) else "rows"
 
 
 if __name__ == "__main__":

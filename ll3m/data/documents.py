@@ -14,14 +14,14 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
+from ll3m.data.row_files import parse_json
 from ll3m.data.sources import IndexedSource, JsonLines, TextShardSource, find_damaged
-from ll3m.data.text_processor import TextProcessor, parse_json
+from ll3m.data.tasks import LOSS_SUFFIX
+from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
 
-# Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
-LOSS_SUFFIX = "_loss"
 # Every shard has a pipeline of its own; a few threads each are plenty.
 _THREADS = 2
 

@@ -56,6 +56,9 @@ def list_files(path: str, flag: str) -> list[str]:
   Raises:
     FileNotFoundError: if there are none.
   """
+  if epath.Path(path).exists() and not epath.Path(path).is_dir():
+    return [path]  # also of a file whose own name has a wildcard's characters
+  files = []
   if any(character in path for character in "*?["):
     folder, _, pattern = path.rpartition("/")
     wild = next((i for i, part in enumerate(folder.split("/")) if re.search(r"[*?\[]", part)), None)
@@ -64,8 +67,6 @@ def list_files(path: str, flag: str) -> list[str]:
       folder, pattern = "/".join(parts[:wild]), "/".join([*parts[wild:], pattern])
     base = epath.Path(folder or ("/" if path.startswith("/") else "."))
     files = sorted(os.fspath(file) for file in base.glob(pattern) if not file.is_dir())
-  else:
-    files = [path] if epath.Path(path).exists() and not epath.Path(path).is_dir() else []
   if not files:
     raise FileNotFoundError(f"{flag}: no file matches {path!r}")
   return files

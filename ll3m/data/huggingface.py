@@ -1,12 +1,11 @@
 """Datasets that the `datasets` library loads."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 
 from ll3m.data.config import HuggingFaceDatasetConfig
+from ll3m.data.row_files import row_to_json
 
 
 def load_huggingface(
@@ -45,5 +44,4 @@ class HuggingFaceRows(Sequence[bytes]):
     return len(self._rows)
 
   def __getitem__(self, index: int) -> bytes:
-    row: dict[str, Any] = self._rows[index]
-    return json.dumps(row, default=str).encode()
+    return row_to_json(self._rows[index])

@@ -1,10 +1,7 @@
 """Where documents come from, as seqio sources that can be split into any number of shards."""
 
 import functools
-import gzip
 import importlib.metadata
-import mmap
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsInt, override
@@ -13,12 +10,11 @@ import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
-from etils import epath
 
-from ll3m.core.storage import is_remote
 from ll3m.data import run_context
 from ll3m.data.files import SPLITS, list_files, text_shards
-from ll3m.data.text_processor import TextProcessor, parse_json
+from ll3m.data.row_files import open_rows, parse_json
+from ll3m.data.text_processor import TextProcessor
 from ll3m.data.unusable import Skipped, Unusable
 from ll3m.data.vocabularies import map_graph, python_op
 
@@ -188,35 +184,31 @@ def _is_held_out(name: str) -> bool:
 
 
 class JsonLines(Sequence[bytes]):
-  """The usable lines of JSON Lines files, by number."""
+  """The usable rows of files of rows as JSON objects, by number."""
 
   def __init__(self, path: str, processor: TextProcessor, skipped: Skipped):
     """Scans the files once.
 
     Args:
-      path: file or glob.
-      processor: says which examples are usable.
-      skipped: counts the others.
+      path: File or glob; each file may be of any kind that `row_files` reads.
+      processor: Judge of which examples are usable.
+      skipped: Counts of the others.
 
     Raises:
-      ValueError: if no line is usable, or one is not and none may be skipped.
+      ValueError: if no row is usable, or one is not and none may be skipped.
     """
-    self._buffers, found = [], []
+    self._readers, found = [], []
     for number, file in enumerate(list_files(path, "json_dataset.path")):
-      buffer = _open_bytes(file)
-      self._buffers.append(buffer)
-      start = line = 0
-      while start < len(buffer):
-        end = buffer.find(b"\n", start)
-        line += 1
-        end = len(buffer) if end < 0 else end
-        reason = _problem(buffer[start:end], processor)
+      rows = open_rows(file)
+      read = rows.read
+      self._readers.append(read)
+      for line, start, end in rows.positions:
+        reason = _problem(read(start, end), processor)
         if reason is None:
           found.append((number, start, end))
         elif reason:
-          skipped.add(f"{file}:{line}", reason)
-        start = end + 1
-    self._lines = np.array(found, np.int64).reshape(-1, 3)
+          skipped.add(rows.place(line), reason)
+    self._rows = np.array(found, np.int64).reshape(-1, 3)
     if not found:
       raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
     if skipped.counts:
@@ -224,24 +216,11 @@ class JsonLines(Sequence[bytes]):
       skipped.mark_reported()
 
   def __len__(self) -> int:
-    return len(self._lines)
+    return len(self._rows)
 
   def __getitem__(self, index: int) -> bytes:
-    number, start, end = self._lines[index]
-    return self._buffers[number][start:end]
-
-
-def _open_bytes(file: str) -> bytes | mmap.mmap:
-  """Maps a local plain file; reads a compressed or remote one into memory."""
-  if file.endswith(".gz"):
-    try:
-      return gzip.decompress(epath.Path(file).read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-      raise ValueError(f"{file} is not a complete gzip file: {error}") from error
-  if is_remote(file) or os.path.getsize(file) == 0:
-    return epath.Path(file).read_bytes()
-  with open(file, "rb") as opened:
-    return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    number, start, end = self._rows[index].tolist()
+    return self._readers[number](start, end)
 
 
 def _problem(line: bytes, processor: TextProcessor) -> str | None:

@@ -20,6 +20,8 @@ from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph
 # source shuffles by itself. Tokenised books are large, and the buffers are saved with every
 # checkpoint: hence not more.
 SHUFFLE_BUFFER = 128
+# Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
+LOSS_SUFFIX = "_loss"
 
 
 def tokenize_documents(
@@ -35,6 +37,30 @@ def tokenize_documents(
     return {"targets": tf.concat([tf.constant(head, tf.int32), ids, tail], axis=0)}
 
   return map_graph(dataset, tokenize, parallel=True)
+
+
+def prepend_bos(
+  dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """Puts BOS (where the family has one) before the first of a task's features.
+
+  `seqio.preprocessors` has steps that tokenize and that append EOS, and none for BOS.
+  """
+  first = next(iter(output_features))
+  bos_id = output_features[first].vocabulary.bos_id
+  if bos_id is None:
+    return dataset
+
+  def prepend(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    heads = {first: bos_id, first + LOSS_SUFFIX: 0}
+    longer = {
+      name: tf.concat([tf.constant([head], example[name].dtype), example[name]], axis=0)
+      for name, head in heads.items()
+      if name in example
+    }
+    return example | longer
+
+  return map_graph(dataset, prepend, parallel=True)
 
 
 def add_text_task(name: str, source: seqio.DataSource) -> None:

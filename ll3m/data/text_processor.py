@@ -1,6 +1,5 @@
 """From an example of a json or huggingface dataset to a document."""
 
-import json
 import math
 from typing import Any
 
@@ -113,20 +112,3 @@ def _text(example: dict[str, Any], name: str) -> str:
   if not isinstance(example[name], str):
     raise Unusable(f"field {name!r} is not text")
   return require_unicode(example[name])
-
-
-def parse_json(line: bytes) -> dict[str, Any]:
-  """Parses one JSON object; a file's byte order mark may stand before it.
-
-  Raises:
-    Unusable: if it is anything else.
-  """
-  try:
-    example = json.loads(line.decode("utf-8-sig"))
-  except UnicodeDecodeError:
-    raise Unusable("not UTF-8") from None
-  except (json.JSONDecodeError, RecursionError):
-    raise Unusable("not JSON") from None
-  if not isinstance(example, dict):
-    raise Unusable("not a JSON object")
-  return example

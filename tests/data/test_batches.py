@@ -275,16 +275,40 @@ def test_a_longer_row_goes_on_from_the_same_position(write_jsonl, tokenizer):
   assert found == [tuple(document_of(tokenizer, e["text"])) for e in lines(30)]
 
 
-def test_json_lines_may_be_compressed(tmp_path, tokenizer):
+def test_files_of_rows_of_every_kind_make_one_dataset(tmp_path, tokenizer):
   import gzip
 
+  import datasets
+  import zstandard
+
   (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "if"}\n{"text": "x"}'))
-  (tmp_path / "b.jsonl").write_text(json.dumps({"text": "for"}))
+  (tmp_path / "b.jsonl").write_bytes(
+    b'\xef\xbb\xbf{"text": "for"}\r\n\r\n{"text": "a\xe2\x80\xa8b"}'
+  )
   (tmp_path / "c.jsonl").touch()
-  config = json_config(f"{tmp_path}/*.jsonl*", num_shards=1, batch_size=1)
-  found = documents_of(list(open_dataset(config, tokenizer, rows=[0], repeat=False)),
-                       tokenizer.eos_id)  # fmt: skip
-  assert [tokenizer.decode(d) for d in found] == ["if", "x", "for"]
-  (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
-  with pytest.raises(ValueError, match="d.jsonl.gz is not a complete gzip file"):
-    open_dataset(config, tokenizer, rows=[0])
+  array = json.dumps([{"text": "in"}, {"text": 3}, {"text": "try"}], indent=1)
+  (tmp_path / "d.json.zst").write_bytes(zstandard.compress(array.encode()))
+  (tmp_path / "e.csv").write_text('text,n\n"1\n2",3\n007,4\n')
+  datasets.Dataset.from_dict({"text": ["p", None]}).to_parquet(tmp_path / "f.parquet")
+  config = json_config(f"{tmp_path}/*.*", num_shards=1, batch_size=1)
+
+  def opened():
+    return open_dataset(config, tokenizer, rows=[0], repeat=False)
+
+  stream = opened()
+  found = documents_of(list(stream), tokenizer.eos_id)
+  texts = ["if", "x", "for", "a\u2028b", "in", "try", "1\n2", "007", "p"]
+  assert [tokenizer.decode(d) for d in found] == texts
+  assert stream.skipped.first == [
+    f"{tmp_path}/d.json.zst:5: field 'text' is not text",
+    f"{tmp_path}/f.parquet, row 2: field 'text' is not text",
+  ]
+  whole = opened()
+  take(whole, 1)
+  resumed = opened()
+  resumed.set_state(whole.state())
+  for one, other in zip(whole, resumed, strict=True):
+    np.testing.assert_array_equal(one.inputs, other.inputs)
+  (tmp_path / "g.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
+  with pytest.raises(ValueError, match="g.jsonl.gz is not a complete gzip file"):
+    opened()

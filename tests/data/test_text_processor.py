@@ -5,7 +5,7 @@ import sentencepiece
 import transformers
 
 from ll3m.data.config import TextProcessorConfig, TokenizerConfig
-from ll3m.data.text_processor import TextProcessor, Unusable, parse_json
+from ll3m.data.text_processor import TextProcessor, Unusable
 from ll3m.data.tokenizer import load_tokenizer
 
 
@@ -102,16 +102,6 @@ def test_examples_that_are_no_document(tokenizer, example, fields, reason):
       read(example)
 
 
-@pytest.mark.parametrize(
-  ("line", "reason"),
-  [(b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"[1]", "not a JSON object"),
-   (b'{"a": "\xff"}', "not UTF-8")],
-)  # fmt: skip
-def test_lines_that_are_no_object(line, reason):
-  with pytest.raises(Unusable, match=reason):
-    parse_json(line)
-
-
 def test_choices_that_the_tokenizer_cannot_serve(tokenizer, mistral_model):
   with pytest.raises(ValueError, match="messages stands alone"):
     TextProcessor(TextProcessorConfig("messages,text"), tokenizer)
@@ -119,7 +109,3 @@ def test_choices_that_the_tokenizer_cannot_serve(tokenizer, mistral_model):
     TextProcessor(
       TextProcessorConfig("messages"), load_tokenizer(TokenizerConfig(path=str(mistral_model)))
     )
-
-
-def test_a_byte_order_mark_is_no_part_of_a_row():
-  assert parse_json(b'\xef\xbb\xbf{"text": "a"}\r') == {"text": "a"}

@@ -143,7 +143,8 @@ def test_json_beside_the_weights(folder, chance, name):
 
 def test_rows_of_data(byte_tokenizer, chance):
   from ll3m.data.config import TextProcessorConfig, TokenizerConfig
-  from ll3m.data.text_processor import TextProcessor, parse_json
+  from ll3m.data.row_files import parse_json
+  from ll3m.data.text_processor import TextProcessor
   from ll3m.data.tokenizer import load_tokenizer
 
   tokenizer = load_tokenizer(TokenizerConfig(path=str(byte_tokenizer)))

@@ -1,0 +1,226 @@
+"""Files of rows, JSON objects with fields: JSON Lines, JSON arrays, CSV, TSV and parquet.
+
+No TensorFlow here: commands that only read prompts need none.
+"""
+
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ll3m.data.files import list_files
+from ll3m.data.text_files import COMPRESSIONS, HEAD, read_bytes, require_utf8, split_lines
+from ll3m.data.unusable import Unusable
+
+# What a file holds, by the ending of its name, which .gz or .zst may follow.
+KINDS = {
+  ".jsonl": "json", ".json": "json", ".ndjson": "json",
+  ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+  ".txt": "text", ".text": "text", ".md": "text", ".rst": "text",
+}  # fmt: skip
+
+_PARQUET = b"PAR1"
+_SPACE = re.compile(r"[ \t\r\n]*")
+# How an array of objects begins. JSON Lines may begin with a line that is an array of other things.
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*(?:[{\]]|$)")
+
+
+class RowFile(NamedTuple):
+  """The rows or lines of one file, each of which can be read by its position.
+
+  Attributes:
+    file: Name of the file.
+    kind: One of the values of `KINDS`.
+    positions: Number (of the line, or of the row of a table), start and end of each; iterated once.
+    read: Function from a start and an end to what lies there: text, or a JSON object.
+  """
+
+  file: str
+  kind: str
+  positions: Iterable[tuple[int, int, int]]
+  read: Callable[[int, int], bytes]
+
+  def place(self, number: int) -> str:
+    """Returns how messages name a position."""
+    is_table = self.kind in ("csv", "tsv", "parquet")
+    return f"{self.file}, row {number}" if is_table else f"{self.file}:{number}"
+
+
+def kind_of(file: str, head: bytes = b"") -> str | None:
+  """Returns what a file holds; None if neither its name nor its beginning says.
+
+  Args:
+    file: Name; an ending that is known decides.
+    head: The first `HEAD` bytes of the content, decompressed.
+  """
+  name = file.lower()
+  for ending in COMPRESSIONS:
+    name = name.removesuffix(ending)
+  if kind := next((kind for ending, kind in KINDS.items() if name.endswith(ending)), None):
+    return kind
+  if head.startswith(_PARQUET):
+    return "parquet"
+  return "json" if re.match(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*["}]', head) else None
+
+
+def is_array(head: bytes) -> bool:
+  """Says whether JSON begins as an array of objects, not as lines."""
+  return _ARRAY.match(head) is not None
+
+
+def open_rows(file: str) -> RowFile:
+  """Opens a file of any kind.
+
+  Raises:
+    ValueError: if the file is damaged, or is not UTF-8 but UTF-16 or UTF-32.
+  """
+  data = read_bytes(file)
+  head = data[:HEAD]
+  kind = kind_of(file, head) or "text"
+  if kind == "parquet":
+    return _table(file, kind, _parquet, data)
+  require_utf8(file, data)
+  if kind in ("csv", "tsv"):
+    return _table(file, kind, _csv, data)
+  positions = _elements(file, data) if kind == "json" and is_array(head) else split_lines(data)
+  return RowFile(file, kind, positions, lambda start, end: data[start:end])
+
+
+def _elements(file: str, data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int]]:
+  """Yields the line, start and end of every element of a JSON array.
+
+  As Latin-1, a character is a byte, and JSON's own characters are what they are in UTF-8.
+
+  Raises:
+    ValueError: where the array ends early or is broken: what follows cannot be told apart.
+  """
+  text = str(data, "latin-1")
+  decode = json.JSONDecoder().raw_decode
+
+  def skip(start: int) -> int:
+    return _SPACE.match(text, start).end()
+
+  at = skip(text.index("[") + 1)
+  line, closed = 1 + text.count("\n", 0, at), text[at : at + 1] == "]"
+  while not closed:
+    try:
+      _, end = decode(text, at)
+      after = skip(end)
+      closed = text[after : after + 1] == "]"
+      if not closed and text[after : after + 1] != ",":
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{file}:{error.lineno}: not a JSON array: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+      raise ValueError(f"{file}:{line}: not a JSON array: {error}") from error
+    yield line, at, end
+    following = after if closed else skip(after + 1)
+    line += text.count("\n", at, following)
+    at = following
+  end = skip(at + 1)
+  if end < len(text):
+    line += text.count("\n", at, end)
+    raise ValueError(f"{file}:{line}: not a JSON array: more text after its end")
+
+
+def _table(file: str, kind: str, read: Callable[[str, Any], Any], data: Any) -> RowFile:
+  import datasets
+  import pyarrow
+
+  try:
+    table = read(kind, pyarrow.BufferReader(pyarrow.py_buffer(data)))
+  except (pyarrow.ArrowException, OSError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise ValueError(f"{file} is not a {kind} file: {reason}") from error
+  names = table.column_names
+  if repeated := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(f"{file} has several columns {repeated[0]!r}: rename them")
+  rows = datasets.Dataset(table)
+  return RowFile(
+    file,
+    kind,
+    ((row + 1, row, row + 1) for row in range(len(rows))),
+    lambda start, _: row_to_json(rows[start]),
+  )
+
+
+def _parquet(_: str, source: Any) -> Any:
+  from pyarrow import parquet
+
+  return parquet.read_table(source)
+
+
+def _csv(kind: str, source: Any) -> Any:
+  """Reads every cell as text: "007", "NA" and an empty cell stay what was written."""
+  import pyarrow
+  from pyarrow import csv
+
+  parse = csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
+  read = csv.ReadOptions(use_threads=False)  # else a message cannot say which row it is about
+  header = csv.open_csv(source, read_options=read, parse_options=parse).schema.names
+  source.seek(0)
+  convert = csv.ConvertOptions(column_types=dict.fromkeys(header, pyarrow.string()))
+  return csv.read_csv(source, read_options=read, parse_options=parse, convert_options=convert)
+
+
+def row_to_json(row: dict[str, Any]) -> bytes:
+  """Returns a row of a table as a JSON object; what JSON does not have becomes text."""
+  return json.dumps(row, default=str).encode()
+
+
+def parse_json(line: bytes) -> dict[str, Any]:
+  """Parses one JSON object; a file's byte order mark may stand before it.
+
+  Raises:
+    Unusable: if it is anything else.
+  """
+  try:
+    example = json.loads(line.decode().removeprefix("\ufeff"))
+  except UnicodeDecodeError:
+    raise Unusable("not UTF-8") from None
+  except (ValueError, RecursionError):  # also of a number with thousands of digits
+    raise Unusable("not JSON") from None
+  if not isinstance(example, dict):
+    raise Unusable("not a JSON object")
+  return example
+
+
+def read_prompts(path: str, flag: str) -> list[tuple[str, str]]:
+  """Returns the place, e.g. "prompts.txt:3", and the text of every prompt of a file or glob.
+
+  Args:
+    path: Text with a prompt per line, or rows with the field "prompt"; blank lines are skipped.
+    flag: Option that gave the path, for messages.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if a row or line is not a prompt, or there is none.
+  """
+  prompts = []
+  for file in list_files(path, flag):
+    rows = open_rows(file)
+    for number, start, end in rows.positions:
+      data = rows.read(start, end)
+      if data.strip():
+        place = rows.place(number)
+        prompts.append((place, _prompt(data, place, rows.kind)))
+  if not prompts:
+    raise ValueError(f"{path} holds no prompt")
+  return prompts
+
+
+def _prompt(data: bytes, place: str, kind: str) -> str:
+  if kind == "text":
+    try:
+      return data.decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{place}: not UTF-8 text: {error}") from error
+  try:
+    prompt = parse_json(data).get("prompt")
+  except Unusable:
+    prompt = None
+  if not isinstance(prompt, str):
+    given = data[:80].decode(errors="replace")
+    raise ValueError(f'{place}: expected {{"prompt": "..."}}, got {given}')
+  return prompt

@@ -1,0 +1,172 @@
+r"""Text files as people bring them: compressed, with a byte order mark, with Windows' line ends.
+
+Every reader of lines starts here, so that a file means the same to training, prompts and
+`tools/prepare_text.py`. Only \n and \r\n end a line; U+2028, U+0085, \x0b, \x0c and a lone \r are
+characters of it, where `str.splitlines` would cut.
+"""
+
+import codecs
+import contextlib
+import gzip
+import io
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, override
+
+import zstandard
+from etils import epath
+
+from ll3m.core.storage import is_remote
+
+# Endings of names, and how the files begin.
+COMPRESSIONS = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("Zstandard", b"\x28\xb5\x2f\xfd")}
+
+# Longest first: a UTF-32 mark begins with that of UTF-16.
+_MARKS = (
+  ("UTF-32", codecs.BOM_UTF32_LE),
+  ("UTF-32", codecs.BOM_UTF32_BE),
+  ("UTF-16", codecs.BOM_UTF16_LE),
+  ("UTF-16", codecs.BOM_UTF16_BE),
+)
+# Bytes of a file that show what it holds and how it is encoded.
+HEAD = 4096
+# zstd -19 --long=31, of which archives are made, refers as far back as this; the default is 2**27.
+_MAX_WINDOW = 1 << 31
+
+
+class _ZstdFile(io.RawIOBase):
+  """Decompresses frames that follow each other, as `zstd` does.
+
+  `zstandard`'s own readers take a file that ends within a frame for a complete one.
+  """
+
+  def __init__(self, raw: BinaryIO):
+    self._raw, self._frame, self._ready = raw, None, b""
+
+  @override
+  def readable(self) -> bool:
+    return True
+
+  @override
+  def readinto(self, target: Any) -> int:
+    while not self._ready:
+      data = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+      if not data:
+        if self._frame:
+          raise EOFError("it ends within a frame")
+        return 0
+      self._ready = self._decompress(data)
+    count = min(len(target), len(self._ready))
+    target[:count] = self._ready[:count]
+    self._ready = self._ready[count:]
+    return count
+
+  def _decompress(self, data: bytes) -> bytes:
+    pieces = []
+    while data:
+      frame = self._frame or _decompressor()
+      pieces.append(frame.decompress(data))
+      self._frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
+    return b"".join(pieces)
+
+
+def _decompressor() -> Any:
+  return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+
+
+def compression(file: str, head: bytes) -> str | None:
+  """Returns the ending that belongs to a file's compression; None if it is not compressed.
+
+  Args:
+    file: Name, which decides if it has such an ending.
+    head: The first bytes, which decide otherwise.
+  """
+  named = next((ending for ending in COMPRESSIONS if file.lower().endswith(ending)), None)
+  return named or next(
+    (e for e, (_, magic) in COMPRESSIONS.items() if head.startswith(magic)), None
+  )
+
+
+@contextlib.contextmanager
+def open_stream(file: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+  """Opens a file for reading, decompressed; yields (the content, the file as it is stored).
+
+  Raises:
+    ValueError: if a compressed file is damaged or ends early; also while it is read within.
+  """
+  with contextlib.ExitStack() as stack:
+    raw = stack.enter_context(epath.Path(file).open("rb"))
+    ending = compression(file, raw.read(4))
+    raw.seek(0)
+    if ending is None:
+      yield raw, raw
+      return
+    stream = gzip.GzipFile(fileobj=raw) if ending == ".gz" else io.BufferedReader(_ZstdFile(raw))
+    try:
+      yield stream, raw
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+      kind, _ = COMPRESSIONS[ending]
+      raise ValueError(f"{file} is not a complete {kind} file: {error}") from error
+
+
+def read_bytes(file: str) -> bytes | mmap.mmap:
+  """Maps a local plain file; reads a compressed or remote one into memory.
+
+  Raises:
+    ValueError: if a compressed file is damaged or ends early.
+  """
+  with open_stream(file) as (stream, raw):
+    if stream is raw and not is_remote(file) and os.path.getsize(file):
+      return mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    return stream.read()
+
+
+def require_utf8(file: str, data: bytes | mmap.mmap) -> None:
+  """Refuses the content of a file whose letters take two or four bytes each.
+
+  Other encodings show only at the letters that they write differently, line by line.
+
+  Args:
+    file: Name for the message.
+    data: Content of the file, or its beginning.
+
+  Raises:
+    ValueError: if it is UTF-16 or UTF-32; the message has the command that converts it.
+  """
+  head = data[:HEAD]
+  name = next((name for name, mark in _MARKS if head.startswith(mark)), None) or _wide(head)
+  if name:
+    raise ValueError(f"{file} is {name}: convert it with `iconv -f {name} -t UTF-8`")
+
+
+def _wide(head: bytes) -> str | None:
+  """Returns the encoding of text without a mark whose letters are mostly ASCII."""
+  half = len(head) // 4
+  zeros = [head[place::4].count(0) > half * 0.7 for place in range(4)] if half else []
+  return {
+    (False, True, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+  }.get(tuple(zeros))
+
+
+def split_lines(data: bytes | mmap.mmap, first: int = 1) -> Iterator[tuple[int, int, int]]:
+  r"""Yields the number, start and end of every line, without the \n or \r\n that ends it.
+
+  Args:
+    data: Content of a file, or a part of it; a byte order mark before line 1 is left out.
+    first: Number of the first line.
+  """
+  start = len(codecs.BOM_UTF8) if first == 1 and data[:3] == codecs.BOM_UTF8 else 0
+  length, find, line = len(data), data.find, first
+  while start < length:
+    newline = find(b"\n", start)
+    if newline < 0:
+      yield line, start, length
+      return
+    end = newline - 1 if newline > start and data[newline - 1] == 13 else newline
+    yield line, start, end
+    start, line = newline + 1, line + 1
