@@ -81,8 +81,11 @@ def test_prompts_of_every_kind_plain_and_compressed(tmp_path, ending, encode):
 
 
 @settings(max_examples=50)
-@given(rows=st.lists(st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=2), max_size=2), max_size=4),
-       indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans())  # fmt: skip
+@given(
+  rows=st.lists(st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=2), max_size=2), max_size=4),
+  indent=st.sampled_from([None, 0, 2]),
+  ascii_only=st.booleans(),
+)
 def test_arrays_have_the_rows_and_lines_of_python(tmp_path_factory, rows, indent, ascii_only):
   data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
   file = tmp_path_factory.getbasetemp() / "array.json"
