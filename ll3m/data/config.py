@@ -79,10 +79,11 @@ class SeqioDatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JsonDatasetConfig:
-  """JSON Lines files (type=json)."""
+  """Files of rows (type=json)."""
 
   path: str | None = flags.option(
-    None, "File or glob of JSON Lines, plain or .gz: one JSON object a line (type=json)."
+    None,
+    "File or glob of JSON Lines, JSON arrays, CSV, TSV or parquet, plain, .gz or .zst (type=json).",
   )
 
 

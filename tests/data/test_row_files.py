@@ -80,9 +80,12 @@ def test_prompts_of_every_kind_plain_and_compressed(tmp_path, ending, encode):
   assert all(place.startswith(str(file)) for place, _ in prompts)
 
 
+OBJECTS = st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=2), max_size=2)
+
+
 @settings(max_examples=50)
 @given(
-  rows=st.lists(st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=2), max_size=2), max_size=4),
+  rows=st.lists(OBJECTS, max_size=4),
   indent=st.sampled_from([None, 0, 2]),
   ascii_only=st.booleans(),
 )

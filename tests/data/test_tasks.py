@@ -1,13 +1,19 @@
 """Mixtures over TFRecord shards, and tasks that users bring."""
 
+import copy
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import seqio
 
-from ll3m.data import tasks
+from ll3m.data import run_context, tasks
 from ll3m.data.batches import open_dataset
-from ll3m.data.config import DatasetConfig, SeqioDatasetConfig
+from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
+from ll3m.data.vocabularies import RUN_VOCABULARY
 
 
 def write_shards(data_dir, source, split, documents, num_files):
@@ -204,6 +210,58 @@ def test_features_before_the_last_carry_no_loss(own_tasks, tokenizer):
   batch = next(stream)
   assert batch.inputs[0].tolist() == ids
   assert batch.mask[0].tolist() == [0.0, *(float(i % 2) for i in range(len(ids) - 2)), 0.0]
+
+
+def documented_task():
+  """The example of docs/dataset.md that registers a task made of seqio's own steps."""
+  text = (Path(__file__).parents[2] / "docs" / "dataset.md").read_text()
+  (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "prepend_bos" in b)
+  return block
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_the_documented_task_of_seqios_steps_has_bos_and_eos(
+  tmp_path, train_tokenizer, bos, monkeypatch
+):
+  from tokenizers import Tokenizer as Encoder
+
+  folder = train_tokenizer(tmp_path / "tokenizer", bos=bos)
+  encoder = Encoder.from_file(str(folder / "tokenizer.json"))
+  encoder.no_truncation()
+  encoder.no_padding()
+  ids = encoder.encode("if x: return", add_special_tokens=False).ids
+  head = [encoder.token_to_id(bos)] if bos else []
+  expected = [*head, *ids, encoder.token_to_id("<|im_end|>")]
+
+  (tmp_path / "documented_for_test.py").write_text(documented_task())
+  monkeypatch.syspath_prepend(tmp_path)
+  write_shards(tmp_path, "manuals", "train", ["if x: return"], 1)
+  stream = open_dataset(
+    config("manuals_with_bos", module="documented_for_test", batch_size=1, num_shards=1,
+           task_feature_lengths=(len(expected),)),
+    load_tokenizer(TokenizerConfig(path=str(folder))),
+    rows=[0],
+    data_dir=str(tmp_path),
+  )  # fmt: skip
+  batch = next(stream)
+  stream.set_state(stream.state())  # its position can be saved
+  assert batch.inputs[0].tolist() == next(stream).inputs[0].tolist() == expected
+
+
+def test_bos_goes_before_the_first_feature_and_is_not_trained(tokenizer):
+  import tensorflow as tf
+
+  with_bos = copy.copy(tokenizer)
+  with_bos.bos_id = 7
+  feature = seqio.Feature(RUN_VOCABULARY)
+  names = {"inputs": feature, "targets": feature}
+  row = {"inputs": [1, 2], "inputs_loss": [1, 1], "targets": [3]}
+  dataset = tf.data.Dataset.from_tensors({k: tf.constant(v) for k, v in row.items()})
+  with run_context.use(run_context.RunContext(with_bos)):
+    (found,) = tasks.prepend_bos(dataset, names).as_numpy_iterator()
+  assert {name: value.tolist() for name, value in found.items()} == {
+    "inputs": [7, 1, 2], "inputs_loss": [0, 1, 1], "targets": [3],
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(

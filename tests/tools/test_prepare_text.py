@@ -1,12 +1,15 @@
 """Text files to TFRecord shards, from the command line to the mixture that reads them."""
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import zstandard
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +55,7 @@ def corpus(tmp_path):
   with gzip.open(folder / "b.json.gz", "wt") as file:
     file.write("".join(f"{json.dumps(o)}\r\n" for o in zipped))
   (folder / "c.txt").write_text("one paragraph\nof two lines\n\nand another\n")
-  (folder / "d.txt").write_bytes(b"\xff\xfe broken")
+  (folder / "d.txt").write_bytes(b"Latin-1: \xfcber")
   return folder, [(o["id"], o["text"]) for o in objects + zipped]
 
 
@@ -126,9 +129,124 @@ def test_bad_input_is_one_sentence(tmp_path, flags, message):
   assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
 
 
-def test_too_few_documents_leave_no_shards(corpus, tmp_path):
+def test_one_document_cannot_be_split_and_leaves_no_shards(corpus, tmp_path):
   folder, _ = corpus
-  done = prepare(f"--input={folder}/c.txt", f"--output_dir={tmp_path}/x")
+  done = prepare(f"--input={folder}/c.txt", f"--output_dir={tmp_path}/x", "--workers=1")
   assert done.returncode == 1
-  assert "error: no document for the validation split: 1 in all" in done.stderr
+  assert done.stderr.splitlines()[-1] == (
+    "error: no document for the validation split: 1 in all, skipped none; give "
+    "--validation_fraction=0 to write the train split only, or --plain_text=paragraph to cut files "
+    "into more documents"
+  )
   assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.fixture(scope="module")
+def tool():
+  """The module of the tool, whose flags are defined once in a process."""
+  spec = importlib.util.spec_from_file_location("prepare_text", ROOT / "tools" / "prepare_text.py")
+  module = importlib.util.module_from_spec(spec)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("ll3m.core.flags.define", lambda *_: None)
+    spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def write(tool, tmp_path, monkeypatch):
+  """Writes shards in this process; returns (id, text) of both splits, and what was skipped."""
+
+  def parse_all(config, kinds):
+    bar = types.SimpleNamespace(update=lambda _: None)
+    for file, kind in kinds.items():
+      for block in tool.blocks(file, kind, bar):
+        yield tool.parse(block, config.text_field, config.id_field)
+
+  def written(*files, **options):
+    config = tool.PrepareConfig(num_shards=1, workers=1, **options)
+    kinds = {str(file): tool._kind(str(file), config.plain_text) for file in files}
+    splits = ("train", "validation") if config.validation_fraction else ("train",)
+    target = tmp_path / f"shards{len(list(tmp_path.iterdir()))}"
+    _, skipped = tool.write(config, kinds, target, splits)
+    return [read_shards(target, split)[1][0] for split in splits], skipped
+
+  monkeypatch.setattr(tool, "parse_all", parse_all)
+  return written
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+  ("plain_text", "content", "texts"),
+  [
+    ("file", BOM + b"one\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo\n\nthree"]),
+    ("file", b"one\rtwo\r", ["one\ntwo"]),  # an old Mac's file
+    ("file", b"a\x0bb\x0cc\xc2\x85d\xe2\x80\xa8e", ["a\x0bb\x0cc\x85d\u2028e"]),
+    ("paragraph", BOM + b"one\r\ntwo\r\n\r\nthree\r\n", ["one\ntwo", "three"]),
+    ("paragraph", b"one\rtwo\r\rthree", ["one\ntwo", "three"]),
+    ("line", BOM + b"one\r\n \r\n two \n", ["one", " two "]),
+    ("line", b"a\rb\x0bc\xc2\x85d\xe2\x80\xa8e\nf", ["a\rb\x0bc\x85d\u2028e", "f"]),
+  ],
+)
+@pytest.mark.parametrize("encode", [bytes, gzip.compress, zstandard.compress])
+def test_marks_and_line_ends_are_no_part_of_plain_documents(
+  write, tmp_path, plain_text, content, texts, encode
+):
+  file = tmp_path / ("a.txt" + {bytes: "", gzip.compress: ".gz"}.get(encode, ".zst"))
+  file.write_bytes(encode(content))
+  (found,), _ = write(file, plain_text=plain_text, validation_fraction=0.0)
+  assert [text for _, text in found] == texts
+
+
+def test_rows_of_every_kind_are_documents_with_their_places(write, tmp_path):
+  import datasets
+
+  rows = [{"text": "p"}, {"text": None}, {"text": "r\u2028s"}]
+  (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+  (tmp_path / "b.csv").write_bytes(BOM + b'text,id\r\n"1\r\n2",007\r\n')
+  datasets.Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+  (tmp_path / "d.jsonl").write_bytes(BOM + b'{"text": "one"}\r\n{"text": "a\xe2\x80\xa8b"}')
+  (tmp_path / "noending").write_bytes(gzip.compress(b'{"text": "last"}'))
+  names = ("a.json", "b.csv", "c.parquet", "d.jsonl", "noending")
+  (found,), skipped = write(*(tmp_path / name for name in names), validation_fraction=0.0)
+  assert found == [
+    ("a.json:2", "p"), ("a.json:8", "r\u2028s"), ("007", "1\r\n2"), ("c.parquet:1", "p"),
+    ("c.parquet:3", "r\u2028s"), ("d.jsonl:1", "one"), ("d.jsonl:2", "a\u2028b"),
+    ("noending:1", "last"),
+  ]  # fmt: skip
+  assert skipped.counts == {"field 'text' is not text": 2}
+
+
+def test_rows_of_arrays_and_tables_are_cut_into_blocks(tool, write, tmp_path, monkeypatch):
+  monkeypatch.setattr(tool, "_BLOCK", 50)
+  rows = [{"text": f"text {i}"} for i in range(40)]
+  (tmp_path / "a.json").write_text(json.dumps(rows))
+  (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  (found,), _ = write(tmp_path / "a.json", tmp_path / "b.jsonl", validation_fraction=0.0)
+  assert [text for _, text in found] == [row["text"] for row in rows] * 2
+  assert [identity for identity, _ in found[40:]] == [f"b.jsonl:{i + 1}" for i in range(40)]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.4, 0.3, 0.15, 0.1, 0.01, 0.003])
+@pytest.mark.parametrize("count", [2, 3, 10, 99, 100, 250])
+def test_the_held_out_share_is_what_was_asked_for(write, tmp_path, fraction, count):
+  file = tmp_path / "a.txt"
+  file.write_text("".join(f"{i}\n" for i in range(count)))
+  (train, held_out), _ = write(file, plain_text="line", validation_fraction=fraction)
+  # In hundredths of a per cent, so that no float decides.
+  exact = count * round(fraction * 10_000) // 10_000
+  assert len(held_out) == max(1, exact)
+  texts = [[text for _, text in split] for split in (train, held_out)]
+  assert sorted(sum(texts, []), key=int) == [str(i) for i in range(count)]
+  if exact:  # documents that are added later move none
+    file.write_text("".join(f"{i}\n" for i in range(count + 7)))
+    (_, more), _ = write(file, plain_text="line", validation_fraction=fraction)
+    assert [text for _, text in more][:exact] == texts[1]
+
+
+def test_a_wide_encoding_is_refused_before_any_work(tool, tmp_path):
+  file = tmp_path / "a.txt"
+  file.write_bytes("text".encode("utf-16"))
+  with pytest.raises(ValueError, match=f"^{file} is UTF-16: convert it with `iconv -f UTF-16 -t"):
+    tool._kind(str(file), "file")
