@@ -157,7 +157,8 @@ def _csv(kind: str, source: Any) -> Any:
   from pyarrow import csv
 
   parse = csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
-  read = csv.ReadOptions(use_threads=False)  # else a message cannot say which row it is about
+  # One block, which a long document must fit into, and one thread, else no message names the row.
+  read = csv.ReadOptions(use_threads=False, block_size=min(max(source.size(), 1), 2**31 - 1))
   header = csv.open_csv(source, read_options=read, parse_options=parse).schema.names
   source.seek(0)
   convert = csv.ConvertOptions(column_types=dict.fromkeys(header, pyarrow.string()))

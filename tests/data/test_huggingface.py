@@ -7,6 +7,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+import zstandard
 
 from ll3m.data.batches import open_dataset
 from ll3m.data.config import (
@@ -15,6 +16,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
+from ll3m.data.huggingface import load_huggingface
 from ll3m.data.unusable import Skipped
 
 EXAMPLES = [
@@ -136,3 +138,11 @@ def test_what_cannot_be_loaded_is_one_sentence(source, tokenizer):
   for kwargs in ({"split": "nowhere"}, {"name": "no_such_name"}):
     with pytest.raises(ValueError, match="huggingface dataset .* cannot be loaded"):
       open_dataset(config(source, streaming=False, **kwargs), tokenizer, rows=[0])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_local_files_may_be_compressed_and_have_a_mark(source, tmp_path, streaming):
+  text = b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n{"text": "c\xc2\x85d"}\n'
+  (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(text))
+  options = HuggingFaceDatasetConfig(path=str(tmp_path), streaming=streaming)
+  assert [row["text"] for row in load_huggingface(options, "train")] == ["a\u2028b", "c\x85d"]

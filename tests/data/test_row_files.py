@@ -123,6 +123,12 @@ def test_cells_of_csv_stay_the_text_that_was_written(tmp_path):
   ]  # fmt: skip
 
 
+def test_a_cell_of_csv_may_be_a_long_document(tmp_path):
+  text = "a line, and more\n" * 200_000
+  (tmp_path / "a.csv").write_bytes(write_csv([{"text": "x"}, {"text": text}, {"text": "y"}]))
+  assert [row["text"] for _, row in rows_of(tmp_path / "a.csv")] == ["x", text, "y"]
+
+
 def test_conversations_of_parquet_are_lists_of_objects(tmp_path):
   row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}
   (tmp_path / "a.parquet").write_bytes(write_parquet([row]))
