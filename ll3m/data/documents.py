@@ -15,7 +15,7 @@ from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.row_files import parse_json
-from ll3m.data.sources import IndexedSource, JsonLines, TextShardSource, find_damaged
+from ll3m.data.sources import IndexedSource, RowFiles, TextShardSource, find_damaged
 from ll3m.data.tasks import LOSS_SUFFIX
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ def open_corpus(
   else:
     processor = TextProcessor(config.text_processor, tokenizer)
     if config.type == "json":
-      examples = JsonLines(config.json_dataset.path, processor, skipped)
+      examples = RowFiles(config.json_dataset.path, processor, skipped)
     else:
       examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset, split_default))
     if not len(examples):
@@ -200,7 +200,7 @@ def open_corpus(
 
 def _example_task(
   config: DatasetConfig,
-  examples: JsonLines | HuggingFaceRows,
+  examples: RowFiles | HuggingFaceRows,
   processor: TextProcessor,
   skipped: Skipped,
 ) -> seqio.Task:

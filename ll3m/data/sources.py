@@ -183,7 +183,7 @@ def _is_held_out(name: str) -> bool:
   return zlib.crc32(name.encode()) % _HELD_OUT == 0
 
 
-class JsonLines(Sequence[bytes]):
+class RowFiles(Sequence[bytes]):
   """The usable rows of files of rows as JSON objects, by number."""
 
   def __init__(self, path: str, processor: TextProcessor, skipped: Skipped):

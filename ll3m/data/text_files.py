@@ -143,8 +143,8 @@ def require_utf8(file: str, data: bytes | mmap.mmap) -> None:
 
 def _wide(head: bytes) -> str | None:
   """Returns the encoding of text without a mark whose letters are mostly ASCII."""
-  half = len(head) // 4
-  zeros = [head[place::4].count(0) > half * 0.7 for place in range(4)] if half else []
+  quarter = len(head) // 4
+  zeros = [head[place::4].count(0) > quarter * 0.7 for place in range(4)] if quarter else []
   return {
     (False, True, True, True): "UTF-32LE",
     (True, True, True, False): "UTF-32BE",
