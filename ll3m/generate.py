@@ -33,8 +33,9 @@ class GenerateConfig(flags.VerifyConfig):
   prompt: str | None = flags.option(None, "The text to continue.")
   prompt_file: str | None = flags.option(
     None,
-    'A file of prompts: one per line, or in a .jsonl file {"prompt": "..."} per line. '
-    "Blank lines are skipped. Prompt i, counted from 0, draws with --seed + i.",
+    "A file or glob of prompts: text with one per line, or rows (.jsonl, .json, .csv, .tsv, "
+    '.parquet) with a field "prompt"; also .gz and .zst. Blank lines are skipped. Prompt i, '
+    "counted from 0, draws with --seed + i.",
   )
   chat: bool = flags.option(
     False, "The prompt is a user's message, put into the tokenizer's own chat template."
