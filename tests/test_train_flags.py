@@ -50,6 +50,10 @@ CASES = {
     {"save_model_freq": "4", "save_milestone_freq": "6"},
     "must be a multiple of --save_model_freq (4)",
   ),
+  "rounding": (
+    {"optimizer.bf16_update": "master"},
+    "--optimizer.bf16_update has no effect with --param_dtype=f32",
+  ),
   "schedule": (
     {
       "optimizer.adamw_optimizer.lr_warmup_steps": "9",

@@ -113,12 +113,13 @@ MESHES = st.sampled_from([f"{a},{b},{8 // a // b}" for a in (1, 2, 4, 8) for b i
   meshes=st.tuples(MESHES, MESHES),
   optimizer=st.sampled_from(["adamw", "lion", "adafactor"]),
   dtype=st.sampled_from(["f32", "bf16"]),
+  update=st.sampled_from(["nearest", "master"]),
   seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=not SOAK)
-def test_a_checkpoint_is_the_same_on_any_mesh(model, meshes, optimizer, dtype, seed):
+def test_a_checkpoint_is_the_same_on_any_mesh(model, meshes, optimizer, dtype, update, seed):
   family, config = model
-  rule = make_optimizer(OptimizerConfig(type=optimizer), 10)
+  rule = make_optimizer(OptimizerConfig(type=optimizer, bf16_update=update), 10)
   plans = []
   for mesh_dim in meshes:
     mesh = sharding.make_mesh(mesh_dim)

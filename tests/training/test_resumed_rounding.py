@@ -1,0 +1,83 @@
+"""bfloat16 parameters over a save and a resume, and what their optimizer takes on a device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ll3m import families
+from ll3m.core import checkpoint, sharding
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_step
+from ll3m.data.batch import Batch
+from ll3m.training.inputs import to_devices
+from ll3m.training.optimizer import OptimizerConfig
+from ll3m.training.options import TrainOptions
+from ll3m.training.program import make_program
+from ll3m.training.setup import bytes_per_device
+
+FAMILY, PRESET = families.get_preset("llama2_7b")
+CONFIG = PRESET.replace(
+  vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+  max_positions=32,
+)  # fmt: skip
+KEY = jax.random.key(0)
+
+
+def program(update, mesh):
+  options = TrainOptions(param_dtype="bf16", total_steps=10)
+  return make_program(options, OptimizerConfig(bf16_update=update), CONFIG, mesh)
+
+
+def batch(step, mesh):
+  tokens = np.random.default_rng(step).integers(0, 64, (1, 8, 17), dtype=np.int32)
+  ones = np.ones((1, 8, 16), np.int32)
+  positions = np.broadcast_to(np.arange(16, dtype=np.int32), (1, 8, 16)).copy()
+  rows = Batch(tokens[..., :-1], tokens[..., 1:], np.float32(ones), ones, positions)
+  return to_devices(rows, mesh)
+
+
+def train(made, mesh, state, steps):
+  for step in steps:
+    state, _ = made.step(state, batch(step, mesh))
+  return state
+
+
+@pytest.mark.parametrize("update", ["stochastic", "master"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(update, tmp_path):
+  mesh = sharding.make_mesh("2,2,2")
+  made = program(update, mesh)
+  plan, rng = made.plan, jax.random.key_data(KEY)
+  expected = train(made, mesh, plan.start(plan.init(KEY), rng), range(4))
+  state = train(made, mesh, plan.start(plan.init(KEY), rng), range(2))
+  meta = checkpoint.model_meta(FAMILY.name, CONFIG) | {"step": 2}
+  with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
+    saved.save(2, params=state.params, opt_state=state.opt_state, meta=meta, dataset={})
+  position = restore_step(
+    tmp_path / "checkpoints" / "2", params=plan.params, opt_state=plan.state.opt_state
+  )
+  resumed = state._replace(params=position.params, opt_state=position.opt_state)
+  resumed = train(made, mesh, resumed, range(2, 4))
+  jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+def test_a_master_copy_begins_with_all_that_the_source_holds():
+  made = program("master", sharding.make_mesh("1,1,8"))
+  assert made.plan.start_dtype == jnp.float32
+  wide = made.plan.init(KEY)
+  kept = jax.tree.map(np.asarray, wide)
+  assert any((x != x.astype(jnp.bfloat16)).any() for x in jax.tree.leaves(kept))
+  state = made.plan.start(wide, jax.random.key_data(KEY))
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state.master, kept)
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), kept)
+  jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
+
+
+@pytest.mark.parametrize(
+  ("update", "bytes_of_a_parameter"), [("nearest", 4), ("stochastic", 4), ("master", 12)]
+)
+def test_the_state_takes_the_bytes_that_the_flags_help_says(update, bytes_of_a_parameter):
+  """Beside 2 of the parameter itself; the same numbers are those that `ll3m.plan` adds up."""
+  plan = program(update, sharding.make_mesh("8,1,1")).plan
+  assert bytes_per_device(plan.params) == 2 * plan.count()
+  counters = bytes_per_device(plan.state.opt_state) - bytes_of_a_parameter * plan.count()
+  assert 0 <= counters < 64
