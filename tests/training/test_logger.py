@@ -1,5 +1,6 @@
 """What a run writes, what a resumed run drops, and what the plot shows."""
 
+import io
 import json
 import struct
 import sys
@@ -98,3 +99,20 @@ def test_the_plot_is_written_even_when_the_run_fails(tmp_path):
   assert header.startswith(b"\x89PNG")
   width, height = struct.unpack(">II", header[16:24])
   assert width > 500 and height > 300
+
+
+def test_the_bar_says_that_the_first_step_is_not_finished(tmp_path, monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with open_logger(tmp_path, first_step=1) as logger:
+    assert "first step" in terminal.getvalue() and "1/4" in terminal.getvalue()
+    shown = len(terminal.getvalue())
+    logger.advance(2)
+    logger.log(2, RECORD)
+    logger.advance(2)
+  assert "2/4" in terminal.getvalue()[shown:]
+  assert "first step" not in terminal.getvalue()[shown:]
