@@ -97,6 +97,7 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
   """
   from ll3m.data.tokenizer import load_tokenizer
   from ll3m.decoding.engine import Engine, check_request
+  from ll3m.decoding.generation import complete
   from ll3m.decoding.sampling import Sampling
   from ll3m.hf.sources import open_source
 
@@ -125,22 +126,25 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
   timer = _Timer()
   for start in range(0, len(prompts), config.batch_size):
     batch = slice(start, start + config.batch_size)
-    steps = engine.stream(
+    rows = complete(
+      engine,
+      tokenizer,
       prompts[batch],
       max_new_tokens=config.max_new_tokens,
       sampling=sampling,
       seeds=[config.seed + row for row in range(len(prompts))[batch]],
-      stop_tokens=tokenizer.stop_ids,
+      on_text=_show if config.stream else lambda text: None,
+      watch=timer.watch,
     )
-    rows = _collect(timer.watch(steps), prompts[batch], tokenizer, show=config.stream)
-    for text, (completion, tokens) in zip(texts[batch], rows, strict=True):
+    for text, (completion, tokens, ended) in zip(texts[batch], rows, strict=True):
       if config.json:
-        ended = tokens[-1] in tokenizer.stop_ids
         record = {"prompt": text, "completion": completion, "tokens": len(tokens), "ended": ended}
         print(json.dumps(record, ensure_ascii=False))
       elif config.prompt_file:
         print(f"> {text}\n{completion}\n")
-      elif not config.stream:
+      elif config.stream:
+        print()
+      else:
         print(completion)
   sys.stdout.flush()
   say(timer.report())
@@ -181,40 +185,8 @@ def _encode(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
   return encode_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
-def _collect(
-  steps: Iterator[list[int | None]], prompts: list[list[int]], tokenizer: Any, *, show: bool
-) -> list[tuple[str, list[int]]]:
-  """Gathers the text and the tokens of every row; shows the text of a single one as it comes."""
-  from ll3m.decoding.text import TextStream
-
-  # Control tokens have no text, flagged special or not; where the model's files let an ordinary
-  # word end a text, it is shown.
-  ends = tokenizer.stop_ids & tokenizer.control_ids
-  streams = [
-    TextStream(
-      tokenizer.decode, prompt, byte_ids=tokenizer.byte_ids, silent_ids=tokenizer.silent_ids
-    )
-    for prompt in prompts
-  ]
-  texts: list[list[str]] = [[] for _ in prompts]
-  tokens: list[list[int]] = [[] for _ in prompts]
-
-  def add(row: int, piece: str) -> None:
-    texts[row].append(piece)
-    if show:
-      print(piece, end="", flush=True)
-
-  for step in steps:
-    for row, token in enumerate(step):
-      if token is not None:
-        tokens[row].append(token)
-        if token not in ends:
-          add(row, streams[row].push(token))
-  for row, stream in enumerate(streams):
-    add(row, stream.finish())
-  if show:
-    print()
-  return [("".join(text), row) for text, row in zip(texts, tokens, strict=True)]
+def _show(text: str) -> None:
+  print(text, end="", flush=True)
 
 
 class _Timer:

@@ -1,0 +1,136 @@
+"""Continues prompts with text: an engine and a tokenizer together."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ll3m.decoding.engine import GREEDY, Engine
+from ll3m.decoding.sampling import Sampling
+from ll3m.decoding.text import TextStream
+
+
+class TextTokenizer(Protocol):
+  """What generation needs of a tokenizer; see `ll3m.data.tokenizer.Tokenizer`."""
+
+  stop_ids: Collection[int]
+  control_ids: Collection[int]
+  byte_ids: Collection[int]
+  silent_ids: Collection[int]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids."""
+
+
+class Completion(NamedTuple):
+  """What a prompt was continued with.
+
+  Attributes:
+    text: The new text.
+    tokens: The ids of its tokens, with the one that ended it.
+    ended: Whether a stop token ended it; if not, the limit of new tokens did.
+  """
+
+  text: str
+  tokens: list[int]
+  ended: bool
+
+
+class Piece(NamedTuple):
+  """What one new token adds to a row.
+
+  Attributes:
+    row: The index of the prompt.
+    token: The token's id; None at the end of a row, for text that was held back.
+    text: The text that is complete by now, maybe none.
+  """
+
+  row: int
+  token: int | None
+  text: str
+
+
+def stream_text(
+  engine: Engine,
+  tokenizer: TextTokenizer,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  seeds: Sequence[int] | None = None,
+  watch: Callable[[Iterator], Iterator] = lambda steps: steps,
+) -> Iterator[Piece]:
+  """Continues a batch of prompts, token by token.
+
+  Args:
+    engine: The model.
+    tokenizer: The tokenizer that the prompts were cut with.
+    prompts: The token ids of each row.
+    max_new_tokens: The most tokens that a row gets.
+    sampling: How tokens are drawn.
+    seeds: One for each row; see `Engine.stream`.
+    watch: Wraps the engine's steps, as to time them.
+
+  Raises:
+    ValueError: the model cannot serve the request.
+  """
+  steps = engine.stream(
+    prompts,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    seeds=seeds,
+    stop_tokens=tokenizer.stop_ids,
+  )
+  return _pieces(tokenizer, prompts, watch(steps))
+
+
+def _pieces(
+  tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], steps: Iterator
+) -> Iterator[Piece]:
+  # Control tokens have no text, flagged special or not; where the model's files let an ordinary
+  # word end a text, it is shown.
+  ends = set(tokenizer.stop_ids) & set(tokenizer.control_ids)
+  streams = [
+    TextStream(
+      tokenizer.decode, prompt, byte_ids=tokenizer.byte_ids, silent_ids=tokenizer.silent_ids
+    )
+    for prompt in prompts
+  ]
+  for step in steps:
+    for row, token in enumerate(step):
+      if token is not None:
+        yield Piece(row, token, "" if token in ends else streams[row].push(token))
+  for row, stream in enumerate(streams):
+    yield Piece(row, None, stream.finish())
+
+
+def complete(
+  engine: Engine,
+  tokenizer: TextTokenizer,
+  prompts: Sequence[Sequence[int]],
+  *,
+  on_text: Callable[[str], Any] = lambda text: None,
+  **options: Any,
+) -> list[Completion]:
+  """Continues a batch of prompts to their ends.
+
+  Args:
+    engine: The model.
+    tokenizer: The tokenizer that the prompts were cut with.
+    prompts: The token ids of each row.
+    on_text: Called with each piece of text as it comes; for a single prompt.
+    **options: Those of `stream_text`.
+
+  Raises:
+    ValueError: the model cannot serve the request.
+  """
+  texts: list[list[str]] = [[] for _ in prompts]
+  tokens: list[list[int]] = [[] for _ in prompts]
+  for row, token, text in stream_text(engine, tokenizer, prompts, **options):
+    texts[row].append(text)
+    if token is not None:
+      tokens[row].append(token)
+    if text:
+      on_text(text)
+  return [
+    Completion("".join(text), row, row[-1] in tokenizer.stop_ids)
+    for text, row in zip(texts, tokens, strict=True)
+  ]
