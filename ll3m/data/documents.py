@@ -12,7 +12,7 @@ import tensorflow as tf
 from ll3m.data import run_context, tasks
 from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
-from ll3m.data.huggingface import HuggingFaceRows, load_huggingface
+from ll3m.data.hf_rows import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.row_files import parse_json
 from ll3m.data.sources import IndexedSource, RowFiles, TextShardSource, find_damaged

@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 
 from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
-from ll3m.data.huggingface import load_huggingface
+from ll3m.data.hf_rows import load_huggingface
 from ll3m.data.packing import Document
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer

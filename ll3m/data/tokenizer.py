@@ -141,6 +141,10 @@ class Tokenizer:
     """The template of conversations without tools, or None."""
     return self.chat_templates.get("default")
 
+  def __call__(self, text: str) -> list[int]:
+    """Returns the ids of a prompt: `prefix` and the text's."""
+    return [*self.prefix, *self.encode(text)]
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without BOS and EOS; control tokens in it are plain text."""
     # The batched call, unlike encode(), lets other Python threads run meanwhile.

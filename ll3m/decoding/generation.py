@@ -1,13 +1,14 @@
 """Continues prompts with text: an engine and a tokenizer together."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ll3m.decoding.engine import GREEDY, Engine
 from ll3m.decoding.sampling import Sampling
 from ll3m.decoding.text import TextStream
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
   """What generation needs of a tokenizer; see `ll3m.data.tokenizer.Tokenizer`."""
 

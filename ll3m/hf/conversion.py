@@ -5,8 +5,6 @@ source's config files), `digests.json` (checksums of all its files) and, written
 without which it is not a checkpoint.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,16 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from ll3m.core import checkpoint, digests, parameter_store
+from ll3m.core import checkpoint, parameter_store
 from ll3m.core.progress import byte_bar
-from ll3m.core.storage import is_remote, require_bucket
+from ll3m.core.saving import finish_output, prepare_output
 from ll3m.hf.mapping import parameter_shapes
 from ll3m.hf.matching import listing
 from ll3m.hf.model_files import HfModel
 from ll3m.hf.tensors import all_finite, read_part
-
-# Says that a folder is ours and was not finished, so that a second attempt may replace it.
-UNFINISHED = "ll3m.unfinished"
 
 # Each thread holds one piece in memory; two keep reading, transposing and writing busy.
 _THREADS = 2
@@ -97,49 +92,9 @@ def convert_model(
       f"--allow_nonfinite converts them all the same"
     )
   writer.finish()
-  manifest = json.dumps(checkpoint.model_meta(model.family.name, model.config), indent=1) + "\n"
-  _write_digests(output, writer, manifest)
-  # Renaming is atomic: there is no moment at which half a manifest could be read.
-  (output / UNFINISHED).write_text(manifest)
-  (output / UNFINISHED).rename(output / checkpoint.MANIFEST)
+  written = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}
+  finish_output(output, model.family.name, model.config, written)
   return Conversion(len(model.specs), sum(counts.values()), nbytes, time.perf_counter() - start)
-
-
-def prepare_output(output: epath.Path, nbytes: int) -> None:
-  """Makes a new folder, or empties one that an earlier attempt left unfinished.
-
-  Args:
-    output: the folder.
-    nbytes: how much will be written.
-
-  Raises:
-    ValueError: there is something else, or too little room.
-  """
-  require_bucket(output)
-  if output.exists() and not output.is_dir():
-    raise ValueError(f"the output folder {output} is a file")
-  unfinished = (output / UNFINISHED).exists()
-  if output.exists() and any(output.iterdir()) and not unfinished:
-    raise ValueError(f"the output folder {output} already holds something; give a new one")
-  if unfinished:
-    output.rmtree()
-  output.mkdir(parents=True, exist_ok=True)
-  if not is_remote(output):
-    free = shutil.disk_usage(output).free
-    if free < nbytes:
-      raise ValueError(
-        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
-      )
-  (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
-
-
-def _write_digests(
-  output: epath.Path, writer: parameter_store.ParameterWriter, manifest: str
-) -> None:
-  """Writes the checksums of what was meant to be written, where this is known."""
-  known = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}
-  known[checkpoint.MANIFEST] = digests.of([manifest.encode()])
-  digests.write(output, known, leave_out=[UNFINISHED])
 
 
 def _pieces(

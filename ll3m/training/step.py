@@ -41,6 +41,7 @@ class StepMetrics(NamedTuple):
     gradient_norm: global norm, before clipping.
     parameter_norm: global norm, after the update.
     learning_rate: that the update used; of a step that was skipped, that the next one will use.
+      NaN without a schedule.
     skipped: 1 if loss or gradient were not finite and nothing was updated, else 0.
   """
 
@@ -51,14 +52,19 @@ class StepMetrics(NamedTuple):
   skipped: Float[Array, ""]
 
 
+# (params, batch [B, T]) -> (sum of the losses, sum of their weights).
+LossFunction = Callable[[Params, Batch], tuple[Array, Array]]
+
+
 def make_train_step(
   model: Model,
   optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  schedule: optax.Schedule | None = None,
   *,
   z_loss: float = 0.0,
   accumulator_dtype: Any = jnp.float32,
   stochastic_rounding: bool = False,
+  loss_fn: LossFunction | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
   """Returns (state, batch [A, B, T]) -> (state, metrics).
 
@@ -71,17 +77,29 @@ def make_train_step(
 
   Args:
     model: the decoder.
-    optimizer: as `make_optimizer` builds it.
-    schedule: its learning rate, for the metrics.
+    optimizer: any optax transformation.
+    schedule: its learning rate by number of updates, for the metrics; the optimizer's state must
+      count them, as that of every optimizer with a schedule does.
     z_loss: weight of the z-loss.
     accumulator_dtype: in which the micro-steps' gradients are summed.
     stochastic_rounding: Whether bfloat16 parameters are rounded at random, from the state's rng and
       step.
+    loss_fn: another loss than that of the next token; the gradient is that of the sum of losses
+      over the sum of weights.
   """
 
-  def loss(params, micro_batch, total):
-    sums = token_sums(model, params, micro_batch, z_loss=z_loss)
-    return (sums.loss + sums.z_loss) / total, sums
+  if loss_fn is None:
+
+    def loss(params, micro_batch, total):
+      sums = token_sums(model, params, micro_batch, z_loss=z_loss)
+      return (sums.loss + sums.z_loss) / total, sums
+
+  else:
+
+    def loss(params, micro_batch, total):
+      found, weight = loss_fn(params, micro_batch)
+      sums = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+      return found / total, sums._replace(loss=found, weight=weight)
 
   gradient_of = jax.grad(loss, has_aux=True)
 
@@ -101,9 +119,14 @@ def make_train_step(
     return jax.lax.scan(micro_step, zeros, batch)[0]
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    # A batch without a single target has no loss and no gradient, not 0 / 0.
-    total = jnp.maximum(jnp.sum(batch.mask), 1.0)
-    gradients, sums = accumulate(state.params, batch, total)
+    if loss_fn is None:
+      # A batch without a single target has no loss and no gradient, not 0 / 0.
+      total = jnp.maximum(jnp.sum(batch.mask), 1.0)
+      gradients, sums = accumulate(state.params, batch, total)
+    else:  # whose weights are known only with its losses
+      gradients, sums = accumulate(state.params, batch, 1.0)
+      scale = 1 / jnp.where(sums.weight == 0, 1.0, sums.weight)
+      gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     gradient_norm = _norm(gradients)
     finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss + sums.z_loss)
     key = None
@@ -117,7 +140,9 @@ def make_train_step(
       sums=sums,
       gradient_norm=gradient_norm,
       parameter_norm=_norm(params),
-      learning_rate=jnp.asarray(schedule(updates_made(state.opt_state)), jnp.float32),
+      learning_rate=jnp.float32(
+        jnp.nan if schedule is None else schedule(updates_made(state.opt_state))
+      ),
       skipped=1.0 - finite.astype(jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics

@@ -1,0 +1,50 @@
+"""`import ll3m`: what it costs, and that docs/python.md runs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.successor_model import write_successor_model
+from tests.test_generate_ends import write_words
+
+DOCS = Path(__file__).parents[2] / "docs"
+HEAVY = ("tensorflow", "transformers", "orbax", "seqio", "absl", "jax", "haiku")
+
+
+def test_importing_the_package_loads_nothing():
+  program = (
+    f"import sys, ll3m; found = set({HEAVY!r}) & {{m.split('.')[0] for m in sys.modules}}; "
+    "assert not found, found; assert 'load' in dir(ll3m)"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_misspelt_name_is_an_attribute_error():
+  import ll3m
+
+  with pytest.raises(AttributeError, match="'ll3m' has no attribute 'laod'"):
+    ll3m.laod  # noqa: B018
+  with pytest.raises(AttributeError, match="'ll3m.data' has no attribute 'json'"):
+    ll3m.data.json  # noqa: B018
+
+
+def test_the_documented_programs_run(tmp_path):
+  """docs/python.md, block after block, in a folder with a model and data of these names."""
+  smol = tmp_path / "checkpoints" / "smol"
+  write_words(smol)
+  write_successor_model(smol, 16, {3: 4, 4: 6, 6: 7, 7: 2})
+  (tmp_path / "my").mkdir()
+  rows = "".join(json.dumps({"text": "go one two three " * (i % 3 + 1)}) + "\n" for i in range(30))
+  (tmp_path / "my" / "rows.jsonl").write_text(rows)
+  blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+  assert len(blocks) >= 7
+  program = "\n".join(blocks)
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "exported" / "model.safetensors").exists()
