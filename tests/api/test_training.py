@@ -65,18 +65,24 @@ def test_a_step_of_sgd_follows_the_gradient_of_torch(model, expected):
 def test_any_optax_optimizer_makes_its_own_updates(model, expected, optimizer):
   batch = jax.tree.map(jnp.asarray, batch_of(expected["tokens"]))
 
-  def loss(params):
+  @jax.jit
+  @jax.grad
+  def gradient_of(params):
     logits = model.decoder.logits(params, model.decoder.hidden(params, batch.inputs))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return jnp.sum(losses * batch.mask) / jnp.sum(batch.mask)
+
+  @jax.jit
+  def update(gradients, opt_state, params):
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
   step = jax.jit(ll3m.make_train_step(model, optimizer))
   state = ll3m.init_state(model.params, optimizer)
   params, opt_state = model.params, optimizer.init(model.params)
   for number in range(1, 4):
     state, metrics = step(state, batch)
-    updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params, opt_state = update(gradient_of(params), opt_state, params)
     assert int(state.step) == number and float(metrics["skipped"]) == 0
   for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
     # Adam and Lion divide by the gradient's size: where it is all but zero, its sign is chance.
