@@ -16,7 +16,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
-from ll3m.data.huggingface import load_huggingface
+from ll3m.data.hf_rows import load_huggingface
 from ll3m.data.unusable import Skipped
 
 EXAMPLES = [
