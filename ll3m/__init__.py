@@ -20,9 +20,9 @@ _HOMES = {
   "Batch": "ll3m.data.batch",
   "Model": "ll3m.api.model",
   "TrainState": "ll3m.training.step",
-  "init": "ll3m.api.model",
+  "init": "ll3m.api.loading",
   "init_state": "ll3m.api.training",
-  "load": "ll3m.api.model",
+  "load": "ll3m.api.loading",
   "make_mesh": "ll3m.core.sharding",
   "make_train_step": "ll3m.api.training",
 }

@@ -1,0 +1,197 @@
+"""`ll3m.load` and `ll3m.init`: models from files, and from nothing."""
+
+import functools
+import os
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from ll3m import families
+from ll3m.api.model import Model
+from ll3m.core import checkpoint, sharding
+from ll3m.core.config import ModelConfig
+from ll3m.core.dtypes import DTYPES
+from ll3m.data.config import TokenizerConfig
+from ll3m.data.tokenizer import Tokenizer, load_tokenizer
+from ll3m.hf.model_files import HfModel, open_model
+from ll3m.hf.sources import load_published, open_source
+from ll3m.models import transformer
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  dtype: Any = "float32",
+  param_dtype: Any = "float32",
+  tokenizer: str | os.PathLike[str] | None = None,
+  mesh: str | Mesh | None = None,
+  remat: str = "nothing",
+  verify: bool = True,
+) -> Model:
+  """Loads a model.
+
+  Args:
+    path: A folder that `Model.save` or ll3m.convert wrote, a run's output_dir (its latest step
+      counts), one of its step folders, a Hugging Face folder, or a GGUF file of the Llama
+      architecture. `hf::PATH` names a Hugging Face folder too.
+    dtype: The dtype of activations: "float32" or "bfloat16".
+    param_dtype: The dtype that parameters are kept in; None for that of the files.
+    tokenizer: A SentencePiece file or tokenizer folder, instead of the model's own.
+    mesh: The devices to split parameters and batches over: a mesh of `ll3m.make_mesh`, or its sizes
+      as "dp,fsdp,mp". None for the first device.
+    remat: What the backward pass computes again instead of keeping it; see `Model`.
+    verify: Whether to compare the files of a folder of ours with their checksums.
+
+  Raises:
+    FileNotFoundError: there is nothing at `path`.
+    ValueError: it holds no complete model, or a damaged one.
+    NotImplementedError: a format or an architecture that is not supported.
+  """
+  mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
+  name = os.fspath(path)
+  published = name.startswith("hf::") or _is_published(epath.Path(name))
+  options = TokenizerConfig(path=None if tokenizer is None else os.fspath(tokenizer))
+  shape_of = functools.partial(_shardings, mesh=mesh)
+  dtypes = {"dtype": None if param_dtype is None else _parse_dtype("param_dtype", param_dtype)}
+  if published:
+    found = open_model(name.removeprefix("hf::"))
+    family, config, files = found.family.name, found.config, found.config_files
+    params = load_published(found, shardings=shape_of(config), **dtypes)
+    own = _tokenizer_of(found, options)
+  else:
+    source = open_source(name, verify=verify)
+    family, config = source.family, source.config
+    params = source.load_params(shardings=shape_of(config), **dtypes)
+    files = _read_files(source.source_dir)
+    own = None
+    if source.tokenizer_dir is not None or options.path:
+      own = load_tokenizer(
+        options,
+        checkpoint_dir=source.tokenizer_dir,
+        source_dir=source.source_dir,
+        embedding_size=config.vocab_size,
+      )
+  return Model(
+    config=config,
+    params=params,
+    tokenizer=own,
+    family=family,
+    dtype=_parse_dtype("dtype", dtype),
+    remat=remat,
+    mesh=mesh,
+    source_files=files,
+  )
+
+
+def init(
+  config: str | ModelConfig,
+  *,
+  seed: int = 0,
+  tokenizer: str | os.PathLike[str] | None = None,
+  family: str | None = None,
+  dtype: Any = "float32",
+  param_dtype: Any = "float32",
+  mesh: str | Mesh | None = None,
+  remat: str = "nothing",
+  **changes: Any,
+) -> Model:
+  """Makes a model with random parameters.
+
+  Args:
+    config: The name of a published model ("llama2_7b"), or an architecture.
+    seed: Seed of the parameters.
+    tokenizer: A SentencePiece file or tokenizer folder.
+    family: The family of an architecture that is given as a `ModelConfig`.
+    dtype: As for `load`.
+    param_dtype: The dtype that parameters are kept in.
+    mesh: As for `load`.
+    remat: As for `load`.
+    **changes: Fields of the architecture to replace, as `num_layers=2`.
+
+  Raises:
+    ValueError: an unknown name, or a field that makes no sense.
+  """
+  if isinstance(config, str):
+    preset = families.get_preset(config)
+    family, config = preset.family.name, preset.config
+  if family not in families.FAMILIES:
+    raise ValueError(f"family must be one of {', '.join(families.FAMILIES)}, got {family!r}")
+  config = config.replace(**changes)
+  mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
+  wide = _parse_dtype("param_dtype", param_dtype)
+  model = Model(
+    config=config,
+    params={},
+    tokenizer=None,
+    family=family,
+    dtype=_parse_dtype("dtype", dtype),
+    remat=remat,
+    mesh=mesh,
+  )
+
+  def make(key):
+    return jax.tree.map(lambda x: x.astype(wide), model.decoder.init(key))
+
+  params = jax.jit(make, out_shardings=_shardings(config, mesh=mesh))(jax.random.key(seed))
+  if tokenizer is not None:
+    model = model.replace(
+      tokenizer=load_tokenizer(
+        TokenizerConfig(path=os.fspath(tokenizer)), embedding_size=config.vocab_size
+      )
+    )
+  return model.replace(params=params)
+
+
+def _parse_dtype(name: str, dtype: Any) -> Any:
+  """Returns a JAX dtype: "float32", "bf16" or a type itself.
+
+  Raises:
+    ValueError: neither float32, bfloat16 nor float16.
+  """
+  try:
+    found = jnp.dtype(DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+  except TypeError:
+    found = None
+  if found not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype!r}")
+  return found
+
+
+def _is_published(path: epath.Path) -> bool:
+  """Whether a path holds a model as it was published, by what is in it."""
+  if path.suffix == ".gguf" and not path.is_dir():
+    return True
+  ours = (checkpoint.MANIFEST, checkpoint.STEPS, checkpoint.META)
+  if not path.is_dir() or any((path / name).exists() for name in ours):
+    return False
+  return (path / "config.json").exists() or any(path.glob("*.gguf"))
+
+
+def _shardings(config: ModelConfig, *, mesh: Mesh | None) -> Any:
+  if mesh is None:
+    return None
+  shapes = jax.eval_shape(transformer.make_model(config).init, jax.random.key(0))
+  return sharding.parameter_shardings(shapes, mesh)
+
+
+def _tokenizer_of(found: HfModel, options: TokenizerConfig) -> Tokenizer | None:
+  if not found.tokenizer_files and not options.path:
+    return None
+  with tempfile.TemporaryDirectory() as folder:  # a GGUF holds its tokenizer inside
+    found.save_companions(epath.Path(folder))
+    return load_tokenizer(
+      options,
+      checkpoint_dir=epath.Path(folder) / checkpoint.TOKENIZER,
+      source_dir=epath.Path(folder) / checkpoint.SOURCE,
+      embedding_size=found.config.vocab_size,
+    )
+
+
+def _read_files(folder: epath.Path | None) -> dict[str, bytes]:
+  if folder is None:
+    return {}
+  return {file.name: file.read_bytes() for file in folder.iterdir() if not file.is_dir()}
