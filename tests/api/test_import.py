@@ -32,19 +32,29 @@ def test_a_misspelt_name_is_an_attribute_error():
     ll3m.data.json  # noqa: B018
 
 
-def test_the_documented_programs_run(tmp_path):
-  """docs/python.md, block after block, in a folder with a model and data of these names."""
+@pytest.fixture
+def folder(tmp_path):
+  """A folder with a model and data of the names that the documents use."""
   smol = tmp_path / "checkpoints" / "smol"
   write_words(smol)
-  write_successor_model(smol, 16, {3: 4, 4: 6, 6: 7, 7: 2})
+  write_successor_model(smol, 16, {3: 4, 4: 6, 6: 7, 7: 2}, max_position_embeddings=512)
   (tmp_path / "my").mkdir()
   rows = "".join(json.dumps({"text": "go one two three " * (i % 3 + 1)}) + "\n" for i in range(30))
   (tmp_path / "my" / "rows.jsonl").write_text(rows)
-  blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
-  assert len(blocks) >= 7
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  ("document", "least"), [(DOCS.parent / "README.md", 1), (DOCS / "python.md", 7)]
+)
+def test_the_documented_programs_run(folder, document, least):
+  """Block after block, as they stand, in a new interpreter."""
+  blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+  assert len(blocks) >= least
   program = "\n".join(blocks)
   done = subprocess.run(
-    [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
-  assert (tmp_path / "exported" / "model.safetensors").exists()
+  saved = folder / ("out" if document.name == "README.md" else "saved")
+  assert (saved / "ll3m.json").exists()
