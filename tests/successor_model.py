@@ -1,4 +1,4 @@
-"""A model that says what it is told to: after each token, always the same next one."""
+"""A model whose every token is followed by a fixed next one."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where generation ends and what it shows, on models that say what they are told to."""
+"""Where generation ends and what it shows, on models whose next tokens are fixed."""
 
 import json
 import subprocess

@@ -12,7 +12,7 @@ _ASK_EVERY = 10
 
 
 class SaveSchedule:
-  """Says after which steps to save; all processes are told the same.
+  """Decides after which steps to save; all processes get the same answer.
 
   Clocks differ, and all processes have to save the same step: that of process 0 decides.
   """

@@ -43,7 +43,7 @@ def zstd_frames(data):
 
 
 def long_window(data):
-  """As `zstd --long=28` writes, which decoders refuse unless they are told of such windows."""
+  """As `zstd --long=28` writes, which decoders refuse unless they allow such windows."""
   parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
   out = io.BytesIO()
   compressor = zstandard.ZstdCompressor(compression_params=parameters)
