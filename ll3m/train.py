@@ -42,6 +42,7 @@ from ll3m.training.run import (
   initial_state,
   open_batches,
   open_held_out,
+  show_batches,
   write_companions,
 )
 from ll3m.training.saving import SaveSchedule
@@ -80,6 +81,8 @@ def run_to_the_end() -> int:
   if options.dry_run:
     print(run.describe(plan))
     jax.eval_shape(train_step, plan.state, run.batch_shapes())
+    if options.show_batches:
+      show_batches(run, open_batches(run))
     print("the training step traces; nothing was trained (--dry_run)")
     return 0
   say(run.describe(plan))
@@ -92,6 +95,7 @@ def run_to_the_end() -> int:
     advising(job_of(run), plan),
   ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
+    show_batches(run, batches)
     # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
     state = initial_state(run, plan, checkpoints)
     checkpoints.set_aside_after(run.resumed.step if run.resumed else 0)

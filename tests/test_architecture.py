@@ -19,7 +19,7 @@ ALLOWED = {
   "models": {"core"},
   "data": {"core"},
   "training": {"core", "families", "hf", "models", "data"},
-  "decoding": {"core", "models"},
+  "decoding": {"core", "models", "data"},
   "planning": {"core", "families", "models", "training", "decoding"},
 }
 # Heavy packages and the only files that may import them.

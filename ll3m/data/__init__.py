@@ -1,17 +1,24 @@
 """Text in, batches out: tokenizers, seqio tasks and mixtures, packing, resumable streams.
 
-`jsonl`, `huggingface` and `mixture` open a stream of batches; see `ll3m.data.loaders`.
+`jsonl`, `huggingface` and `mixture` open a stream of batches (`ll3m.data.loaders`); `show` prints a
+batch as text (`ll3m.data.showing`).
 """
 
+import importlib
 from typing import Any
 
-__all__ = ["huggingface", "jsonl", "mixture"]
+_HOMES = {
+  "huggingface": "ll3m.data.loaders",
+  "jsonl": "ll3m.data.loaders",
+  "mixture": "ll3m.data.loaders",
+  "show": "ll3m.data.showing",
+}
+
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
   # Loaded when it is asked for: `import ll3m` takes no time.
-  if name in __all__:
-    from ll3m.data import loaders
-
-    return getattr(loaders, name)
+  if name in _HOMES:
+    return getattr(importlib.import_module(_HOMES[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

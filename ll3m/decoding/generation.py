@@ -1,24 +1,12 @@
 """Continues prompts with text: an engine and a tokenizer together."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from ll3m.data.text_stream import TextStream
+from ll3m.data.tokenizer import Tokenizer
 from ll3m.decoding.engine import GREEDY, Engine
 from ll3m.decoding.sampling import Sampling
-from ll3m.decoding.text import TextStream
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-  """What generation needs of a tokenizer; see `ll3m.data.tokenizer.Tokenizer`."""
-
-  stop_ids: Collection[int]
-  control_ids: Collection[int]
-  byte_ids: Collection[int]
-  silent_ids: Collection[int]
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of ids."""
 
 
 class Completion(NamedTuple):
@@ -51,7 +39,7 @@ class Piece(NamedTuple):
 
 def stream_text(
   engine: Engine,
-  tokenizer: TextTokenizer,
+  tokenizer: Tokenizer,
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
@@ -84,7 +72,7 @@ def stream_text(
 
 
 def _pieces(
-  tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], steps: Iterator
+  tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: Iterator
 ) -> Iterator[Piece]:
   # Control tokens have no text, flagged special or not; where the model's files let an ordinary
   # word end a text, it is shown.
@@ -105,7 +93,7 @@ def _pieces(
 
 def complete(
   engine: Engine,
-  tokenizer: TextTokenizer,
+  tokenizer: Tokenizer,
   prompts: Sequence[Sequence[int]],
   *,
   on_text: Callable[[str], Any] = lambda text: None,

@@ -62,6 +62,11 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   dry_run: bool = flags.option(
     False, "Check every flag, trace the training step and print the plan; train nothing."
   )
+  show_batches: int = flags.option(
+    0,
+    "Print this many batches as text before the first step: their documents, tokens, and which of "
+    "these are trained. Also with --dry_run.",
+  )
 
   def __post_init__(self):
     for name, least in (
@@ -73,6 +78,7 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
       ("max_nonfinite_steps", 1),
       ("eval_steps", 0),
       ("eval_freq", 0),
+      ("show_batches", 0),
       ("z_loss", 0),
     ):
       if not getattr(self, name) >= least:

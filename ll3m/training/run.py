@@ -202,6 +202,19 @@ def open_batches(run: Run) -> Any:
   return batches
 
 
+def show_batches(run: Run, batches: Any) -> None:
+  """Prints the first batches of a stream as text, and leaves the stream where it was."""
+  from ll3m.data.showing import show
+
+  if not run.options.show_batches or jax.process_index():
+    return
+  state = batches.state()
+  for number in range(run.options.show_batches):
+    print(f"== batch {number}")
+    show(next(batches), run.tokenizer)
+  batches.set_state(state)
+
+
 def open_held_out(run: Run) -> Any:
   """Opens the evaluation data; None if there is no evaluation.
 

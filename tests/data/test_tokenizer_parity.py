@@ -14,8 +14,8 @@ import transformers
 
 from ll3m.data import chat
 from ll3m.data.config import TokenizerConfig
+from ll3m.data.text_stream import TextStream
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.decoding.text import TextStream
 from tests.data import tokenizer_folders as folders
 
 TEXTS = (

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from ll3m import families
@@ -18,7 +20,7 @@ from ll3m.hf.sources import open_source
 from ll3m.training.logger import LoggerConfig
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.options import TrainOptions
-from ll3m.training.run import Run, write_companions
+from ll3m.training.run import Run, show_batches, write_companions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "llama2"
 
@@ -99,3 +101,19 @@ def test_a_run_leaves_the_tokenizer_that_it_used(
     assert config["eos_token_id"] == used.eos_id
   else:
     assert config == json.loads((source.source_dir / "config.json").read_text())
+
+
+def test_showing_batches_takes_none_of_them(byte_tokenizer, tmp_path, capsys):
+  from ll3m.data import loaders
+
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
+  tokenizer = load_tokenizer(TokenizerConfig(path=str(byte_tokenizer)))
+  shown, fresh = (loaders.jsonl(rows, tokenizer, batch_size=2, length=16) for _ in range(2))
+  run = mock.create_autospec(Run, instance=True)
+  run.tokenizer, run.options = tokenizer, TrainOptions(show_batches=3)
+  show_batches(run, shown)
+  assert capsys.readouterr().out.count("== batch") == 3
+  for _ in range(4):
+    for ours, theirs in zip(next(shown), next(fresh), strict=True):
+      assert np.array_equal(ours, theirs)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from ll3m.decoding.text import TextStream
+from ll3m.data.text_stream import TextStream
 
 BYTES = 256  # ids 0..255
 

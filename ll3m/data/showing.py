@@ -1,0 +1,95 @@
+"""Batches as text, to look at before they are trained on: `ll3m.data.show`."""
+
+import sys
+from io import TextIOBase
+
+import numpy as np
+
+from ll3m.data.batch import Batch
+from ll3m.data.text_stream import TextStream
+from ll3m.data.tokenizer import Tokenizer
+
+_TRAINED, _READ, _PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
+# What stands for characters that would move the text.
+_VISIBLE = str.maketrans({"\n": "↵\n", "\t": "⇥", "\r": "␍", "\0": "␀"})
+
+
+def show(
+  batch: Batch,
+  tokenizer: Tokenizer,
+  *,
+  rows: int | None = None,
+  color: bool | None = None,
+  file: TextIOBase | None = None,
+) -> None:
+  """Prints the rows of a batch: their documents, their tokens, and which of these are trained.
+
+  Tokens are parted by `|`. Those that carry loss are green on a terminal and in brackets elsewhere;
+  a line break is shown as `↵` before it.
+
+  Args:
+    batch: Arrays of [B, T], or of [A, B, T] with micro-batches.
+    tokenizer: The tokenizer that it was made with.
+    rows: How many rows to print; all by default.
+    color: Whether to use colors; by default if `file` is a terminal.
+    file: Where to print; the standard output by default.
+  """
+  file = sys.stdout if file is None else file
+  color = file.isatty() if color is None else color
+  arrays = Batch(*(np.reshape(array, (-1, np.shape(array)[-1])) for array in batch))
+  for number, row in enumerate(zip(*arrays, strict=True)):
+    if number == rows:
+      break
+    print(describe_row(number, Batch(*row), tokenizer, color=color), end="", file=file)
+
+
+def describe_row(number: int, row: Batch, tokenizer: Tokenizer, *, color: bool) -> str:
+  """Returns the text that `show` prints of a row.
+
+  Args:
+    number: The row's index.
+    row: Arrays of [T].
+    tokenizer: The tokenizer.
+    color: Whether to use colors.
+  """
+  trained = trained_tokens(row)
+  used = row.segment_ids != 0
+  documents = [segment for segment in np.unique(row.segment_ids) if segment]
+  lines = [
+    f"row {number}: {len(documents)} documents, {used.sum()} of {used.size} tokens used, "
+    f"{trained.sum()} trained"
+  ]
+  for segment in documents:
+    here = row.segment_ids == segment
+    lines.append(f"-- document {segment}: {here.sum()} tokens, {trained[here].sum()} trained")
+    lines.append(_mark(_pieces(row.inputs[here].tolist(), tokenizer), trained[here], color=color))
+  return "\n".join(lines) + "\n\n"
+
+
+def trained_tokens(row: Batch) -> np.ndarray:
+  """Returns for each token of a row [T] whether predicting it is trained, bool [T].
+
+  `mask[t]` belongs to the prediction of the token after t.
+  """
+  return np.concatenate([[False], np.asarray(row.mask[:-1]) != 0])
+
+
+def _pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+  """Returns the text of each token; a character of several tokens stands at its last."""
+  # Without `byte_ids`: each byte token is shown at its own place, also where a later one spoils it.
+  stream = TextStream(lambda ids: tokenizer.decode(ids, keep_control=True), [])
+  pieces = [stream.push(i) for i in ids]
+  if pieces:
+    pieces[-1] += stream.finish()
+  return pieces
+
+
+def _mark(pieces: list[str], trained: np.ndarray, *, color: bool) -> str:
+  marked = []
+  for piece, is_trained in zip(pieces, trained, strict=True):
+    text = piece.translate(_VISIBLE)
+    if color:
+      marked.append(f"{_TRAINED if is_trained else _READ}{text}{_PLAIN}")
+    else:
+      marked.append(f"[{text}]" if is_trained else text)
+  return "|".join(marked)
