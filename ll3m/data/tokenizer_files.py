@@ -53,7 +53,8 @@ class TokenizerFiles:
     special_tokens: The names that chat templates use ("bos_token", ...) and their text.
     chat_templates: Jinja sources by name; "default", and maybe "tool_use".
     settings: The other settings that travel to an exported folder, as `model_max_length`.
-    sentencepiece: The `tokenizer.model` that the encoder was built from, if it was.
+    sentencepiece: The `tokenizer.model` that came beside the encoder or that it was built from.
+    as_found: Whether the encoder is a tokenizer.json as it was found.
   """
 
   name: str
@@ -62,6 +63,7 @@ class TokenizerFiles:
   chat_templates: dict[str, str]
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   sentencepiece: bytes | None = None
+  as_found: bool = False
 
   def with_tokens(self, tokens: Sequence[str]) -> "TokenizerFiles":
     """Returns the files with tokens appended to the vocabulary; those that exist stay."""
@@ -228,7 +230,8 @@ def _read_plain(
   for file in companions:
     if file.startswith(f"{TEMPLATES}/"):
       templates[Path(file).stem] = _decode(companions[file], name, file)
-  return TokenizerFiles(name, source, _named_tokens(said), templates, _travelling(said))
+  special = _named_tokens(said)
+  return TokenizerFiles(name, source, special, templates, _travelling(said), as_found=True)
 
 
 def _read_with_transformers(folder: epath.Path, companions: Mapping[str, bytes]) -> TokenizerFiles:

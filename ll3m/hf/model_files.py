@@ -20,6 +20,7 @@ from ll3m.hf.mapping import TensorSpec
 from ll3m.hf.matching import listing, match_tensors
 from ll3m.hf.quantisation import refuse_quantised_tensors
 from ll3m.hf.tensors import LazyTensor
+from ll3m.hf.token_settings import settle_tokenizer
 
 CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
 CONFIG_NAME = "config.json"
@@ -77,7 +78,10 @@ class HfModel:
     return dtypes
 
   def save_companions(self, output: epath.Path) -> None:
-    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder."""
+    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder.
+
+    Of a tokenizer whose files transformers has to decide between, the outcome is written.
+    """
     for folder, files in (
       (checkpoint.SOURCE, {name: lambda c=c: c for name, c in self.config_files.items()}),
       (checkpoint.TOKENIZER, self.tokenizer_files),
@@ -85,6 +89,8 @@ class HfModel:
       for name, content in files.items():
         (output / folder).mkdir(parents=True, exist_ok=True)
         (output / folder / name).write_bytes(content())
+    if self.tokenizer_files:
+      settle_tokenizer(output / checkpoint.TOKENIZER, output / checkpoint.SOURCE)
 
 
 def open_model(

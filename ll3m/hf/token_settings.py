@@ -1,4 +1,4 @@
-"""The token ids that config.json and generation_config.json name, kept true to a tokenizer."""
+"""A tokenizer folder of ours, and the token ids that the config files beside it name."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from etils import epath
 
 from ll3m.data.generation_config import GENERATION_CONFIG
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.tokenizer_files import CONFIG
+from ll3m.data.tokenizer_files import CONFIG, read_tokenizer_files
 
 # What `generate()` of transformers reads of both files.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,3 +66,25 @@ def token_ids(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, in
     if value is not None:
       found[key] = value
   return {key: found[key] for key in TOKEN_KEYS if key in found}
+
+
+def settle_tokenizer(folder: epath.Path, config_dir: epath.Path) -> None:
+  """Rewrites a tokenizer folder so that nothing in it is left to decide, and reading it is quick.
+
+  A folder that has nothing to decide stays as it is, and so does one that cannot be read: whoever
+  needs it reports that.
+
+  Args:
+    folder: The folder, which is ours.
+    config_dir: The folder of the config.json that belongs to it.
+  """
+  try:
+    found = read_tokenizer_files(folder, config_dir=config_dir)
+  except (ValueError, OSError, NotImplementedError):
+    return
+  if not found.as_found:
+    contents = found.contents()
+    folder.rmtree()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+      (folder / name).write_bytes(content)

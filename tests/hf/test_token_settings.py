@@ -10,6 +10,7 @@ from etils import epath
 from ll3m.core import checkpoint
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
+from ll3m.data.tokenizer_files import read_tokenizer_files
 from ll3m.hf import conversion, exporting
 from ll3m.hf.model_files import open_model
 from ll3m.hf.token_settings import retarget_settings
@@ -114,3 +115,32 @@ def test_an_exported_sentencepiece_model_is_read_as_it_was_trained(make_tiny, tm
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
   for text in (" leading", "  two", "*" * 19, "a", "漢字"):
     assert theirs(text)["input_ids"] == [model.bos_id(), *model.encode(text)]
+
+
+@pytest.mark.parametrize(
+  "name", ["llama2_legacy", "chatml_in_config", "sentencepiece", "fast_only"]
+)
+def test_a_converted_folder_leaves_nothing_to_decide(make_tiny, tmp_path, name):
+  """It means what the published one means to transformers, and is read without it."""
+  tiny = make_tiny(vocab_size=32_010, num_layers=1)
+  config = json.loads((tiny.folder / "config.json").read_text())
+  if name == "sentencepiece":
+    folders.sentencepiece_only(tiny.folder, folders.mistral_model(), chatml=True)
+  else:
+    folders.FOLDERS[name](tiny.folder)
+  ids = json.loads((tiny.folder / "config.json").read_text()).get("eos_token_id", 2)
+  write_json(tiny.folder / "config.json", config | {"model_type": "llama", "eos_token_id": ids})
+  published = load_tokenizer(TokenizerConfig(), checkpoint_dir=tiny.folder, source_dir=tiny.folder)
+  conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
+  folder = tmp_path / "converted" / "tokenizer"
+  assert read_tokenizer_files(epath.Path(folder)).as_found
+  ours = load_tokenizer(
+    TokenizerConfig(), checkpoint_dir=folder, source_dir=tmp_path / "converted" / "hf"
+  )
+  assert (ours.fingerprint, ours.stop_ids) == (published.fingerprint, published.stop_ids)
+  assert (folder / "tokenizer.model").exists() == (tiny.folder / "tokenizer.model").exists()
+  if name != "sentencepiece":
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny.folder)
+    for text in ("  two", " a", "x</s>", "漢字 \n", "In 2023"):
+      expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+      assert ours.encode(text) == expected
