@@ -2,10 +2,9 @@
 
 import os
 
-from absl import logging
 from etils import epath
 
-from ll3m.data.tokenizer_files import CONFIG, parse_json
+from ll3m.data.tokenizer_files import CONFIG, parse_json, warn_once
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -30,8 +29,9 @@ def eos_ids(config_dir: epath.Path | None) -> list[int]:
           f"{value!r}"
         )
   if len(found) == 2 and found[CONFIG] and set(found[CONFIG]) != set(found[GENERATION_CONFIG]):
-    logging.warning(
-      "%s: generation ends at the ids %s of %s, as in transformers; %s names %s",
-      config_dir, found[GENERATION_CONFIG], GENERATION_CONFIG, CONFIG, found[CONFIG],
-    )  # fmt: skip
+    warn_once(
+      f"{config_dir}",
+      f"generation ends at the ids {found[GENERATION_CONFIG]} of {GENERATION_CONFIG}, as in "
+      f"transformers; {CONFIG} names {found[CONFIG]}",
+    )
   return found.get(GENERATION_CONFIG, found.get(CONFIG, []))

@@ -43,6 +43,9 @@ _DECIDING = (
 )  # fmt: skip
 
 
+_WARNED: set[str] = set()
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
   """What the files of a tokenizer say, with nothing left to decide.
@@ -264,17 +267,20 @@ def _report_disagreement(
     if len(set(said.values())) > 1:
       winner = next((file for file, named in said.items()
                      if named == found.special_tokens.get(token)), ENCODER)  # fmt: skip
-      logging.warning(
-        "%s: the %s is %s, from %s, as in transformers (%s)", found.name, token,
-        found.special_tokens.get(token), winner,
-        "; ".join(f"{file} names {named}" for file, named in said.items()),
-      )  # fmt: skip
+      names = "; ".join(f"{file} names {name}" for file, name in said.items())
+      chosen = found.special_tokens.get(token)
+      warn_once(found.name, f"the {token} is {chosen}, from {winner}, as in transformers ({names})")
   template = settings[SETTINGS].get("chat_template")
   if template and TEMPLATE in companions and found.chat_templates.get("default") != template:
-    logging.warning(
-      "%s: the chat template is that of %s, as in transformers; %s has another",
-      found.name, TEMPLATE, SETTINGS,
-    )  # fmt: skip
+    message = f"the chat template is that of {TEMPLATE}, as in transformers; {SETTINGS} has another"
+    warn_once(found.name, message)
+
+
+def warn_once(name: str, message: str) -> None:
+  """Warns of a folder, unless a copy of it was the occasion of the same warning before."""
+  if message not in _WARNED:
+    _WARNED.add(message)
+    logging.warning("%s: %s", name, message)
 
 
 def _travelling(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Tokenizers; the oracle for ids is transformers (and sentencepiece for its own models)."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
 import transformers
 
+from ll3m.data import tokenizer_files
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 
@@ -116,7 +118,10 @@ def test_ids_that_the_library_would_not_give_are_refused(folder, tmp_path):
         load(tmp_path)
 
 
-def test_the_file_that_counts_is_named_where_several_disagree(train_tokenizer, tmp_path, caplog):
+def test_the_file_that_counts_is_named_where_several_disagree(
+  train_tokenizer, tmp_path, caplog, monkeypatch
+):
+  monkeypatch.setattr(tokenizer_files, "_WARNED", set())
   train_tokenizer(tmp_path)
   (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>"}))
   (tmp_path / "chat_template.jinja").write_text("other")
@@ -127,6 +132,8 @@ def test_the_file_that_counts_is_named_where_several_disagree(train_tokenizer, t
   assert ours.special_tokens["eos_token"] == theirs.eos_token == "<s>"
   assert ours.chat_template == theirs.chat_template == "other"
   assert ours.stop_ids == {1, 2, ours.token_id("<s>")}
+  shutil.copytree(tmp_path, tmp_path / "copy")  # what a run writes beside its checkpoints
+  load(tmp_path / "copy")
   messages = [record.getMessage() for record in caplog.records]
   assert sum("eos_token is <s>, from special_tokens_map.json" in m for m in messages) == 1
   assert sum("that of chat_template.jinja" in m for m in messages) == 1
