@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int32
 
 from ll3m.data import chat
@@ -32,6 +33,7 @@ class TextProcessor:
     self._tokenizer = tokenizer
     self._separator = config.subfield_separator
     self._fields = parse_fields(config.fields)
+    self._warned = False
     names = {name for field in self._fields for name in field.names}
     if _MESSAGES in names and len(names) > 1:
       raise ValueError(f"text_processor.fields: messages stands alone, got {config.fields!r}")
@@ -55,6 +57,13 @@ class TextProcessor:
     parts = self._read(example)
     if isinstance(parts, chat.Rendered):
       document = Document(*chat.encode(self._tokenizer, parts))
+      roles = {message["role"] for message in example[_MESSAGES]}
+      if document.loss.all() and roles != {"assistant"} and not self._warned:
+        self._warned = True
+        logging.warning(
+          "the chat template marks whole conversations as the assistant's: what others say is "
+          "trained too"
+        )
     else:
       prefix, (ids, loss) = self._tokenizer.prefix, self._encode(parts)
       tokens = np.array([*prefix, *ids, self._tokenizer.eos_id], np.int32)

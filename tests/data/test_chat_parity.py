@@ -280,3 +280,13 @@ def test_names_of_reasoning_are_those_of_transformers(load):
     messages[1][name] = "because"
     ids, _ = chat.encode(ours, chat.render(ours, messages))
     assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+def test_a_template_that_marks_whole_conversations_is_reported_once(load, caplog):
+  whole = "{% generation %}" + unmarked(TEMPLATES["phi3"]) + "{% endgeneration %}"
+  for template, count in ((TEMPLATES["phi3"], 0), (whole, 1)):
+    processor = TextProcessor(TextProcessorConfig(), load(template)[0])
+    for _ in range(2):
+      processor({"messages": turns("a", "b")})
+    assert sum("whole conversations" in r.getMessage() for r in caplog.records) == count
+  assert processor({"messages": turns("a", "b")}).loss.all()
