@@ -49,6 +49,17 @@ def test_no_space_appears_where_fields_meet(mistral_model):
   assert [p for p, learn in zip(pieces, loss, strict=True) if learn] == ["▁Because", ".", "</s>"]
 
 
+def test_all_bytes_of_a_character_belong_to_its_field(mistral_model):
+  tokenizer = load_tokenizer(TokenizerConfig(path=str(mistral_model)))
+  model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
+  pieces = model.encode("x Ꮳ!", out_type=str)
+  assert pieces == ["▁x", "▁", "<0xE1>", "<0x8F>", "<0xA3>", "!"]
+  tokens, loss = document(tokenizer, {"a": "x Ꮳ", "b": "!"}, "a,[b]")
+  assert tokens == [1, *model.encode("x Ꮳ!"), 2]
+  assert loss == [0, 1, 1, 1, 1, 1, 0, 0]
+  assert document(tokenizer, {"a": "x ", "b": "Ꮳ!"}, "[a],b")[1] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
 def test_subfields_are_joined_by_the_separator(tokenizer, folder):
   theirs = transformers.AutoTokenizer.from_pretrained(folder)("a--b")["input_ids"]
   example = {"x": "a", "y": "b"}
