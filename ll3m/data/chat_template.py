@@ -86,15 +86,19 @@ def find_turn_tokens(
   if not visible:
     return TurnTokens(frozenset(), frozenset())
   pattern = re.compile("|".join(map(re.escape, sorted(visible, key=len, reverse=True))))
-  question, answer = {"role": "user", "content": "Ques"}, {"role": "assistant", "content": "Answ"}
+  system, question, answer = (
+    {"role": role, "content": f"<<{role}>>"} for role in ("system", "user", "assistant")
+  )
 
   def around(*messages: dict[str, str]) -> tuple[str, str]:
-    try:
-      text = _unmarked(apply_template(template, messages, special_tokens))
-    except ValueError:
-      return "", ""
-    before, said, after = text.rpartition(messages[-1]["content"])
-    return (before, after) if said else ("", "")
+    for opening in ((), (system,)):  # some templates demand a system turn
+      try:
+        text = _unmarked(apply_template(template, [*opening, *messages], special_tokens))
+      except ValueError:
+        continue
+      before, said, after = text.rpartition(messages[-1]["content"])
+      return (before, after) if said else ("", "")
+    return "", ""
 
   after = around(question, answer)[1].lstrip()
   ends = {match[0]} if (match := pattern.match(after)) else set()

@@ -101,8 +101,7 @@ class Tokenizer:
       )
     self.eos_id: int = eos
     # What stands before a text is the post-processor's say alone, as in transformers 5.
-    around = self._encoder.encode("").ids
-    self.prefix: list[int] = around[:-1] if around[-1:] == [eos] else around
+    self.prefix: list[int] = _ids_before_text(self._encoder)
     self.bos_id: int | None = self.prefix[0] if self.prefix else None
     self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in ends)})
     vocab = self._encoder.get_vocab(with_added_tokens=True)
@@ -302,6 +301,13 @@ def find_fault(
   except (ValueError, OSError, NotImplementedError) as error:
     return str(error)
   return None
+
+
+def _ids_before_text(encoder: tokenizers.Tokenizer) -> list[int]:
+  """Returns the ids that the post-processor puts before a text."""
+  ids, text = (encoder.encode("x", add_special_tokens=special).ids for special in (True, False))
+  starts = range(len(ids) - len(text) + 1)
+  return ids[: next((i for i in starts if ids[i : i + len(text)] == text), 0)]
 
 
 def _token_of(token_id: int, added: dict[str, int], vocabulary: Any) -> str:

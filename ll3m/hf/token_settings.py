@@ -53,7 +53,7 @@ def token_ids(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, in
   """
   named = settings.get("eos_token_id")
   ends = list(named) if isinstance(named, list) else [] if named is None else [named]
-  # The tokenizer's own first, so that readers that take one id take that.
+  # Of those that the file lacks, EOS comes first: some readers take only one.
   ends += [i for i in (tokenizer.eos_id, *sorted(tokenizer.stop_ids)) if i not in ends]
   found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
   if len(found["eos_token_id"]) == 1:

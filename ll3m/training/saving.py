@@ -14,7 +14,7 @@ _ASK_EVERY = 10
 class SaveSchedule:
   """Decides after which steps to save; all processes get the same answer.
 
-  Clocks differ, and all processes have to save the same step: that of process 0 decides.
+  Clocks differ between processes, which have to save the same step, so process 0's clock decides.
   """
 
   def __init__(self, total_steps: int, *, every_steps: int, every_minutes: float):

@@ -269,6 +269,16 @@ def test_tools_may_be_json_text_and_have_a_template_of_their_own(load):
     assert ids.tolist() == expected
 
 
+def test_markers_are_found_where_a_template_demands_a_system_turn(load):
+  template = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    + unmarked(TEMPLATES["phi3"])
+  )
+  ours, _ = load(template)
+  assert {"<|user|>", "<|end|>"} <= set(ours.control_tokens)
+  assert ours.token_id("<|end|>") in ours.stop_ids
+
+
 def test_names_of_reasoning_are_those_of_transformers(load):
   template = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"

@@ -44,6 +44,19 @@ def test_a_document_begins_as_transformers_begins_it(train_tokenizer, tmp_path, 
   assert document_of(ours, "if x") == [*theirs, ours.token_id("<|im_end|>")]
 
 
+@pytest.mark.parametrize("after", ["", " <|im_end|>"])
+def test_a_document_begins_with_a_bos_that_is_eos_too(train_tokenizer, tmp_path, after):
+  train_tokenizer(tmp_path, bos="<|im_end|>", bos_token="<|im_end|>")
+  source = json.loads((tmp_path / "tokenizer.json").read_text())
+  if after:  # and where the post-processor puts one behind as well
+    source["post_processor"]["single"].append(source["post_processor"]["single"][0])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("if x")["input_ids"]
+  ours = load(tmp_path)
+  assert ours.prefix == [ours.eos_id] == theirs[:1]
+  assert document_of(ours, "if x") == theirs + ([] if after else [ours.eos_id])
+
+
 def test_control_strings_in_text_stay_text(tokenizer, mistral_model):
   piece_wise = load(mistral_model)
   for encoder, controls in ((tokenizer, "<|im_start|> <|im_end|> <s>"), (piece_wise, "<s> </s>")):
