@@ -4,10 +4,12 @@ python -m ll3m.convert --checkpoint_dir=DIR --output_dir=DIR [--model=PRESET] [-
 """
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 
 from etils import epath
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 from ll3m.core.dtypes import DTYPES, STORED
 
 
@@ -15,43 +17,49 @@ from ll3m.core.dtypes import DTYPES, STORED
 class ConvertConfig:
   """What to convert, and to what."""
 
-  checkpoint_dir: str | None = flags.option(
+  checkpoint_dir: str | None = options.option(
     None, "The folder of the published model (config.json and weights), or a .gguf file."
   )
-  output_dir: str | None = flags.option(None, "The folder to write; it must not exist yet.")
-  output_file: str | None = flags.option(None, "Another name of --output_dir.")
-  model: str | None = flags.option(
+  output_dir: str | None = options.option(None, "The folder to write; it must not exist yet.")
+  output_file: str | None = options.option(None, "Another name of --output_dir.")
+  model: str | None = options.option(
     None, "The preset that the model must be; by default its config.json says what it is."
   )
-  checkpoint_type: str | None = flags.option(
+  checkpoint_type: str | None = options.option(
     None,
     "Which files to read, where the folder holds several kinds.",
     choices=("safetensors", "pt", "gguf"),
   )
-  dtype: str = flags.option(
+  dtype: str = options.option(
     "keep",
     "Type of the written parameters; keep leaves them as they are (dequantised GGUF: f32).",
     choices=("keep", *STORED),
   )
-  allow_nonfinite: bool = flags.option(
+  allow_nonfinite: bool = options.option(
     False, "Convert weights that hold NaN or infinities too, instead of refusing them."
   )
 
   def __post_init__(self):
-    flags.require(self.checkpoint_dir, "checkpoint_dir")
-    flags.require(self.output_dir or self.output_file, "output_dir")
+    options.require(self, "checkpoint_dir")
+    if not self.output_file:
+      options.require(self, "output_dir")
     if self.output_dir and self.output_file and self.output_dir != self.output_file:
       raise ValueError(
-        f"--output_dir={self.output_dir} and --output_file={self.output_file} name two folders"
+        f"`output_dir`={self.output_dir} and `output_file`={self.output_file} name two folders"
       )
 
 
-flags.define("", ConvertConfig)
+FLAG_GROUPS = {"": ConvertConfig}
 
 
-def main() -> None:
-  """Opens and checks the model, converts it, and says what was done."""
-  config = flags.read("", ConvertConfig)
+def main(argv: Sequence[str] | None = None) -> int:
+  """Converts a model; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_convert, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _convert(given: flags.Flags) -> None:
+  """Opens and checks the model, converts it, and reports what was done."""
+  config = given[""]
 
   from ll3m.core.checkpoint import SOURCE, TOKENIZER
   from ll3m.core.storage import writing
@@ -83,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -2,20 +2,21 @@
 
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 
 import jax
 from tqdm import tqdm
 
 from ll3m.core import flags, processes, sharding
 from ll3m.core.dtypes import DTYPES
+from ll3m.core.options import option, require
 from ll3m.data import gin_settings
 from ll3m.data.config import (
   DatasetConfig,
   GinConfig,
   StrictConfig,
   TokenizerConfig,
-  refuse_strict,
-  refuse_unread,
 )
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
@@ -30,19 +31,20 @@ from ll3m.training.step import make_eval_step
 class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
   """Flags of the command itself."""
 
-  checkpoint: str | None = flags.option(
+  checkpoint: str | None = option(
     None, "A converted folder, a run's output_dir, one of its step folders, or hf::DIR."
   )
-  eval_steps: int = flags.option(100, "Batches at most; fewer if the data ends before.")
-  data_dir: str | None = flags.option(
+  eval_steps: int = option(100, "Batches at most; fewer if the data ends before.")
+  data_dir: str | None = option(
     None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
   )
-  seed: int = flags.option(42, "Of the data's order, where it is shuffled.")
-  json: bool = flags.option(False, "Print the result as one line of JSON.")
+  seed: int = option(42, "Of the data's order, where it is shuffled.")
+  json: bool = option(False, "Print the result as one line of JSON.")
 
   def __post_init__(self):
+    require(self, "checkpoint")
     if self.eval_steps < 1:
-      raise ValueError(f"--eval_steps must be at least 1, got {self.eval_steps}")
+      raise ValueError(f"`eval_steps` must be at least 1, got {self.eval_steps}")
 
 
 FLAG_GROUPS = {
@@ -51,36 +53,35 @@ FLAG_GROUPS = {
   "eval_dataset": DatasetConfig,
   "jax_distributed": processes.ProcessesConfig,
 }
-for prefix, options_class in FLAG_GROUPS.items():
-  flags.define(prefix, options_class)
 
 
-def main() -> None:
-  """Evaluates, on this host alone or together with others; process 0 prints."""
-  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
-  flags.require(values[""].checkpoint, "checkpoint")
-  with processes.joined(values["jax_distributed"], values):
-    measure(values[""], values["eval_dataset"], values["tokenizer"])
+def main(argv: Sequence[str] | None = None) -> int:
+  """Evaluates a model, on this host alone or together with others; process 0 prints.
+
+  See `flags.call` for `argv` and the exit code that it returns.
+  """
+  return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__)
 
 
-def measure(
-  options: EvaluateOptions, dataset: DatasetConfig, tokenizer_config: TokenizerConfig
-) -> None:
+def _evaluate(given: flags.Flags) -> None:
   """Checks everything that can be known without weights, loads them, and prints the loss.
 
   Raises:
     ValueError: what is wrong with the flags, the model's files or the data.
   """
-  refuse_unread(dataset, "eval_dataset")
-  refuse_strict(dataset)
-  dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
+  options, dataset = given[""], given["eval_dataset"]
+  if dataset.type == "seqio":
+    given.refuse({"strict": "on datasets of type seqio"})
+  with given.within("eval_dataset"):
+    dataset.check(data_dir=options.data_dir, split_default="validation")
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
   check_length(dataset.seqio_dataset.length, config)
   mesh = sharding.make_mesh(options.mesh_dim)
-  rows = sharding.local_rows(mesh, dataset.seqio_dataset.batch_size)
+  with given.within("eval_dataset.seqio_dataset"):
+    rows = sharding.local_rows(mesh, dataset.seqio_dataset.batch_size)
   tokenizer = load_tokenizer(
-    gin_settings.apply(options, tokenizer_config),
+    gin_settings.apply(options, given["tokenizer"]),
     checkpoint_dir=source.tokenizer_dir,
     source_dir=source.source_dir,
     family=family.name,
@@ -128,4 +129,4 @@ def measure(
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -4,37 +4,43 @@ python -m ll3m.export --checkpoint=PATH --output_dir=DIR [--dtype=bf16] [--max_s
 """
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 from ll3m.core.dtypes import DTYPES, STORED
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig(flags.VerifyConfig):
+class ExportConfig(options.VerifyConfig):
   """What to export, and how."""
 
-  checkpoint: str | None = flags.option(
+  checkpoint: str | None = options.option(
     None, "A converted folder, a run's output_dir (its latest good step) or one step folder."
   )
-  output_dir: str | None = flags.option(None, "The folder to write; it must not exist yet.")
-  dtype: str = flags.option(
+  output_dir: str | None = options.option(None, "The folder to write; it must not exist yet.")
+  dtype: str = options.option(
     "keep",
     "Type of the written tensors; keep leaves them as they are.",
     choices=("keep", *STORED),
   )
-  max_shard_size: str = flags.option("5GB", "The largest file of tensors, as in 5GB or 200MB.")
+  max_shard_size: str = options.option("5GB", "The largest file of tensors, as in 5GB or 200MB.")
 
   def __post_init__(self):
-    flags.require(self.checkpoint, "checkpoint")
-    flags.require(self.output_dir, "output_dir")
+    options.require(self, "checkpoint", "output_dir")
 
 
-flags.define("", ExportConfig)
+FLAG_GROUPS = {"": ExportConfig}
 
 
-def main() -> None:
-  """Exports a model, and says what was done."""
-  config = flags.read("", ExportConfig)
+def main(argv: Sequence[str] | None = None) -> int:
+  """Exports a model; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_export, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _export(given: flags.Flags) -> None:
+  """Exports a model, and reports what was done."""
+  config = given[""]
 
   from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
@@ -43,7 +49,7 @@ def main() -> None:
 
   if config.checkpoint.startswith("hf::"):
     raise ValueError(
-      f"--checkpoint must be a converted folder or a run, got {config.checkpoint}, which is a "
+      f"`checkpoint` must be a converted folder or a run, got {config.checkpoint}, which is a "
       f"Hugging Face folder already"
     )
   checkpoint = open_converted(config.checkpoint, verify=config.verify)
@@ -68,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

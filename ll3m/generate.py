@@ -7,13 +7,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from ll3m.core import flags, processes, sharding
+from ll3m.core import flags, options, processes, sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.data.config import TokenizerConfig
@@ -24,53 +24,53 @@ from ll3m.training.logger import say
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(flags.VerifyConfig):
+class GenerateConfig(options.VerifyConfig):
   """What to continue, with which model, and how."""
 
-  checkpoint: str | None = flags.option(
+  checkpoint: str | None = options.option(
     None, "hf::DIR, a converted folder, a run's output_dir or one of its step folders."
   )
-  prompt: str | None = flags.option(None, "The text to continue.")
-  prompt_file: str | None = flags.option(
+  prompt: str | None = options.option(None, "The text to continue.")
+  prompt_file: str | None = options.option(
     None,
     "A file or glob of prompts: text with one per line, or rows (.jsonl, .json, .csv, .tsv, "
     '.parquet) with a field "prompt"; also .gz and .zst. Blank lines are skipped. Prompt i, '
-    "counted from 0, draws with --seed + i.",
+    "counted from 0, draws with seed + i.",
   )
-  chat: bool = flags.option(
+  chat: bool = options.option(
     False, "The prompt is a user's message, put into the tokenizer's own chat template."
   )
-  max_new_tokens: int = flags.option(128, "How many tokens a prompt gets at most.")
-  temperature: float = flags.option(0.0, "Divides the logits; 0 takes the most likely token.")
-  top_k: int = flags.option(0, "Draw from this many of the most likely tokens; 0: from all.")
-  top_p: float = flags.option(
+  max_new_tokens: int = options.option(128, "How many tokens a prompt gets at most.")
+  temperature: float = options.option(0.0, "Divides the logits; 0 takes the most likely token.")
+  top_k: int = options.option(0, "Draw from this many of the most likely tokens; 0: from all.")
+  top_p: float = options.option(
     1.0, "Draw from the most likely tokens that have this probability together; 1: from all."
   )
-  seed: int = flags.option(0, "Of the draws, when the temperature is not 0.")
-  stream: bool = flags.option(False, "Show the text of a single prompt while it is generated.")
-  json: bool = flags.option(
+  seed: int = options.option(0, "Of the draws, when the temperature is not 0.")
+  stream: bool = options.option(False, "Show the text of a single prompt while it is generated.")
+  json: bool = options.option(
     False, "Print a line of JSON per prompt: prompt, completion, tokens, and whether it ended."
   )
-  batch_size: int = flags.option(8, "How many prompts of a file are continued at a time.")
-  dtype: str = flags.option("f32", "Of parameters, activations and cache.", choices=COMPUTED)
-  mesh_dim: str | None = flags.option(
+  batch_size: int = options.option(8, "How many prompts of a file are continued at a time.")
+  dtype: str = options.option("f32", "Of parameters, activations and cache.", choices=COMPUTED)
+  mesh_dim: str | None = options.option(
     None,
     "Sizes of the mesh axes dp,fsdp,mp over all devices, as in training, e.g. 1,1,-1 or mp:-1; "
     "one device by default.",
   )
 
   def __post_init__(self):
-    flags.require(self.checkpoint, "checkpoint")
+    options.require(self, "checkpoint")
     if (self.prompt is None) == (self.prompt_file is None):
-      raise ValueError("give either --prompt or --prompt_file")
+      raise ValueError("give either `prompt` or `prompt_file`")
     if self.stream and (self.prompt is None or self.json):
-      raise ValueError("--stream shows a single --prompt as text, without --json")
+      raise ValueError("`stream` shows a single `prompt` as text, without `json`")
     if self.mesh_dim is not None:
       sharding.parse_mesh_dim(self.mesh_dim)
     if self.batch_size < 1:
-      raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}")
+      raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
     if not 0 <= self.seed < 2**31:
-      raise ValueError(f"--seed must be within 0..{2**31 - 1}, got {self.seed}")
+      raise ValueError(f"`seed` must be within 0..{2**31 - 1}, got {self.seed}")
 
 
 FLAG_GROUPS = {
@@ -78,18 +78,17 @@ FLAG_GROUPS = {
   "tokenizer": TokenizerConfig,
   "jax_distributed": processes.ProcessesConfig,
 }
-for prefix, options_class in FLAG_GROUPS.items():
-  flags.define(prefix, options_class)
 
 
-def main() -> None:
-  """Generates, on this host alone or together with others; process 0 prints."""
-  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
-  with processes.joined(values["jax_distributed"], values):
-    generate(values[""], values["tokenizer"])
+def main(argv: Sequence[str] | None = None) -> int:
+  """Generates text, on this host alone or together with others; process 0 prints.
+
+  See `flags.call` for `argv` and the exit code that it returns.
+  """
+  return flags.call(_generate, FLAG_GROUPS, argv, doc=__doc__)
 
 
-def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
+def _generate(given: flags.Flags) -> None:
   """Checks everything that can be known without weights, loads them, and generates.
 
   Raises:
@@ -101,11 +100,12 @@ def generate(config: GenerateConfig, tokenizer_config: TokenizerConfig) -> None:
   from ll3m.decoding.sampling import Sampling
   from ll3m.hf.sources import open_source
 
+  config = given[""]
   sampling = Sampling(config.temperature, config.top_k, config.top_p)
   texts = _read_prompts(config)
   source = open_source(config.checkpoint, verify=config.verify)
   tokenizer = load_tokenizer(
-    tokenizer_config,
+    given["tokenizer"],
     checkpoint_dir=source.tokenizer_dir,
     source_dir=source.source_dir,
     family=source.family,
@@ -163,9 +163,9 @@ def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None,
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
   if config.prompt_file is None:
-    prompts = [("--prompt", config.prompt)]
+    prompts = [("`prompt`", config.prompt)]
   else:
-    prompts = read_prompts(config.prompt_file, "--prompt_file")
+    prompts = read_prompts(config.prompt_file, "prompt_file")
   for where, text in prompts:
     if not text:
       raise ValueError(f"{where}: expected a prompt, got an empty text")
@@ -220,4 +220,4 @@ class _Timer:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -7,49 +7,55 @@ the model's configuration; no data, no weights, no TPU.
 
 import dataclasses
 import json
-import os
 import sys
+from collections.abc import Sequence
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: the compiler is wanted, not a chip that is here
+import jax
 
 from ll3m.core import flags
+from ll3m.core.options import option, require
 from ll3m.data import gin_settings
-from ll3m.data.config import refuse_unread
 from ll3m.hf.sources import open_source
 from ll3m.planning import decoding, remedies, report, topology, training
 from ll3m.planning.plan import Plan
-from ll3m.training.optimizer import refuse_unchosen
-from ll3m.training.options import FLAG_GROUPS
+from ll3m.training.options import FALLBACKS, TrainOptions, without_effect
+from ll3m.training.options import FLAG_GROUPS as TRAIN_GROUPS
 from ll3m.training.setup import check_length, choose_model
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions:
-  """Flags beside those of `ll3m.train`."""
+class PlanOptions(TrainOptions):
+  """The flags of `ll3m.train`, and those of the plan."""
 
-  topology: str | None = flags.option(
+  topology: str | None = option(
     None, "The machine: generation and chips along each dimension, e.g. v5e:8x8 or v5p:4x4x4."
   )
-  num_slices: int = flags.option(1, "How many such machines, joined by the data center's network.")
-  mode: str = flags.option(
+  num_slices: int = option(1, "How many such machines, joined by the data center's network.")
+  mode: str = option(
     "train",
     "Plan training, or the decoding of one token for batch_size texts of task_feature_lengths.",
     choices=("train", "decode"),
   )
-  search_batch: bool = flags.option(False, "Also search for the largest batch_size that fits.")
-  json: bool = flags.option(False, "Print one JSON object instead of a table.")
+  search_batch: bool = option(False, "Also search for the largest batch_size that fits.")
+  json: bool = option(False, "Print one JSON object instead of a table.")
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(self, "topology")
 
 
-for prefix, options_class in FLAG_GROUPS.items():
-  flags.define(prefix, options_class)
-flags.define("", PlanOptions)
+FLAG_GROUPS = TRAIN_GROUPS | {"": PlanOptions}
 
 
-def main() -> None:
-  """Plans."""
-  wanted = flags.read("", PlanOptions)
-  flags.require(wanted.topology, "topology")
-  job = read_job(wanted)
+def main(argv: Sequence[str] | None = None) -> int:
+  """Plans a run; see `flags.call` for `argv` and the exit code that it returns."""
+  # The compiler is wanted, not a chip that is here; jax has not looked for one yet.
+  jax.config.update("jax_platforms", "cpu")
+  return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
+
+
+def _plan(given: flags.Flags) -> None:
+  wanted, job = given[""], read_job(given)
   make_plan = training.plan_training if wanted.mode == "train" else decoding.plan_decoding
 
   def try_job(changed: training.TrainingJob) -> Plan:
@@ -63,23 +69,21 @@ def main() -> None:
 
   plan = make_plan(job)
   if not plan.fits and wanted.mode == "train":
-    plan = dataclasses.replace(plan, advice=remedies.advise(job, plan, try_job))
+    plan = dataclasses.replace(plan, advice=given.spell(remedies.advise(job, plan, try_job)))
   if wanted.search_batch:
     plan = dataclasses.replace(plan, largest_batch=training.largest_batch(job, try_job))
   print(json.dumps(plan.to_json()) if wanted.json else report.table(plan))
 
 
-def read_job(wanted: PlanOptions) -> training.TrainingJob:
-  """Reads and checks the flags of training, but for what they would read from disk.
+def read_job(given: flags.Flags) -> training.TrainingJob:
+  """Checks the flags of training, but for what they would read from disk.
 
   Raises:
     ValueError: what is wrong, in one sentence.
   """
-  groups = {prefix: flags.read(prefix, options) for prefix, options in FLAG_GROUPS.items()}
-  options, optimizer, dataset = (groups[prefix] for prefix in ("", "optimizer", "train_dataset"))
-  refuse_unchosen(optimizer, "optimizer", options.param_dtype)
-  refuse_unread(dataset, "train_dataset")
-  gin_settings.apply(options, groups["tokenizer"])
+  options, optimizer, dataset = given[""], given["optimizer"], given["train_dataset"]
+  given.refuse(without_effect(options))
+  gin_settings.apply(options, given["tokenizer"])
   rows = dataset.seqio_dataset
   source = None
   if not options.load_model_config and options.load_checkpoint:
@@ -92,11 +96,11 @@ def read_job(wanted: PlanOptions) -> training.TrainingJob:
     options=options,
     optimizer=optimizer,
     preset=preset,
-    devices=topology.devices(wanted.topology, wanted.num_slices),
+    devices=topology.devices(options.topology, options.num_slices),
     rows=rows.batch_size,
     length=rows.length,
   )
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

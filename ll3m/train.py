@@ -4,34 +4,32 @@ Everything that can be checked is checked before weights are loaded. A run with 
 the same output_dir resumes where it stopped, to the bit, without what it was loaded from.
 """
 
-import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from ll3m.core import flags, processes, sharding
+from ll3m.core import flags, sharding
 from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
 from ll3m.core.claim import claim
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state
+from ll3m.core.options import require
+from ll3m.core.run import RunCheckpoints, restore_dataset_state
 from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
 from ll3m.data.batch import Batch
-from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.planning.remedies import advising
 from ll3m.planning.training import job_of
 from ll3m.training import metrics
 from ll3m.training.inputs import stack_micro_steps, to_devices
-from ll3m.training.logger import Logger, LoggerConfig, say
+from ll3m.training.logger import Logger, say
 from ll3m.training.nonfinite import NonFiniteWatch
-from ll3m.training.optimizer import OptimizerConfig, refuse_unchosen
-from ll3m.training.options import FLAG_GROUPS, TrainOptions
+from ll3m.training.options import FALLBACKS, FLAG_GROUPS, without_effect
 from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
@@ -50,28 +48,23 @@ from ll3m.training.setup import check_length, check_same_model, choose_model
 from ll3m.training.step import StepMetrics, TrainState, make_eval_step
 from ll3m.training.stopping import INTERRUPTED, Stopped, StopRequest
 
-for prefix, options_class in FLAG_GROUPS.items():
-  flags.define(prefix, options_class)
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Trains, on this host alone or together with others; see `flags.call` for `argv`.
+
+  Returns:
+    The exit code: that of `flags.call`, or another one if the run was asked to stop before its end.
+  """
+  return flags.call(_train, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
 
 
-def main() -> None:
-  """Trains, on this host alone or together with others."""
-  values = {group: flags.read(group, options) for group, options in FLAG_GROUPS.items()}
-  with processes.joined(values["jax_distributed"], values):
-    exit_code = run_to_the_end()
-  if exit_code:  # only now: all processes have left in peace
-    signal = "Ctrl-C" if exit_code == INTERRUPTED else "SIGTERM"
-    say(f"stopped by {signal}; the same command resumes from here")
-    sys.exit(exit_code)
-
-
-def run_to_the_end() -> int:
+def _train(given: flags.Flags) -> int:
   """Reads what to train, prepares it and trains.
 
   Returns:
-    Exit code: 0 if the run is done, another one if it was asked to stop before.
+    The exit code: 0 if the run is done, another one if it was asked to stop before.
   """
-  run = read_run()
+  run = read_run(given)
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:
     print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
@@ -114,7 +107,7 @@ def run_to_the_end() -> int:
         run.logger,
         total_steps=options.total_steps,
         first_step=int(state.step),
-        flag_values=run.settings(),
+        flag_values=run.settings,
       ) as logger,
       profiler,
     ):
@@ -124,7 +117,11 @@ def run_to_the_end() -> int:
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := stream.skipped.describe_unreported()):
       say(f"{name}_dataset: {skipped}")
-  return 0 if finished else stop.exit_code
+  if finished:
+    return 0
+  signal = "Ctrl-C" if stop.exit_code == INTERRUPTED else "SIGTERM"
+  say(f"stopped by {signal}; the same command resumes from here")
+  return stop.exit_code
 
 
 def train(
@@ -227,35 +224,39 @@ def train(
   return step >= options.total_steps
 
 
-def read_run() -> Run:
-  """Reads all flags and checks them against each other and against what is on disk.
+def read_run(given: flags.Flags) -> Run:
+  """Checks all flags against each other and against what is on disk.
 
   Raises:
     ValueError: what is wrong, in one sentence.
     FileNotFoundError: what is missing.
   """
-  options = flags.read("", TrainOptions)
-  logger = flags.read("logger", LoggerConfig)
+  options, logger, optimizer = given[""], given["logger"], given["optimizer"]
+  train_dataset, eval_dataset = given["train_dataset"], given["eval_dataset"]
+  given.refuse(without_effect(options))
   if not options.dry_run:
-    flags.require(logger.output_dir, "logger.output_dir")
-    require_bucket(logger.output_dir)
-    if (epath.Path(logger.output_dir) / MANIFEST).exists():
-      raise ValueError(
-        f"--logger.output_dir={logger.output_dir} holds a converted model: give a folder of the "
-        f"run's own"
-      )
-  optimizer = flags.read("optimizer", OptimizerConfig)
-  refuse_unchosen(optimizer, "optimizer", options.param_dtype)
-  train_dataset = flags.read("train_dataset", DatasetConfig)
-  refuse_unread(train_dataset, "train_dataset")
-  eval_dataset = read_eval_dataset(options)
-  refuse_strict(train_dataset, eval_dataset)
+    with given.within("logger"):
+      require(logger, "output_dir")
+      require_bucket(logger.output_dir)
+      if (epath.Path(logger.output_dir) / MANIFEST).exists():
+        raise ValueError(
+          f"`output_dir`={logger.output_dir} holds a converted model: give a folder of the run's "
+          f"own"
+        )
+  read = [train_dataset, eval_dataset] if options.eval_steps else [train_dataset]
+  if all(dataset.type == "seqio" for dataset in read):
+    given.refuse({"strict": "on datasets of type seqio"})
   kind, _, path = (options.load_checkpoint or "").partition("::")
   mesh = sharding.make_mesh(options.mesh_dim)
-  sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
-  train_dataset.check(data_dir=options.data_dir, prefix="--train_dataset.")
+  with given.within("train_dataset.seqio_dataset"):
+    sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
+  with given.within("train_dataset"):
+    train_dataset.check(data_dir=options.data_dir)
   if options.eval_steps:
-    sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
+    with given.within("eval_dataset.seqio_dataset"):
+      sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
+    with given.within("eval_dataset"):
+      eval_dataset.check(data_dir=options.data_dir, split_default="validation")
   settings = fixed_settings(options, optimizer, train_dataset)
   resumed = source = None
   dataset_state = {}
@@ -267,7 +268,7 @@ def read_run() -> Run:
   elif options.load_checkpoint:
     source = open_source(options.load_checkpoint if kind == "hf" else path, verify=options.verify)
     if kind.startswith("trainstate") and source.step is None:
-      raise ValueError(f"--load_checkpoint={kind}:: needs a training run, {path} is none")
+      raise ValueError(f"`load_checkpoint`={kind}:: needs a training run, {path} is none")
     if kind == "trainstate":
       settings.pop("train_dataset.seqio_dataset.num_shards")  # other data may follow
       check_settings(open_checkpoint(source.path, verify=False), settings)
@@ -279,7 +280,7 @@ def read_run() -> Run:
   check_length(train_dataset.seqio_dataset.length, config)
   if options.eval_steps:
     check_length(eval_dataset.seqio_dataset.length, config)
-  tokenizer_config = gin_settings.apply(options, flags.read("tokenizer", TokenizerConfig))
+  tokenizer_config = gin_settings.apply(options, given["tokenizer"])
   origin = resumed or source
   tokenizer = load_tokenizer(
     tokenizer_config,
@@ -291,7 +292,7 @@ def read_run() -> Run:
   return Run(
     options=options,
     optimizer=optimizer,
-    checkpointer=flags.read("checkpointer", CheckpointerConfig),
+    checkpointer=given["checkpointer"],
     logger=logger,
     train_dataset=train_dataset,
     eval_dataset=eval_dataset,
@@ -304,44 +305,9 @@ def read_run() -> Run:
     tokenizer=tokenizer,
     tokenizer_config=tokenizer_config,
     mesh=mesh,
+    settings=given.settings(leave_out=["jax_distributed"]),
   )
-
-
-def read_eval_dataset(options: TrainOptions) -> DatasetConfig:
-  """Reads --eval_dataset.*; what was not given is as for training, but for what it reads.
-
-  The split is the validation split, and files have to be named anew: held-out text is not what
-  is trained on.
-
-  Raises:
-    ValueError: the options make no sense, or have no effect.
-    FileNotFoundError: files are missing.
-  """
-  if not options.eval_steps:
-    for name in ("eval_dataset", "eval_freq"):
-      flags.refuse(name, "without --eval_steps")
-  config = flags.read("eval_dataset", DatasetConfig, fallback="train_dataset")
-  own = flags.read("eval_dataset", DatasetConfig)
-  config = dataclasses.replace(
-    config,
-    seqio_dataset=dataclasses.replace(
-      config.seqio_dataset, split=own.seqio_dataset.split, shuffle=own.seqio_dataset.shuffle
-    ),
-    json_dataset=own.json_dataset,
-    huggingface_dataset=dataclasses.replace(
-      config.huggingface_dataset, split=own.huggingface_dataset.split
-    ),
-  )
-  if options.eval_steps:
-    refuse_unread(config, "eval_dataset")
-    if config.type == "json" and not config.json_dataset.path:
-      raise ValueError(
-        "--eval_dataset.json_dataset.path must be given: held-out text is read from files of its "
-        "own"
-      )
-    config.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
-  return config
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

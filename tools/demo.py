@@ -11,9 +11,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 MARKER = "demo.json"
 PROMPT = "The with statement is used to"
@@ -23,19 +24,24 @@ PROMPT = "The with statement is used to"
 class DemoOptions:
   """Flags of the demo."""
 
-  output_dir: str = flags.option("runs/demo", "Folder of the demo; an earlier demo is replaced.")
-  minutes: float = flags.option(5.0, "About how long to train.")
-  batch_size: int = flags.option(2, "Sequences per step.")
-  length: int = flags.option(512, "Tokens per sequence.")
-  eval_steps: int = flags.option(8, "Batches of each evaluation.")
+  output_dir: str = options.option("runs/demo", "Folder of the demo; an earlier demo is replaced.")
+  minutes: float = options.option(5.0, "About how long to train.")
+  batch_size: int = options.option(2, "Sequences per step.")
+  length: int = options.option(512, "Tokens per sequence.")
+  eval_steps: int = options.option(8, "Batches of each evaluation.")
 
 
-flags.define("", DemoOptions)
+FLAG_GROUPS = {"": DemoOptions}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the demo; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_demo, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _demo(given: flags.Flags) -> None:
   """Runs the demo."""
-  options = flags.read("", DemoOptions)
+  options = given[""]
   out = Path(options.output_dir)
   start_afresh(out)
   model, run, exported = out / "model", out / "run", out / "export"
@@ -155,4 +161,4 @@ def ll3m(verb: str, *arguments: str, capture: bool = False) -> str:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -5,9 +5,11 @@ python tools/download.py --repo_id=meta-llama/Llama-2-7b-hf --access_token=TOKEN
 
 import dataclasses
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 _COMPANIONS = ("*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -17,21 +19,30 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 class DownloadOptions:
   """Flags of the command."""
 
-  repo_id: str | None = flags.option(None, "OWNER/NAME of the model.")
-  access_token: str | None = flags.option(
+  repo_id: str | None = options.option(None, "OWNER/NAME of the model.")
+  access_token: str | None = options.option(
     None, "For models that ask for one; $HF_TOKEN or a stored login by default. Never printed."
   )
-  output_dir: str | None = flags.option(None, "Folder to fill; checkpoints/OWNER/NAME by default.")
-  revision: str | None = flags.option(None, "Branch, tag or commit.")
+  output_dir: str | None = options.option(
+    None, "Folder to fill; checkpoints/OWNER/NAME by default."
+  )
+  revision: str | None = options.option(None, "Branch, tag or commit.")
+
+  def __post_init__(self):
+    options.require(self, "repo_id")
 
 
-flags.define("", DownloadOptions)
+FLAG_GROUPS = {"": DownloadOptions}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Downloads a model; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_download, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _download(given: flags.Flags) -> None:
   """Downloads; what is there already is not fetched again."""
-  options = flags.read("", DownloadOptions)
-  flags.require(options.repo_id, "repo_id")
+  options = given[""]
   output = Path(options.output_dir or Path("checkpoints") / options.repo_id)
   try:
     download(options, output)
@@ -71,4 +82,4 @@ def download(options: DownloadOptions, output: Path) -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

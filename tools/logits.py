@@ -6,29 +6,27 @@ Dimensions: B batch, T length, V vocabulary.
 """
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitsConfig:
   """What to compute."""
 
-  checkpoint: str | None = flags.option(
+  checkpoint: str | None = options.option(
     None, "A converted folder, a run's output_dir, one of its steps, or hf::DIR."
   )
-  tokens: str | None = flags.option(None, "A .npy file of token ids, integers [B, T].")
-  output: str | None = flags.option(None, "The .npy file to write, float32 [B, T, V].")
+  tokens: str | None = options.option(None, "A .npy file of token ids, integers [B, T].")
+  output: str | None = options.option(None, "The .npy file to write, float32 [B, T, V].")
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      flags.require(getattr(self, field.name), field.name)
-
-
-flags.define("", LogitsConfig)
+    options.require(self, "checkpoint", "tokens", "output")
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -42,7 +40,7 @@ def read_tokens(path: Path) -> np.ndarray:
     ValueError: not a .npy file of integers [B, T], or an empty one.
   """
   if not path.is_file():
-    raise FileNotFoundError(f"--tokens: no such file: {path}")
+    raise FileNotFoundError(f"`tokens`: no such file: {path}")
   try:
     tokens = np.load(path, allow_pickle=False)
   except (ValueError, EOFError) as error:
@@ -70,9 +68,17 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, max_positions: int) -> Non
     )
 
 
-def main() -> None:
+FLAG_GROUPS = {"": LogitsConfig}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Writes logits; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_write, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _write(given: flags.Flags) -> None:
   """Computes row by row, so that memory holds one row's logits."""
-  options = flags.read("", LogitsConfig)
+  options = given[""]
   tokens = read_tokens(Path(options.tokens))
 
   import jax
@@ -102,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -10,16 +10,17 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:
   """Flags of the command."""
 
-  output_dir: str = flags.option("docs", "Folder of scaling.json and scaling.png.")
+  output_dir: str = options.option("docs", "Folder of scaling.json and scaling.png.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,17 @@ SWEEPS = {
 }
 
 
-def main() -> None:
+FLAG_GROUPS = {"": SweepOptions}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Plans and draws; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_sweep, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _sweep(given: flags.Flags) -> None:
   """Plans what is missing, and draws."""
-  output = Path(flags.read("", SweepOptions).output_dir)
+  output = Path(given[""].output_dir)
   file = output / "scaling.json"
   plans = json.loads(file.read_text()) if file.exists() else {}
   for case in dict.fromkeys(case for cases in SWEEPS.values() for case in cases):
@@ -115,7 +124,5 @@ def draw(plans: dict[str, dict], file: Path) -> None:
   figure.savefig(file, dpi=100)
 
 
-flags.define("", SweepOptions)
-
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

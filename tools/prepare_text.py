@@ -15,13 +15,14 @@ import fractions
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 from tqdm import tqdm
 
-from ll3m.core import flags, stderr
+from ll3m.core import flags, options, stderr
 from ll3m.core.storage import require_bucket
 from ll3m.data.files import SPLITS, list_files
 from ll3m.data.row_files import KINDS, is_array, kind_of, open_rows, parse_json
@@ -35,37 +36,37 @@ _BLOCK = 1 << 23  # bytes that a worker parses at a time
 class PrepareConfig:
   """The flags of this tool."""
 
-  input: tuple[str, ...] = flags.option(
+  input: tuple[str, ...] = options.option(
     (), f"File or glob, may be repeated: {', '.join(KINDS)}, also with .gz or .zst.", repeated=True
   )
-  output_dir: str | None = flags.option(
+  output_dir: str | None = options.option(
     None, "Folder of the shards, local or gs://: {data_dir}/{source}, e.g. data/wiki."
   )
-  num_shards: int = flags.option(32, "Files per split.")
-  validation_fraction: float = flags.option(
+  num_shards: int = options.option(32, "Files per split.")
+  validation_fraction: float = options.option(
     0.01,
     "Share of the documents that is held out, evenly spread, at least one of two or more; 0 writes "
     "no validation split.",
   )
-  text_field: str = flags.option("text", "Field of a JSON object that holds its text.")
-  id_field: str = flags.option(
+  text_field: str = options.option("text", "Field of a JSON object that holds its text.")
+  id_field: str = options.option(
     "id", "Field that holds its id; where missing, file:line is used (file:row of CSV and parquet)."
   )
-  plain_text: str = flags.option(
+  plain_text: str = options.option(
     "file", "What a document of a plain text file is.", choices=("file", "paragraph", "line")
   )
-  workers: int = flags.option(os.cpu_count() or 1, "Processes that parse.")
-  strict: bool = flags.option(
+  workers: int = options.option(os.cpu_count() or 1, "Processes that parse.")
+  strict: bool = options.option(
     False, "Stop at the first document that cannot be used instead of skipping it."
   )
 
   def __post_init__(self):
     for name in ("num_shards", "workers"):
       if getattr(self, name) < 1:
-        raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
     if not 0 <= self.validation_fraction <= 0.5:
       raise ValueError(
-        f"--validation_fraction must lie between 0 and 0.5, got {self.validation_fraction}"
+        f"`validation_fraction` must lie between 0 and 0.5, got {self.validation_fraction}"
       )
 
 
@@ -85,15 +86,18 @@ class Parsed(NamedTuple):
   skipped: list[tuple[str, str]]  # place, reason
 
 
-flags.define("", PrepareConfig)
+FLAG_GROUPS = {"": PrepareConfig}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Writes text shards; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_prepare, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _prepare(given: flags.Flags) -> None:
   """Reads the flags, writes the shards, says what was skipped."""
-  config = flags.read("", PrepareConfig)
-  flags.require(config.input, "input")
-  flags.require(config.output_dir, "output_dir")
-  files = [file for pattern in config.input for file in list_files(pattern, "--input")]
+  config = given[""]
+  files = [file for pattern in config.input for file in list_files(pattern, "input")]
   kinds = {file: _kind(file, config.plain_text) for file in files}
   target = epath.Path(config.output_dir)
   require_bucket(target)
@@ -310,7 +314,7 @@ def _kind(file: str, plain_text: str) -> str:
   kind = kind_of(file, head)
   if kind is None:
     raise ValueError(
-      f"--input expects files that end in {', '.join(KINDS)}, also with .gz or .zst, got {file}"
+      f"`input` expects files that end in {', '.join(KINDS)}, also with .gz or .zst, got {file}"
     )
   if kind != "parquet":
     require_utf8(file, head)
@@ -320,4 +324,4 @@ def _kind(file: str, plain_text: str) -> str:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,35 +85,35 @@ done
 class RunOptions:
   """Flags of the command."""
 
-  tpu: str | None = flags.option(None, "Name of the TPU VM.")
-  script: str | None = flags.option(
+  tpu: str | None = options.option(None, "Name of the TPU VM.")
+  script: str | None = options.option(
     None, "Bash script to run, in the checkout's folder on the worker."
   )
-  zone: str | None = flags.option(None, "Zone of the TPU VM; gcloud's default otherwise.")
-  project: str | None = flags.option(None, "Project of the TPU VM; gcloud's default otherwise.")
-  env: tuple[str, ...] = flags.option(
+  zone: str | None = options.option(None, "Zone of the TPU VM; gcloud's default otherwise.")
+  project: str | None = options.option(None, "Project of the TPU VM; gcloud's default otherwise.")
+  env: tuple[str, ...] = options.option(
     (), "NAME=VALUE for the script; may be repeated.", repeated=True
   )
-  install: str = flags.option(_INSTALL, "Command that installs requirements; empty for none.")
-  output_dir: str = flags.option("runs/tpu", "Folder of the workers' output, on this machine.")
-  detach: bool = flags.option(False, "Start the script and return.")
-  status: bool = flags.option(False, "Tell how the script stands on every worker.")
-  stop: bool = flags.option(False, "End the script on every worker.")
-  grace: int = flags.option(60, "Seconds that a script has to save and end when it is stopped.")
+  install: str = options.option(_INSTALL, "Command that installs requirements; empty for none.")
+  output_dir: str = options.option("runs/tpu", "Folder of the workers' output, on this machine.")
+  detach: bool = options.option(False, "Start the script and return.")
+  status: bool = options.option(False, "Tell how the script stands on every worker.")
+  stop: bool = options.option(False, "End the script on every worker.")
+  grace: int = options.option(60, "Seconds that a script has to save and end when it is stopped.")
 
   def __post_init__(self):
-    flags.require(self.tpu, "tpu")
+    options.require(self, "tpu")
     if sum((self.detach, self.status, self.stop)) > 1:
       raise ValueError("give at most one of --detach, --status and --stop")
     if not (self.status or self.stop):
-      flags.require(self.script, "script")
+      options.require(self, "script")
       if not Path(self.script).is_file():
-        raise ValueError(f"--script: there is no file {self.script}")
+        raise ValueError(f"`script`: there is no file {self.script}")
     for item in self.env:
       if not item.partition("=")[0].isidentifier() or "=" not in item:
-        raise ValueError(f"--env expects NAME=VALUE, got {item!r}")
+        raise ValueError(f"`env` expects NAME=VALUE, got {item!r}")
     if self.grace < 1:
-      raise ValueError(f"--grace must be at least 1, got {self.grace}")
+      raise ValueError(f"`grace` must be at least 1, got {self.grace}")
 
 
 class Tpu:
@@ -186,9 +186,17 @@ class Tpu:
     )
 
 
-def main() -> None:
+FLAG_GROUPS = {"": RunOptions}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a script on a TPU VM; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_run, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _run(given: flags.Flags) -> None:
   """Does what the flags ask for."""
-  options = flags.read("", RunOptions)
+  options = given[""]
   tpu = Tpu(options)
   workers = range(tpu.count_workers())
   if options.stop:
@@ -314,7 +322,5 @@ def _show(worker: int, lines: Iterable[str], file: IO[str] | None) -> None:
       print(text, file=file, flush=True)
 
 
-flags.define("", RunOptions)
-
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -1,9 +1,16 @@
-"""Command-line flags generated from frozen dataclasses: the one typed table of a command.
+"""The flags of a command, made from its tables of options, and the boundary around what it does.
 
-Each library declares its options as a dataclass, a name, a type, a default and a help text per
-field; `define` turns them into plain absl flags (dotted names for nested groups, so that absl's
-help and "did you mean" work for every one), and `read` gives the dataclass back, filled in and
-validated. Only commands call `define` and `read`.
+A command is a function `main(argv=None) -> int`. Its flags are its own: absl's parser reads them,
+but nothing is defined in absl's global flags, so that any number of commands can be imported into
+one process and called there one after another:
+
+  FLAG_GROUPS = {"": EvaluateOptions, "eval_dataset": DatasetConfig}
+
+  def main(argv: Sequence[str] | None = None) -> int:
+    return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__)
+
+Values come from the command line, then from the files of --config, then from the defaults. Only
+commands and tools import this module.
 """
 
 import ast
@@ -15,20 +22,19 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from absl import app, logging
-from absl import flags as absl_flags
+import absl.flags
+import absl.logging
 
-from ll3m.core import storage
+from ll3m.core import config_files, storage
+from ll3m.core.options import CHOICES, HELP, REPEATED, Fallback, option
 
-_HELP = "help"
-_CHOICES = "choices"
-_REPEATED = "repeated"
-
-# --help lists the flags of the module sys.argv[0]: the command, whose table all of these are.
-_COMMAND = {"module_name": sys.argv[0]}
+_HEADING = "flags"  # of --help
+_HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
+_BACKTICKED = re.compile(r"`([\w.]+)`")
 
 # Errors whose message is all that the person who typed needs.
 _EXPLAINED = (
@@ -37,241 +43,314 @@ _EXPLAINED = (
   OSError,
   FloatingPointError,
   MemoryError,
-  absl_flags.Error,
+  absl.flags.Error,
 )
 
-_DEBUG = absl_flags.DEFINE_bool("debug", False, "Show the full traceback of an error.", **_COMMAND)
 
-
-def option(
-  default: Any,
-  help: str,
-  *,
-  choices: Sequence[str] | None = None,
-  repeated: bool = False,
-) -> Any:
-  """Declares a dataclass field that is also a flag.
-
-  Args:
-    default: the field's default; None where the field's type allows it.
-    help: what the flag does, with its unit.
-    choices: the strings that are allowed, if they are few.
-    repeated: the flag may be given several times; the field is a tuple of strings.
-
-  Returns:
-    A `dataclasses.field`.
-  """
-  return dataclasses.field(
-    default=default, metadata={_HELP: help, _CHOICES: choices, _REPEATED: repeated}
-  )
-
-
-def group(cls: type) -> Any:
-  """Declares a field that holds a nested dataclass of options (a dotted prefix)."""
-  return dataclasses.field(default_factory=cls)
+class UsageError(ValueError):
+  """A flag, or a value of one, is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyConfig:
-  """The option of every command that reads checkpoints."""
+class CommonOptions:
+  """The flags of every command."""
 
-  verify: bool = option(
-    True, "Compare a checkpoint's files with the checksums that were saved with it."
+  config: tuple[str, ...] = option(
+    (),
+    "YAML file of flags, nested or with dotted names, or a run's flags.json; may be repeated. A "
+    "later file overrides an earlier one, and flags override files.",
+    repeated=True,
+  )
+  debug: bool = option(False, "Show the full traceback of an error, and what libraries log.")
+
+
+class Flags:
+  """The flags of one call of a command, and their values."""
+
+  def __init__(
+    self,
+    groups: Mapping[str, type],
+    arguments: Sequence[str],
+    *,
+    fallbacks: Mapping[str, Fallback] | None = None,
+    doc: str = "",
+  ):
+    """Parses a command line.
+
+    Args:
+      groups: The dataclass of options of each prefix ("" for none).
+      arguments: The command line, without the command's name.
+      fallbacks: Where groups take values from that were not given, by their prefixes.
+      doc: What --help prints before the flags.
+
+    Raises:
+      UsageError: an unknown flag, a value of the wrong type, or an unusable file of --config.
+      FileNotFoundError: a file of --config does not exist.
+    """
+    self._groups = dict(groups)
+    self._fallbacks = dict(fallbacks or {})
+    self._doc = doc
+    self._values = absl.flags.FlagValues()
+    self._from_file: set[str] = set()
+    for prefix, cls in (*groups.items(), ("", CommonOptions)):
+      _define(self._values, prefix, cls)
+    if any(argument in _HELP_FLAGS for argument in arguments):
+      self._values.mark_as_parsed()
+      return
+    try:
+      rest = self._values(["command", *arguments])
+    except absl.flags.Error as error:
+      raise UsageError(str(error)) from error
+    if len(rest) > 1:
+      raise UsageError(
+        f"unexpected arguments: {' '.join(rest[1:])} (flags are written --name=value, without "
+        f"spaces)"
+      )
+    typed = {name for name in self._values if self.given(name)}
+    for file in self._values["config"].value:
+      self._read_file(file, typed)
+
+  @property
+  def debug(self) -> bool:
+    """Whether --debug was given."""
+    return self._values["debug"].value
+
+  def help(self) -> str:
+    """Returns what --help prints."""
+    return f"{self._doc.strip()}\n{self._values.module_help(_HEADING)}"
+
+  def _read_file(self, file: str, typed: Iterable[str]) -> None:
+    known = [name for name in self._values if name != "config"]
+    for name, (value, place) in config_files.read(file, known).items():
+      if value is None or name in typed:
+        continue
+      flag = self._values[name]
+      flag.present = 0  # a file before this one may have set it
+      takes_list = isinstance(flag, absl.flags.MultiFlag) or isinstance(flag.parser, _TupleParser)
+      if isinstance(value, list) and not takes_list:
+        raise UsageError(f"`config`: {place}: {name} must be one value, got the list {value}")
+      try:
+        flag.parse(value)
+      except absl.flags.Error as error:
+        reason = str(error).partition(": ")[2] or str(error)
+        given = "" if repr(value) in reason else f", got {value!r}"
+        raise UsageError(f"`config`: {place}: {name}: {reason}{given}") from error
+      self._from_file.add(name)
+
+  def __getitem__(self, prefix: str) -> Any:
+    """Returns the dataclass of a group, filled in and validated.
+
+    Raises:
+      UsageError: a value makes no sense, or a flag that was given has no effect.
+    """
+    return self._read(prefix, self._groups[prefix], self._fallbacks.get(prefix))
+
+  def _read(self, prefix: str, cls: type, fallback: Fallback | None, path: str = "") -> Any:
+    values = {}
+    for field in dataclasses.fields(cls):
+      name = f"{prefix}.{field.name}" if prefix else field.name
+      within = f"{path}.{field.name}" if path else field.name
+      if HELP not in field.metadata:
+        nested = typing.get_type_hints(cls)[field.name]
+        values[field.name] = self._read(name, nested, fallback, within)
+        continue
+      other = fallback.source_of(within) if fallback else None
+      value = self._values[name if self.given(name) or other is None else other].value
+      values[field.name] = tuple(value) if field.metadata[REPEATED] else value
+    try:
+      config = cls(**values)
+    except ValueError as error:
+      raise UsageError(self._qualified(str(error), prefix)) from error
+    if hasattr(config, "without_effect"):
+      self.refuse(config.without_effect(), prefix)
+    return config
+
+  def given(self, name: str) -> bool:
+    """Whether a flag was set, on the command line or in a file, even to its default."""
+    return self._values[name].present > 0
+
+  def refuse(self, reasons: Mapping[str, str], prefix: str = "") -> None:
+    """Raises if a flag was given that has no effect.
+
+    In a file, a value that is the default counts as not given: a run's flags.json has every flag.
+
+    Args:
+      reasons: How the sentence ends, as "without `eval_steps`", by the names of flags and groups.
+      prefix: The prefix of these names.
+
+    Raises:
+      UsageError: one was given, or one of a group.
+    """
+    for name, why in reasons.items():
+      refused = f"{prefix}.{name}" if prefix else name
+      for flag in self._values:
+        if (flag == refused or flag.startswith(f"{refused}.")) and self._is_set(flag):
+          raise UsageError(self._qualified(f"`{flag}` has no effect {why}", prefix))
+
+  def _is_set(self, name: str) -> bool:
+    flag = self._values[name]
+    return self.given(name) and not (name in self._from_file and flag.value == flag.default)
+
+  def settings(self, *, leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the value of every flag; given back as a file of --config, they repeat the call.
+
+    Args:
+      leave_out: Prefixes of groups to omit.
+
+    Returns:
+      Values by flag; None for a flag that was not given and takes another one's value.
+    """
+    settings = {}
+    for prefix, cls in self._groups.items():
+      if prefix and prefix in leave_out:
+        continue
+      fallback = self._fallbacks.get(prefix)
+      for name in _names(cls):
+        flag = f"{prefix}.{name}" if prefix else name
+        borrows = fallback and fallback.source_of(name) and not self.given(flag)
+        settings[flag] = None if borrows else self._values[flag].value
+    return settings
+
+  @contextmanager
+  def within(self, prefix: str) -> Iterator[None]:
+    """Completes the names of options in errors of a library that was given one group.
+
+    Raises:
+      Exception: the library's, with "`path`" as "`eval_dataset.path`" if the prefix is that.
+    """
+    try:
+      yield
+    except _EXPLAINED as error:
+      text = self._qualified(str(error), prefix)
+      if text == str(error):
+        raise
+      raise type(error)(text) from error
+
+  def _qualified(self, text: str, prefix: str) -> str:
+    """Completes the backticked names of options that belong to a group."""
+
+    def complete(match: re.Match) -> str:
+      name = f"{prefix}.{match[1]}"
+      return f"`{name}`" if prefix and name in self._values else match[0]
+
+    return _BACKTICKED.sub(complete, text)
+
+  def sentence(self, error: Exception) -> str:
+    """Returns what an error says to the person who typed, on one line, with the flags' names."""
+    if answer := storage.explain(str(error)):
+      return answer
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, _EXPLAINED):
+      return f"{type(error).__name__}: {text} (--debug shows the traceback)"
+    return self.spell(text)
+
+  def spell(self, text: str) -> str:
+    """Writes the options that a text names in backticks as flags."""
+    return _BACKTICKED.sub(
+      lambda match: f"--{match[1]}" if match[1] in self._values else match[0], text
+    )
+
+  def exit_code(self, error: Exception) -> int:
+    """Returns 2 if an error is about a flag, which its sentence begins with; else 1."""
+    about_a_flag = isinstance(error, _EXPLAINED) and self.sentence(error).startswith("--")
+    return 2 if about_a_flag or isinstance(error, UsageError) else 1
+
+
+def call(
+  run: Callable[[Flags], int | None],
+  groups: Mapping[str, type],
+  argv: Sequence[str] | None = None,
+  *,
+  doc: str | None = "",
+  fallbacks: Mapping[str, Fallback] | None = None,
+) -> int:
+  """Runs a command: reads its flags, joins its processes, and reports an error as one sentence.
+
+  Args:
+    run: What the command does; returns its exit code, None for 0.
+    groups: The dataclass of options of each prefix; "jax_distributed" is joined.
+    argv: The command line, without the command's name. None for that of this process: an error
+      then ends the process at once, whatever threads of libraries still run.
+    doc: The documentation of the command.
+    fallbacks: Where groups take values from that were not given, by their prefixes.
+
+  Returns:
+    The exit code: what `run` returned; 0 for --help; 2 if a flag is wrong; 1 for any other error,
+    130 if it was interrupted. With --debug the traceback is printed before the sentence.
+  """
+  arguments = sys.argv[1:] if argv is None else list(argv)
+  if not absl.flags.FLAGS.is_parsed():
+    absl.flags.FLAGS.mark_as_parsed()  # which libraries read some of theirs from
+  flags = Flags(groups, (), doc=doc or "")
+  debug = "--debug" in arguments
+  try:
+    flags = Flags(groups, arguments, fallbacks=fallbacks, doc=doc or "")
+    if any(argument in _HELP_FLAGS for argument in arguments):
+      print(flags.help())
+      return 0
+    debug = flags.debug
+    configs = {prefix: flags[prefix] for prefix in groups}  # which validates every flag at once
+    with _logging(debug=debug):
+      storage.prepare(map(str, flags.settings().values()))
+      with _processes(configs, flags, debug=debug):
+        return run(flags) or 0
+  except Exception as error:  # the boundary between library errors and the person who typed
+    return _report(error, flags, debug=debug, ends=argv is None)
+  except KeyboardInterrupt:
+    return _report(InterruptedError("interrupted"), flags, debug=False, ends=argv is None, code=130)
+
+
+def _processes(configs: Mapping[str, Any], flags: Flags, *, debug: bool) -> Any:
+  """Joins the processes of a command that can run on several hosts."""
+  if "jax_distributed" not in configs:
+    return nullcontext()
+  from ll3m.core import processes  # imports jax
+
+  return processes.joined(
+    configs["jax_distributed"],
+    flags.settings(),
+    describe=flags.sentence,
+    end=lambda error: _report(error, flags, debug=debug, ends=True),
   )
 
 
-class _LiteralTupleParser(absl_flags.ArgumentParser):
-  """Parses a tuple written as a Python literal: "('targets', )" or "(2048,)"."""
-
-  syntactic_help = "a Python tuple, e.g. (2048,)"
-
-  def __init__(self, item_type: type):
-    super().__init__()
-    self._item_type = item_type
-
-  def parse(self, argument: Any) -> tuple:
-    if isinstance(argument, tuple):
-      return argument
-    try:
-      value = ast.literal_eval(argument.strip())
-    except (ValueError, SyntaxError) as error:
-      raise ValueError(f"expected {self.syntactic_help}, got {argument!r}") from error
-    value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    for item in value:
-      if not isinstance(item, self._item_type) or isinstance(item, bool):
-        raise ValueError(f"expected items of type {self._item_type.__name__}, got {argument!r}")
-    return value
-
-  def flag_type(self) -> str:
-    return "tuple"
+def _report(
+  error: Exception, flags: Flags, *, debug: bool, ends: bool, code: int | None = None
+) -> int:
+  """Prints the sentence of an error, ends the process if that is wanted, or returns the code."""
+  if debug:
+    traceback.print_exception(error)
+  sys.stdout.flush()
+  print(f"error: {flags.sentence(error)}", file=sys.stderr, flush=True)
+  code = flags.exit_code(error) if code is None else code
+  if ends:
+    # A library's background threads (TensorFlow's, Orbax's) must not hold the exit back, nor
+    # write after the sentence that says what went wrong.
+    os._exit(code)
+  return code
 
 
-class _TupleSerializer(absl_flags.ArgumentSerializer):
-  def serialize(self, value: tuple) -> str:
-    return repr(value)
-
-
-def _optional_base(annotation: Any) -> Any:
-  """Strips `| None` from a type."""
-  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-    (base,) = (a for a in typing.get_args(annotation) if a is not type(None))
-    return base
-  return annotation
-
-
-def _define_one(name: str, annotation: Any, field: dataclasses.Field) -> None:
-  text, default = field.metadata[_HELP], field.default
-  base = _optional_base(annotation)
-  if field.metadata[_REPEATED]:
-    absl_flags.DEFINE_multi_string(name, list(default), text, **_COMMAND)
-  elif field.metadata[_CHOICES]:
-    absl_flags.DEFINE_enum(name, default, list(field.metadata[_CHOICES]), text, **_COMMAND)
-  elif base is bool:
-    absl_flags.DEFINE_bool(name, default, text, **_COMMAND)
-  elif base is int:
-    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # more fits no counter of jax's
-    absl_flags.DEFINE_integer(name, default, text, **bounds, **_COMMAND)
-  elif base is float:
-    absl_flags.DEFINE_float(name, default, text, **_COMMAND)
-  elif base is str:
-    absl_flags.DEFINE_string(name, default, text, **_COMMAND)
-  elif typing.get_origin(base) is tuple:
-    parser = _LiteralTupleParser(typing.get_args(base)[0])
-    absl_flags.DEFINE(parser, name, default, text, serializer=_TupleSerializer(), **_COMMAND)
+@contextmanager
+def _logging(*, debug: bool) -> Iterator[None]:
+  """Shows what libraries log: warnings as sentences, or with `debug` everything with its place."""
+  handler = standard_logging.StreamHandler()
+  if debug:
+    handler.setFormatter(standard_logging.Formatter(standard_logging.BASIC_FORMAT))
   else:
-    raise TypeError(f"option {name}: flags of type {annotation} are not supported")
-
-
-def define(prefix: str, cls: type) -> None:
-  """Defines one absl flag for every option of a dataclass.
-
-  Args:
-    prefix: what stands before the dot in the flags' names; empty for none.
-    cls: a frozen dataclass whose fields were declared with `option` and `group`.
-  """
-  hints = typing.get_type_hints(cls)
-  for field in dataclasses.fields(cls):
-    name = f"{prefix}.{field.name}" if prefix else field.name
-    if _HELP in field.metadata:
-      _define_one(name, hints[field.name], field)
-    else:
-      define(name, hints[field.name])
-
-
-def read[T](prefix: str, cls: type[T], *, fallback: str | None = None) -> T:
-  """Returns the dataclass with the values that were given on the command line.
-
-  Args:
-    prefix: as in `define`.
-    cls: as in `define`.
-    fallback: another prefix that was defined with the same dataclass; a flag that was not given
-      takes that prefix's value.
-
-  Raises:
-    ValueError: what the dataclass's own validation says.
-  """
-  values = {}
-  for field in dataclasses.fields(cls):
-    name = f"{prefix}.{field.name}" if prefix else field.name
-    other = f"{fallback}.{field.name}" if fallback else None
-    if _HELP in field.metadata:
-      value = absl_flags.FLAGS[name if given(name) or other is None else other].value
-      values[field.name] = tuple(value) if field.metadata[_REPEATED] else value
-    else:
-      values[field.name] = read(name, typing.get_type_hints(cls)[field.name], fallback=other)
+    handler.setFormatter(_Sentence())
+    handler.addFilter(_is_unseen)
+  root, verbosity = standard_logging.getLogger(), absl.logging.get_verbosity()
+  absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.WARNING)
+  root.addHandler(handler)
   try:
-    return cls(**values)
-  except ValueError as error:
-    # A dataclass's messages begin with the name of the field; the person who typed knows a flag.
-    if prefix and re.match(r"\w*", str(error))[0] in values:
-      raise ValueError(f"--{prefix}.{error}") from error
-    raise
-
-
-def given(name: str) -> bool:
-  """Says whether a flag was set on the command line, as opposed to left at its default."""
-  return absl_flags.FLAGS[name].present > 0
-
-
-def refuse(prefix: str, why: str) -> None:
-  """Refuses a flag that was given and has no effect.
-
-  Args:
-    prefix: its name, or that of a group of flags.
-    why: ends the sentence, e.g. "without --eval_steps".
-
-  Raises:
-    ValueError: it, or one of the group, was given.
-  """
-  for name in absl_flags.FLAGS:
-    if (name == prefix or name.startswith(f"{prefix}.")) and given(name):
-      raise ValueError(f"--{name} has no effect {why}")
-
-
-def require(value: Any, name: str) -> None:
-  """Demands that a flag was given.
-
-  Raises:
-    ValueError: if its value is None or empty.
-  """
-  if value is None or value == "" or value == ():
-    raise ValueError(f"--{name} must be given")
-
-
-def to_dict(config: Any, prefix: str = "") -> dict[str, Any]:
-  """Flattens a dataclass of options to {dotted flag name: value}."""
-  flat = {}
-  for field in dataclasses.fields(config):
-    name = f"{prefix}.{field.name}" if prefix else field.name
-    value = getattr(config, field.name)
-    flat |= {name: value} if _HELP in field.metadata else to_dict(value, name)
-  return flat
-
-
-def run(main: Callable[[], None]) -> None:
-  """Runs a command: parses flags, then `main()`; any error ends as one sentence on stderr.
-
-  Exits with 0 when main returns or help was asked for, 1 when main raises, 2 when the flags are
-  wrong, 130 when it is interrupted. With --debug the traceback is printed before the sentence.
-  """
-
-  def parse(argv: list[str]) -> list[str]:
-    rest = absl_flags.FLAGS(argv)
-    if len(rest) > 1:
-      stray = " ".join(rest[1:])
-      raise absl_flags.IllegalFlagValueError(
-        f"unexpected arguments: {stray} (flags are written --name=value, without spaces)"
-      )
-    return rest
-
-  def guarded_parse(argv: list[str]) -> list[str]:
-    # Parse errors are ours to print in one line; absl's help flags exit with 1 while it parses.
-    try:
-      return parse(argv)
-    except absl_flags.Error as error:
-      _exit_with(error, status=2)
-    except SystemExit:
-      sys.exit(0)
-
-  def guarded_main(_: Sequence[str]) -> None:
-    if not given("verbosity"):  # the libraries' progress reports are not the user's
-      logging.set_verbosity(logging.INFO if _DEBUG.value else logging.WARNING)
-    if not _DEBUG.value:
-      logging.get_absl_handler().addFilter(_unseen_without_traceback)
-      logging.get_absl_handler().setFormatter(_Sentence())
-    try:
-      storage.prepare(sys.argv[1:])
-      main()
-    except Exception as error:  # the boundary between library errors and the person who typed
-      end(error)
-    except KeyboardInterrupt:
-      _exit_with(InterruptedError("interrupted"), status=130)
-
-  app.run(guarded_main, flags_parser=guarded_parse)
+    yield
+  finally:
+    root.removeHandler(handler)
+    absl.logging.set_verbosity(verbosity)
 
 
 class _Sentence(standard_logging.Formatter):
-  """Formats a record as errors are printed, without absl's prefix of place and time.
+  """Formats a record as errors are printed, on one line and without its place, time or traceback.
 
   What a library logs as an error is a warning: an error of ours ends the command.
   """
@@ -281,35 +360,96 @@ class _Sentence(standard_logging.Formatter):
     return f"{level}: {' '.join(record.getMessage().split())}"
 
 
-def _unseen_without_traceback(record: standard_logging.LogRecord) -> bool:
-  """Leaves of what a library logs the sentence, unless the library's own handler prints it too."""
-  record.exc_info = record.exc_text = None
+def _is_unseen(record: standard_logging.LogRecord) -> bool:
+  """Whether no handler of the library itself prints the record too."""
   logger = standard_logging.getLogger(record.name)
   while logger.parent is not None and not logger.handlers:
     logger = logger.parent
   return logger.parent is None
 
 
-def sentence(error: Exception) -> str:
-  """Returns what an error says to the person who typed, on one line."""
-  if answer := storage.explain(str(error)):
-    return answer
-  text = " ".join(str(error).split()) or type(error).__name__
-  if isinstance(error, _EXPLAINED):
-    return text
-  return f"{type(error).__name__}: {text} (--debug shows the traceback)"
+class _TupleParser(absl.flags.ArgumentParser):
+  """Parses a tuple written as a Python literal: "('targets', )" or "(2048,)"."""
+
+  syntactic_help = "a Python tuple, e.g. (2048,)"
+
+  def __init__(self, item_type: type):
+    super().__init__()
+    self._item_type = item_type
+
+  def parse(self, argument: Any) -> tuple:
+    value = argument
+    if isinstance(argument, str):
+      try:
+        value = ast.literal_eval(argument.strip())
+      except (ValueError, SyntaxError) as error:
+        raise ValueError(f"expected {self.syntactic_help}, got {argument!r}") from error
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if isinstance(argument, list) and self._item_type is int:  # the texts in a file
+      value = tuple(int(item) if re.fullmatch(r"[+-]?\d+", item) else item for item in value)
+    for item in value:
+      if not isinstance(item, self._item_type) or isinstance(item, bool):
+        raise ValueError(f"expected items of type {self._item_type.__name__}, got {argument!r}")
+    return value
+
+  def flag_type(self) -> str:
+    return "tuple"
 
 
-def end(error: Exception) -> typing.NoReturn:
-  """Ends the process as `run` does when main raises this error."""
-  if _DEBUG.value:
-    traceback.print_exception(error)
-  _exit_with(error, status=1)
+class _TupleSerializer(absl.flags.ArgumentSerializer):
+  def serialize(self, value: tuple) -> str:
+    return repr(value)
 
 
-def _exit_with(error: Exception, status: int) -> typing.NoReturn:
-  sys.stdout.flush()
-  print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-  # A library's background threads (TensorFlow's, Orbax's) must not hold the exit back, nor
-  # write after the sentence that says what went wrong.
-  os._exit(status)
+def _names(cls: type, prefix: str = "") -> Iterator[str]:
+  """Yields the dotted names of all options of a dataclass."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    if HELP in field.metadata:
+      yield f"{prefix}{field.name}"
+    else:
+      yield from _names(hints[field.name], f"{prefix}{field.name}.")
+
+
+def _define(values: absl.flags.FlagValues, prefix: str, cls: type) -> None:
+  """Defines one flag for every option of a dataclass."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    name = f"{prefix}.{field.name}" if prefix else field.name
+    if HELP in field.metadata:
+      _define_one(values, name, hints[field.name], field)
+    else:
+      _define(values, name, hints[field.name])
+
+
+def _define_one(
+  values: absl.flags.FlagValues, name: str, annotation: Any, field: dataclasses.Field
+) -> None:
+  text, default, base = field.metadata[HELP], field.default, _optional_base(annotation)
+  own = {"flag_values": values, "module_name": _HEADING}
+  if field.metadata[REPEATED]:
+    absl.flags.DEFINE_multi_string(name, list(default), text, **own)
+  elif field.metadata[CHOICES]:
+    absl.flags.DEFINE_enum(name, default, list(field.metadata[CHOICES]), text, **own)
+  elif base is bool:
+    absl.flags.DEFINE_bool(name, default, text, **own)
+  elif base is int:
+    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # more fits no counter of jax's
+    absl.flags.DEFINE_integer(name, default, text, **bounds, **own)
+  elif base is float:
+    absl.flags.DEFINE_float(name, default, text, **own)
+  elif base is str:
+    absl.flags.DEFINE_string(name, default, text, **own)
+  elif typing.get_origin(base) is tuple:
+    parser = _TupleParser(typing.get_args(base)[0])
+    absl.flags.DEFINE(parser, name, default, text, serializer=_TupleSerializer(), **own)
+  else:
+    raise TypeError(f"option {name}: flags of type {annotation} are not supported")
+
+
+def _optional_base(annotation: Any) -> Any:
+  """Strips `| None` from a type."""
+  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    (base,) = (a for a in typing.get_args(annotation) if a is not type(None))
+    return base
+  return annotation

@@ -178,8 +178,8 @@ def open_port(port: int) -> socket.socket:
     return socket.create_server(("", port))
   except OSError as error:
     raise ValueError(
-      f"process 0 cannot listen on port {port}, which --jax_distributed.coordinator_address asks "
-      f"for: {error.strerror}"
+      f"process 0 cannot listen on port {port}, which `jax_distributed.coordinator_address` "
+      f"asks for: {error.strerror}"
     ) from error
 
 
@@ -220,7 +220,7 @@ def _receive_all(port: int, count: int, timeout: float, mine: Mapping[str, Any])
       twice = number in peers
       peers[number if not twice else -1] = peer
       if twice:
-        refuse(f"two processes were started with --jax_distributed.process_id={number}")
+        refuse(f"two processes were started with `jax_distributed.process_id`={number}")
       if difference := _difference(mine, theirs):
         refuse(difference)
   for peer in peers.values():
@@ -241,8 +241,8 @@ def _difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | Non
     own, other = mine["flags"].get(name), theirs["flags"].get(name)
     if own != other:
       return (
-        f"process {theirs['process']} on {theirs['host']} was started with --{name}={other}, "
-        f"process 0 with --{name}={own}"
+        f"process {theirs['process']} on {theirs['host']} was started with `{name}`={other}, "
+        f"process 0 with `{name}`={own}"
       )
   return None
 

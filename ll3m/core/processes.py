@@ -10,33 +10,33 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from ll3m.core import flags
+from ll3m.core import options
 from ll3m.core.line import meet, open_port
 
-# Flags that have to differ between processes.
+# Options that have to differ between processes.
 _OWN = ("jax_distributed.process_id",)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessesConfig:
-  """`--jax_distributed.*`."""
+  """How the processes of a run find each other."""
 
-  coordinator_address: str | None = flags.option(
+  coordinator_address: str | None = options.option(
     None,
     "HOST:PORT at which process 0 listens, for a run of several processes; it uses the next port "
     "too.",
   )
-  num_processes: int | None = flags.option(None, "How many processes the run has.")
-  process_id: int | None = flags.option(None, "Which of them this is, from 0.")
-  auto: bool = flags.option(
+  num_processes: int | None = options.option(None, "How many processes the run has.")
+  process_id: int | None = options.option(None, "Which of them this is, from 0.")
+  auto: bool = options.option(
     False, "Find these three out from the TPU's or the cluster's environment."
   )
-  timeout: int = flags.option(
+  timeout: int = options.option(
     300, "Seconds after which a process that does not come, or does not answer, is given up."
   )
 
@@ -44,29 +44,36 @@ class ProcessesConfig:
     given = [n for n in ("coordinator_address", "num_processes", "process_id")
              if getattr(self, n) is not None]  # fmt: skip
     if self.auto and given:
-      raise ValueError(f"auto finds {given[0]} out by itself: give one or the other")
+      raise ValueError(f"`auto` finds `{given[0]}` out by itself: give one or the other")
     if given and len(given) < 3:
       raise ValueError(
-        f"{given[0]} is given: coordinator_address, num_processes and process_id go together"
+        f"`{given[0]}` is given: `coordinator_address`, `num_processes` and `process_id` go "
+        f"together"
       )
     if self.timeout < 1:
-      raise ValueError(f"timeout must be at least 1, got {self.timeout}")
+      raise ValueError(f"`timeout` must be at least 1, got {self.timeout}")
     if given:
       host, _, port = self.coordinator_address.rpartition(":")
       # isdecimal alone takes digits of any script; the port after it has to exist too.
       if not host or not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65534):
         raise ValueError(
-          f"coordinator_address must be HOST:PORT with a port within 1..65534, got "
+          f"`coordinator_address` must be HOST:PORT with a port within 1..65534, got "
           f"{self.coordinator_address!r}"
         )
       if not 0 <= self.process_id < self.num_processes:
         raise ValueError(
-          f"process_id must be within 0..{self.num_processes - 1}, got {self.process_id}"
+          f"`process_id` must be within 0..{self.num_processes - 1}, got {self.process_id}"
         )
 
 
 @contextlib.contextmanager
-def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]:
+def joined(
+  config: ProcessesConfig,
+  settings: Mapping[str, Any],
+  *,
+  describe: Callable[[Exception], str],
+  end: Callable[[Exception], Any],
+) -> Iterator[None]:
   """Joins the run's processes while it is open; does nothing for a run of one.
 
   It closes when all processes have come to its end. If one fails or dies before, every one, that
@@ -74,11 +81,13 @@ def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]
   for the others, as jax does at exit, is run any more. Only process 0 writes to standard output.
 
   Args:
-    config: `--jax_distributed.*`.
-    groups: {prefix: dataclass} of all flags, which all processes must have alike.
+    config: How the processes find each other.
+    settings: The options of the run by name, which all processes must have alike.
+    describe: Returns the sentence about an error that the other processes print.
+    end: Ends this process for an error of its own.
 
   Raises:
-    ValueError: a process does not come in time, or was started with other flags.
+    ValueError: a process does not come in time, or was started with other options.
   """
   if config.coordinator_address is None and not config.auto:
     yield
@@ -100,9 +109,6 @@ def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]
   elif process == 0:
     # jax would share a port that is in use, and wait there for ever.
     open_port(int(address.rpartition(":")[2])).close()
-  settings: dict[str, Any] = {}
-  for prefix, options in groups.items():
-    settings |= flags.to_dict(options, prefix)
   same = {name: value for name, value in settings.items() if name not in _OWN}
   line = meet(address, process, count, config.timeout, same)
   if not config.auto:
@@ -112,5 +118,5 @@ def joined(config: ProcessesConfig, groups: Mapping[str, Any]) -> Iterator[None]
     with contextlib.redirect_stdout(io.StringIO() if process else sys.stdout):
       yield
   except Exception as error:
-    line.fail(flags.sentence(error), functools.partial(flags.end, error))
+    line.fail(describe(error), functools.partial(end, error))
   line.leave()

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ll3m.core import checkpoint as folders
-from ll3m.core import digests, flags
+from ll3m.core import digests, options
 from ll3m.core.checkpoint import BytesRestore, BytesSave, flatten, nest
 from ll3m.core.storage import is_remote
 
@@ -24,18 +24,18 @@ DAMAGED = "damaged"  # where steps go that cannot be gone on from, beside `check
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointerConfig:
-  """`--checkpointer.*`."""
+  """The options of checkpointing."""
 
-  save_optimizer_state: bool = flags.option(
+  save_optimizer_state: bool = options.option(
     True, "Save what resuming needs; False saves the parameters alone."
   )
-  max_to_keep: int = flags.option(
+  max_to_keep: int = options.option(
     2, "How many of the latest checkpoints are kept, beside the milestones."
   )
 
   def __post_init__(self):
     if self.max_to_keep < 1:
-      raise ValueError(f"checkpointer.max_to_keep must be at least 1, got {self.max_to_keep}")
+      raise ValueError(f"`max_to_keep` must be at least 1, got {self.max_to_keep}")
 
 
 class Position(NamedTuple):
@@ -64,7 +64,7 @@ class RunCheckpoints:
 
     Args:
       output_dir: of the run.
-      config: `--checkpointer.*`.
+      config: The options of checkpointing.
       milestone_steps: checkpoints at multiples of this are never deleted; 0 for none.
     """
     self._config = config
@@ -257,8 +257,8 @@ def require_resumable(path: epath.Path) -> None:
   if not (path / folders.OPTIMIZER).is_dir():
     raise ValueError(
       f"cannot resume from {path}: it was saved without the optimizer's state "
-      f"(checkpointer.save_optimizer_state=False); start a new run with "
-      f"--load_checkpoint=params::{path}"
+      f"(`checkpointer.save_optimizer_state`=False); start a new run with "
+      f"`load_checkpoint`=params::{path}"
     )
 
 

@@ -37,12 +37,12 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def parse_mesh_dim(text: str) -> tuple[int, int, int]:
-  """Parses `--mesh_dim`: 'dp,fsdp,mp' or 'dp:1,fsdp:-1,mp:4'; -1 stands for what is left.
+  """Parses `mesh_dim`: 'dp,fsdp,mp' or 'dp:1,fsdp:-1,mp:4'; -1 stands for what is left.
 
   Raises:
     ValueError: not of that form.
   """
-  form = "--mesh_dim expects dp,fsdp,mp, e.g. -1,2,4 or dp:1,fsdp:-1,mp:4"
+  form = "`mesh_dim` expects dp,fsdp,mp, e.g. -1,2,4 or dp:1,fsdp:-1,mp:4"
   parts = [part.strip() for part in text.split(",")]
   try:
     if ":" in text:
@@ -57,12 +57,12 @@ def parse_mesh_dim(text: str) -> tuple[int, int, int]:
   if len(sizes) != len(AXES) or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(f"{form}, got {text!r}")
   if sizes.count(-1) > 1:
-    raise ValueError(f"at most one size of --mesh_dim may be -1, got {text!r}")
+    raise ValueError(f"at most one size of `mesh_dim` may be -1, got {text!r}")
   return sizes
 
 
 def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges the devices in the mesh that `--mesh_dim` asks for.
+  """Arranges the devices in the mesh that `mesh_dim` asks for.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or dp does not divide over the
@@ -73,7 +73,7 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
   known = math.prod(size for size in sizes if size != -1)
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
     raise ValueError(
-      f"--mesh_dim={mesh_dim} needs {'a multiple of ' * (-1 in sizes)}{known} devices, "
+      f"`mesh_dim`={mesh_dim} needs {'a multiple of ' * (-1 in sizes)}{known} devices, "
       f"there are {len(devices)}"
     )
   shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
@@ -180,7 +180,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if batch_size % shards:
     raise ValueError(
-      f"batch_size must be a multiple of dp x fsdp = {shards}, got {batch_size} "
+      f"`batch_size` must be a multiple of dp x fsdp = {shards}, got {batch_size} "
       f"(it counts the sequences of a micro-step over all devices)"
     )
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ll3m.core import flags, stderr
+from ll3m.core import stderr
+from ll3m.core.options import to_dict
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
@@ -248,7 +249,7 @@ def open_dataset(
     strict=strict,
   )
   options = config.seqio_dataset
-  definition = {k: v for k, v in flags.to_dict(config).items() if k not in _MAY_CHANGE} | {
+  definition = {k: v for k, v in to_dict(config).items() if k not in _MAY_CHANGE} | {
     "seqio_dataset.split": options.split or split_default,
     "seqio_dataset.shuffle": repeat if options.shuffle is None else options.shuffle,
     "seqio_dataset.num_shards": corpus.num_shards,

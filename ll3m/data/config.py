@@ -6,7 +6,7 @@ No TensorFlow here: commands validate a run with these before anything slow is i
 import dataclasses
 import re
 
-from ll3m.core import flags
+from ll3m.core import options
 from ll3m.core.config import did_you_mean
 from ll3m.data import mixtures
 from ll3m.data.files import SPLITS, list_files, text_shards
@@ -20,35 +20,35 @@ _MOST_LISTED = 2**20  # rows and shards are lists in memory
 class SeqioDatasetConfig:
   """What is read with `type=seqio`, and how the stream is cut, whatever its type."""
 
-  mixture_or_task_name: str | None = flags.option(
+  mixture_or_task_name: str | None = options.option(
     None, "Which seqio mixture or task to read (type=seqio); docs/dataset.md lists them."
   )
-  module: str | None = flags.option(
+  module: str | None = options.option(
     None, "Python module to import first; it registers seqio tasks and mixtures of your own."
   )
-  split: str | None = flags.option(
+  split: str | None = options.option(
     None, "Split of the mixture or task; default: train to train on, validation to evaluate on."
   )
-  batch_size: int = flags.option(
+  batch_size: int = options.option(
     8, "Sequences per micro-step over all devices; holds for every dataset type."
   )
-  task_feature_field: tuple[str, ...] = flags.option(
+  task_feature_field: tuple[str, ...] = options.option(
     ("targets",),
     "Features of the task that make up a document, in this order; the last one is trained on.",
   )
-  task_feature_lengths: tuple[int, ...] = flags.option(
+  task_feature_lengths: tuple[int, ...] = options.option(
     (1024,),
     "Tokens per feature; a row is as long as their sum. Holds for every dataset type.",
   )
-  shuffle: bool | None = flags.option(
+  shuffle: bool | None = options.option(
     None, "Shuffle the documents (every dataset type); default: to train yes, to evaluate no."
   )
-  pack: bool = flags.option(
+  pack: bool = options.option(
     True,
     "Fill rows with consecutive documents (every dataset type); False starts each document on "
     "a row of its own.",
   )
-  num_shards: int = flags.option(
+  num_shards: int = options.option(
     8,
     "Independent pipelines that the stream is split into (every dataset type). It fixes the "
     "order of the data, whatever the number of processes; must not change within a run.",
@@ -57,18 +57,18 @@ class SeqioDatasetConfig:
   def __post_init__(self):
     for name in ("batch_size", "num_shards"):
       if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
       if getattr(self, name) > _MOST_LISTED:
-        raise ValueError(f"{name} must be at most {_MOST_LISTED}, got {getattr(self, name)}")
+        raise ValueError(f"`{name}` must be at most {_MOST_LISTED}, got {getattr(self, name)}")
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(
-        "task_feature_lengths must give one length for each of "
-        f"task_feature_field: {fields}, got {lengths}"
+        "`task_feature_lengths` must give one length for each of "
+        f"`task_feature_field`: {fields}, got {lengths}"
       )
     if min(lengths) < 1 or sum(lengths) < 2:
       raise ValueError(
-        f"task_feature_lengths must be positive and make up at least 2 tokens, got {lengths}"
+        f"`task_feature_lengths` must be positive and make up at least 2 tokens, got {lengths}"
       )
 
   @property
@@ -81,7 +81,7 @@ class SeqioDatasetConfig:
 class JsonDatasetConfig:
   """Files of rows (type=json)."""
 
-  path: str | None = flags.option(
+  path: str | None = options.option(
     None,
     "File or glob of JSON Lines, JSON arrays, CSV, TSV or parquet, plain, .gz or .zst (type=json).",
   )
@@ -91,15 +91,15 @@ class JsonDatasetConfig:
 class HuggingFaceDatasetConfig:
   """A dataset that the `datasets` library can load (type=huggingface)."""
 
-  path: str | None = flags.option(
+  path: str | None = options.option(
     None, "Dataset repository or local folder, as datasets.load_dataset takes it."
   )
-  name: str | None = flags.option(None, "Configuration of the dataset.")
-  split: str | None = flags.option(
+  name: str | None = options.option(None, "Configuration of the dataset.")
+  split: str | None = options.option(
     None,
     "Split of the dataset, e.g. train[:1%]; default: train to train on, validation to evaluate on.",
   )
-  streaming: bool = flags.option(
+  streaming: bool = options.option(
     False, "Read over the network while training instead of downloading first."
   )
 
@@ -108,13 +108,13 @@ class HuggingFaceDatasetConfig:
 class TextProcessorConfig:
   """How an example of a json or huggingface dataset becomes a document."""
 
-  fields: str = flags.option(
+  fields: str = options.option(
     "",
     "Fields that make up a document: commas separate fields, + joins subfields, brackets mean "
     "no loss, e.g. '[system+prompt],answer'; 'messages' applies the tokenizer's chat template "
     "with loss on assistant turns. Default: messages where an example has them, else text.",
   )
-  subfield_separator: str = flags.option(" ", "What stands between subfields that + joins.")
+  subfield_separator: str = options.option(" ", "What stands between subfields that + joins.")
 
   def __post_init__(self):
     parse_fields(self.fields)
@@ -124,39 +124,44 @@ class TextProcessorConfig:
 class DatasetConfig:
   """A stream of batches: where the text comes from and how it is cut."""
 
-  type: str = flags.option(
+  type: str = options.option(
     "seqio", "Where the text comes from.", choices=("seqio", "json", "huggingface")
   )
-  seqio_dataset: SeqioDatasetConfig = flags.group(SeqioDatasetConfig)
-  json_dataset: JsonDatasetConfig = flags.group(JsonDatasetConfig)
-  huggingface_dataset: HuggingFaceDatasetConfig = flags.group(HuggingFaceDatasetConfig)
-  text_processor: TextProcessorConfig = flags.group(TextProcessorConfig)
+  seqio_dataset: SeqioDatasetConfig = options.group(SeqioDatasetConfig)
+  json_dataset: JsonDatasetConfig = options.group(JsonDatasetConfig)
+  huggingface_dataset: HuggingFaceDatasetConfig = options.group(HuggingFaceDatasetConfig)
+  text_processor: TextProcessorConfig = options.group(TextProcessorConfig)
 
-  def check(self, *, data_dir: str | None, split_default: str = "train", prefix: str = "") -> None:
+  def without_effect(self) -> dict[str, str]:
+    """Returns the options that a dataset of this type does not read, and why, by their names."""
+    return {
+      name: f"with `type`={self.type}" for name, types in _READ_BY.items() if self.type not in types
+    }
+
+  def check(self, *, data_dir: str | None, split_default: str = "train") -> None:
     """Checks that what is to be read exists, without reading it.
 
     Args:
       data_dir: folder of the text shards; None for `default_data_dir()`.
       split_default: the split where none was chosen.
-      prefix: what messages put before the options' names, e.g. "--train_dataset.".
 
     Raises:
       ValueError: for an unknown mixture or split, or an option that is missing.
       FileNotFoundError: for files that are missing.
     """
     if self.type == "json":
-      self._require(f"{prefix}json_dataset.path", self.json_dataset.path)
-      list_files(self.json_dataset.path, f"{prefix}json_dataset.path")
+      self._require("json_dataset.path", self.json_dataset.path)
+      list_files(self.json_dataset.path, "json_dataset.path")
     elif self.type == "huggingface":
-      self._require(f"{prefix}huggingface_dataset.path", self.huggingface_dataset.path)
+      self._require("huggingface_dataset.path", self.huggingface_dataset.path)
     else:
       name = self.seqio_dataset.mixture_or_task_name
-      self._require(f"{prefix}seqio_dataset.mixture_or_task_name", name)
+      self._require("seqio_dataset.mixture_or_task_name", name)
       self._check_mixture(data_dir, self.seqio_dataset.split or split_default)
 
   def _require(self, name: str, value: str | None) -> None:
     if not value:
-      raise ValueError(f"{name} must be given for a dataset of type {self.type}")
+      raise ValueError(f"`{name}` must be given for a dataset of type {self.type}")
 
   def _check_mixture(self, data_dir: str | None, split: str) -> None:
     name, known = self.seqio_dataset.mixture_or_task_name, mixtures.known_names()
@@ -164,10 +169,13 @@ class DatasetConfig:
       if self.seqio_dataset.module:
         return  # that module's own, which it checks itself
       raise ValueError(
-        f"unknown mixture or task {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+        f"`seqio_dataset.mixture_or_task_name`: unknown mixture or task {name!r}"
+        f"{did_you_mean(name, known)}; known: {', '.join(known)}"
       )
     if split not in SPLITS:
-      raise ValueError(f"{name} has the splits {', '.join(SPLITS)}, got {split!r}")
+      raise ValueError(
+        f"`seqio_dataset.split`: {name} has the splits {', '.join(SPLITS)}, got {split!r}"
+      )
     for source in mixtures.sources_of(name):
       if source in mixtures.TEXT_SOURCES:
         text_shards(data_dir, source, split)
@@ -177,24 +185,14 @@ class DatasetConfig:
 class StrictConfig:
   """The option of every command that reads examples."""
 
-  strict: bool = flags.option(
+  strict: bool = options.option(
     False,
     "Stop at the first example that cannot be used, naming its file, line and what is wrong with "
     "it, instead of leaving it out (type=json and type=huggingface).",
   )
 
 
-def refuse_strict(*datasets: DatasetConfig) -> None:
-  """Refuses --strict where no dataset leaves examples out.
-
-  Raises:
-    ValueError: it was given.
-  """
-  if all(dataset.type == "seqio" for dataset in datasets):
-    flags.refuse("strict", "on datasets of type seqio")
-
-
-# Flags of a dataset that only some types read, and these types.
+# Options of a dataset that only some types read, and these types.
 _READ_BY = {
   "json_dataset": ("json",),
   "huggingface_dataset": ("huggingface",),
@@ -206,34 +204,19 @@ _READ_BY = {
 }
 
 
-def refuse_unread(config: DatasetConfig, prefix: str) -> None:
-  """Refuses flags that were given and that a dataset of this type does not read.
-
-  Args:
-    config: the dataset.
-    prefix: of its flags, e.g. "train_dataset".
-
-  Raises:
-    ValueError: names the flag.
-  """
-  for name, types in _READ_BY.items():
-    if config.type not in types:
-      flags.refuse(f"{prefix}.{name}", f"with --{prefix}.type={config.type}")
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
   """Which tokenizer a run uses."""
 
-  type: str | None = flags.option(
+  type: str | None = options.option(
     None,
-    f"One of {', '.join(TOKENIZER_NAMES)} (found in the checkpoint, or at --tokenizer.path), or "
+    f"One of {', '.join(TOKENIZER_NAMES)} (found in the checkpoint, or at tokenizer.path), or "
     "a path itself. Default: the tokenizer that travels with the checkpoint.",
   )
-  path: str | None = flags.option(
+  path: str | None = options.option(
     None, "SentencePiece file or Hugging Face tokenizer folder, instead of the checkpoint's."
   )
-  extra_tokens: tuple[str, ...] = flags.option(
+  extra_tokens: tuple[str, ...] = options.option(
     (), "Token to append to the vocabulary; may be repeated.", repeated=True
   )
 
@@ -252,13 +235,13 @@ class TokenizerConfig:
 class GinConfig:
   """Settings in gin's language."""
 
-  gin_bindings: tuple[str, ...] = flags.option(
+  gin_bindings: tuple[str, ...] = options.option(
     (),
     'gin binding, e.g. data.data_utils.get_default_vocabulary.tokenizer_type="llama"; several '
     "are separated by newlines or commas, or the flag is repeated.",
     repeated=True,
   )
-  gin_config: tuple[str, ...] = flags.option(
+  gin_config: tuple[str, ...] = options.option(
     (), "gin file to read before the bindings; may be repeated.", repeated=True
   )
 
@@ -291,14 +274,14 @@ def parse_fields(spec: str) -> tuple[TextField, ...]:
       or any(re.search(r"[\[\]]", name) for name in names)
     ):
       raise ValueError(
-        "text_processor.fields expects field names separated by commas, some in brackets, "
+        "`fields` expects field names separated by commas, some in brackets, "
         f"e.g. '[prompt],answer', got {spec!r}"
       )
     inside = inside or opens
     fields.append(TextField(names, loss=not inside))
     inside = inside and not closes
   if inside:
-    raise ValueError(f"text_processor.fields has a bracket that is not closed: {spec!r}")
+    raise ValueError(f"`fields` has a bracket that is not closed: {spec!r}")
   if fields and not any(field.loss for field in fields):
-    raise ValueError(f"text_processor.fields has no field to learn from outside brackets: {spec!r}")
+    raise ValueError(f"`fields` has no field to learn from outside brackets: {spec!r}")
   return tuple(fields)

@@ -28,7 +28,7 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
   root = epath.Path(data_dir or default_data_dir())
   if not root.exists():
     raise FileNotFoundError(
-      f"data_dir {root} does not exist: give --data_dir or LL3M_DATA_DIR (docs/dataset.md)"
+      f"`data_dir` {root} does not exist: give `data_dir` or LL3M_DATA_DIR (docs/dataset.md)"
     )
   found = {}
   for path in (root / source).glob(f"{split}-*-of-*.tfrecord"):
@@ -46,12 +46,12 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
   return [found[key] for key in sorted(found)]
 
 
-def list_files(path: str, flag: str) -> list[str]:
+def list_files(path: str, option: str) -> list[str]:
   """Lists the files of a path or glob, sorted.
 
   Args:
     path: local or gs://.
-    flag: which option gave it, for the message.
+    option: The option that names it, for the message.
 
   Raises:
     FileNotFoundError: if there are none.
@@ -68,5 +68,5 @@ def list_files(path: str, flag: str) -> list[str]:
     base = epath.Path(folder or ("/" if path.startswith("/") else "."))
     files = sorted(os.fspath(file) for file in base.glob(pattern) if not file.is_dir())
   if not files:
-    raise FileNotFoundError(f"{flag}: no file matches {path!r}")
+    raise FileNotFoundError(f"`{option}`: no file matches {path!r}")
   return files

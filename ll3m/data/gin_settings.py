@@ -22,7 +22,7 @@ def get_default_vocabulary(
 
   Args:
     config: what the flags say.
-    tokenizer_type: as `--tokenizer.type`, and over it.
+    tokenizer_type: as `tokenizer.type`, which it overrides.
     has_extra_token: False leaves the extra tokens out; True demands that there are some.
 
   Raises:
@@ -31,7 +31,7 @@ def get_default_vocabulary(
   if tokenizer_type is not None:
     config = dataclasses.replace(config, type=tokenizer_type)
   if has_extra_token and not config.extra_tokens:
-    raise ValueError("has_extra_token=True needs --tokenizer.extra_tokens, got none")
+    raise ValueError("has_extra_token=True needs `tokenizer.extra_tokens`, got none")
   if has_extra_token is False:
     config = dataclasses.replace(config, extra_tokens=())
   return config
@@ -50,7 +50,7 @@ def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
     gin.parse_config_files_and_bindings(list(settings.gin_config), bindings)
     return get_default_vocabulary(config)
   except OSError as error:
-    raise FileNotFoundError(f"--gin_config: {error}") from error
+    raise FileNotFoundError(f"`gin_config`: {error}") from error
   except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
     # gin appends where in its own parser it failed; the first line says what.
     first = next((line for line in str(error).splitlines() if line.strip()), str(error))

@@ -252,13 +252,13 @@ def load_tokenizer(
     if checkpoint_dir is None or not epath.Path(checkpoint_dir).exists():
       wanted = f"tokenizer {config.type!r}" if named else "a tokenizer"
       raise FileNotFoundError(
-        f"{wanted} is needed and no checkpoint brings one: give --tokenizer.path (a "
+        f"{wanted} is needed and no checkpoint brings one: give `tokenizer.path` (a "
         "SentencePiece file or Hugging Face tokenizer folder)"
       )
     if named and family is not None and family != config.type:
       raise ValueError(
         f"tokenizer {config.type!r} was asked for, but the checkpoint brings {family!r}'s: give "
-        "--tokenizer.path for another one"
+        "`tokenizer.path` for another one"
       )
     path = checkpoint_dir
   else:

@@ -52,7 +52,7 @@ class Skipped:
       ValueError: none may be left out.
     """
     if self._strict:
-      raise ValueError(f"{place}: {reason} (--strict)")
+      raise ValueError(f"{place}: {reason} (`strict`)")
     self.counts[reason] += 1
     named = f"{place}: {reason}"
     if len(self.first) < _NAMED and named not in self.first:

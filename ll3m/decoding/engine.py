@@ -173,7 +173,7 @@ def check_request(
     ValueError: no prompt, an empty one, an unknown token, or more tokens than positions.
   """
   if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
   if not prompts:
     raise ValueError("expected at least one prompt, got none")
   for number, prompt in enumerate(prompts, start=1):

@@ -28,15 +28,15 @@ class Sampling:
 
   def __post_init__(self):
     if not math.isfinite(self.temperature) or self.temperature < 0:
-      raise ValueError(f"temperature must be a finite number, at least 0, got {self.temperature}")
+      raise ValueError(f"`temperature` must be a finite number, at least 0, got {self.temperature}")
     if self.top_k < 0:
-      raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+      raise ValueError(f"`top_k` must be at least 0, got {self.top_k}")
     if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+      raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
     if self.temperature == 0 and (self.top_k or self.top_p < 1):
       raise ValueError(
-        f"top_k ({self.top_k}) and top_p ({self.top_p}) narrow what is drawn from, and "
-        "temperature 0 draws nothing: give a temperature above 0"
+        f"`top_k` ({self.top_k}) and `top_p` ({self.top_p}) narrow what is drawn from, and "
+        "`temperature`=0 draws nothing: give one above 0"
       )
 
 

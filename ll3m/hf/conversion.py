@@ -89,7 +89,7 @@ def convert_model(
   if nonfinite:
     raise ValueError(
       f"{model.path} holds NaN or infinities {listing(sorted(nonfinite))}; "
-      f"--allow_nonfinite converts them all the same"
+      f"`allow_nonfinite` converts them all the same"
     )
   writer.finish()
   written = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}

@@ -222,7 +222,7 @@ def _resolve(
   """Takes the architecture from config.json, and checks that it is the one that was asked for."""
   if hf_config is None:
     if expected is None:
-      raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; give --model")
+      raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; give `model`")
     return expected
   found = families.from_hf_config(hf_config)
   if expected is None:
@@ -234,7 +234,7 @@ def _resolve(
     if wanted[name] != given[name]
   ]
   if differing:
-    raise ValueError(f"{path} is not the model that --model names: {', '.join(differing)}")
+    raise ValueError(f"{path} is not the model that `model` names: {', '.join(differing)}")
   return found
 
 

@@ -109,7 +109,7 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
     if lost:
       raise ValueError(
         f"{lost} values in {origin} do not fit {dtype.name}, whose largest is "
-        f"{float(ml_dtypes.finfo(dtype).max):.4g}; use another --dtype"
+        f"{float(ml_dtypes.finfo(dtype).max):.4g}; use another `dtype`"
       )
   return result
 

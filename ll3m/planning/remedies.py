@@ -78,7 +78,7 @@ def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
   """Yields changes that keep the step's result, from the cheapest in time."""
   policies = list(REMAT_POLICIES)  # ordered: each keeps less than the one before
   for remat in policies[policies.index(job.options.remat) + 1 :]:
-    yield f"--remat={remat}", job.replace(options={"remat": remat})
+    yield f"`remat`={remat}", job.replace(options={"remat": remat})
   least = job.replace(options={"remat": policies[-1]})
   mesh = sharding.make_mesh(job.options.mesh_dim, job.devices)
   unit = mesh.shape["dp"] * mesh.shape["fsdp"]
@@ -86,8 +86,8 @@ def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
   while job.rows % factor == 0 and job.rows // factor % unit == 0:
     rows, steps = job.rows // factor, job.steps * factor
     yield (
-      f"--remat={policies[-1]} --train_dataset.seqio_dataset.batch_size={rows} "
-      f"--optimizer.accumulate_gradient_steps={steps}",
+      f"`remat`={policies[-1]} `train_dataset.seqio_dataset.batch_size`={rows} "
+      f"`optimizer.accumulate_gradient_steps`={steps}",
       least.replace(rows=rows, steps=steps),
     )
     factor *= 2
@@ -103,6 +103,6 @@ def _less_state(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
     mesh_dim = f"{dp},{fsdp},{mp}"
     for remat in dict.fromkeys((job.options.remat, list(REMAT_POLICIES)[-1])):
       yield (
-        f"--mesh_dim={mesh_dim} --remat={remat}",
+        f"`mesh_dim`={mesh_dim} `remat`={remat}",
         job.replace(options={"mesh_dim": mesh_dim, "remat": remat}),
       )

@@ -18,11 +18,11 @@ def devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
     ValueError: there is no such machine, or libtpu is not installed.
   """
   if num_slices < 1:
-    raise ValueError(f"--num_slices must be at least 1, got {num_slices}")
+    raise ValueError(f"`num_slices` must be at least 1, got {num_slices}")
   try:
     return tpu_compiler.devices(topology, num_slices)
   except (RuntimeError, ImportError) as error:
     raise ValueError(
-      f"--topology expects a machine that libtpu knows, such as v5e:8x8, v5p:4x4x4 or v3:4x8, got "
+      f"`topology` expects a machine that libtpu knows, such as v5e:8x8, v5p:4x4x4 or v3:4x8, got "
       f"{topology!r}: {error}"
     ) from error

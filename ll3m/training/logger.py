@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ll3m.core import flags
+from ll3m.core import options
 from ll3m.core.storage import is_remote
 
 METRICS = "metrics.jsonl"
@@ -31,17 +31,17 @@ _UPLOAD_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-  """`--logger.*`."""
+  """What a run shows and writes."""
 
-  output_dir: str | None = flags.option(
+  output_dir: str | None = options.option(
     None, "Folder of the run: checkpoints, metrics, tokenizer. Resumes if it holds a run."
   )
-  online: bool = flags.option(False, "Also log to Weights & Biases (WANDB_MODE is respected).")
-  project: str = flags.option("ll3m", "Project in Weights & Biases.")
-  experiment_id: str | None = flags.option(
+  online: bool = options.option(False, "Also log to Weights & Biases (WANDB_MODE is respected).")
+  project: str = options.option("ll3m", "Project in Weights & Biases.")
+  experiment_id: str | None = options.option(
     None, "Run id in Weights & Biases; by default one that is made up and kept in output_dir."
   )
-  tensorboard: bool = flags.option(True, "Write TensorBoard events to output_dir/tensorboard.")
+  tensorboard: bool = options.option(True, "Write TensorBoard events to output_dir/tensorboard.")
 
 
 def say(text: str) -> None:

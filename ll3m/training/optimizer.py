@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ll3m.core import flags
-from ll3m.core.dtypes import COMPUTED, DTYPES
+from ll3m.core import options
+from ll3m.core.dtypes import COMPUTED
 from ll3m.training.rounding import (
   UPDATES,
   MasterState,
@@ -29,21 +29,21 @@ _NOT_DECAYED = re.compile(r"(.*norm/.*)|(.*/(b|bias|scale))|(embed/.*)")
 class ScheduleConfig:
   """Options that every optimizer has."""
 
-  lr: float = flags.option(1e-4, "Peak learning rate.")
-  init_lr: float = flags.option(0.0, "Learning rate from which the warm-up starts.")
-  end_lr: float | None = flags.option(
+  lr: float = options.option(1e-4, "Peak learning rate.")
+  init_lr: float = options.option(0.0, "Learning rate from which the warm-up starts.")
+  end_lr: float | None = options.option(
     None, "Learning rate at and after lr_decay_steps; a tenth of lr by default."
   )
-  lr_warmup_steps: int = flags.option(0, "Optimizer steps of linear warm-up from init_lr to lr.")
-  lr_decay_steps: int | None = flags.option(
+  lr_warmup_steps: int = options.option(0, "Optimizer steps of linear warm-up from init_lr to lr.")
+  lr_decay_steps: int | None = options.option(
     None,
     "Optimizer step, counted from the start, at which the cosine reaches end_lr; total_steps "
     "by default.",
   )
-  clip_gradient: float = flags.option(
+  clip_gradient: float = options.option(
     1.0, "Scale the gradient down to this global norm; 0 for no clipping."
   )
-  weight_decay: float = flags.option(
+  weight_decay: float = options.option(
     0.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
   )
 
@@ -51,12 +51,12 @@ class ScheduleConfig:
     for name in ("lr", "init_lr", "end_lr", "lr_warmup_steps", "clip_gradient", "weight_decay"):
       value = getattr(self, name)
       if value is not None and not value >= 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+        raise ValueError(f"`{name}` must not be negative, got {value}")
     if self.end_lr is not None and self.end_lr > self.lr:
-      raise ValueError(f"end_lr ({self.end_lr}) must not be above lr ({self.lr})")
+      raise ValueError(f"`end_lr` ({self.end_lr}) must not be above `lr` ({self.lr})")
     if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
       raise ValueError(
-        f"lr_decay_steps ({self.lr_decay_steps}) must be larger than lr_warmup_steps "
+        f"`lr_decay_steps` ({self.lr_decay_steps}) must be larger than `lr_warmup_steps` "
         f"({self.lr_warmup_steps}): it counts from the start"
       )
 
@@ -65,58 +65,58 @@ class ScheduleConfig:
 class AdamWConfig(ScheduleConfig):
   """AdamW (Loshchilov & Hutter, 2019)."""
 
-  b1: float = flags.option(0.9, "Decay of the first moment.")
-  b2: float = flags.option(0.95, "Decay of the second moment.")
-  eps: float = flags.option(1e-8, "Added to the root of the second moment.")
-  weight_decay: float = flags.option(
+  b1: float = options.option(0.9, "Decay of the first moment.")
+  b2: float = options.option(0.95, "Decay of the second moment.")
+  eps: float = options.option(1e-8, "Added to the root of the second moment.")
+  weight_decay: float = options.option(
     0.1, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
   )
-  bf16_momentum: bool = flags.option(False, "Keep the first moment in bfloat16.")
+  bf16_momentum: bool = options.option(False, "Keep the first moment in bfloat16.")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdafactorConfig(ScheduleConfig):
   """Adafactor (Shazeer & Stern, 2018)."""
 
-  multiply_by_parameter_scale: bool = flags.option(
+  multiply_by_parameter_scale: bool = options.option(
     False, "Scale each update by its parameter's root mean square."
   )
-  bf16_momentum: bool = flags.option(False, "Keep a first moment (b1=0.9), in bfloat16.")
+  bf16_momentum: bool = options.option(False, "Keep a first moment (b1=0.9), in bfloat16.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LionConfig(ScheduleConfig):
   """Lion (Chen et al., 2023)."""
 
-  b1: float = flags.option(0.9, "Decay in the update's interpolation.")
-  b2: float = flags.option(0.99, "Decay of the momentum.")
-  weight_decay: float = flags.option(
+  b1: float = options.option(0.9, "Decay in the update's interpolation.")
+  b2: float = options.option(0.99, "Decay of the momentum.")
+  weight_decay: float = options.option(
     1.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
   )
-  bf16_momentum: bool = flags.option(False, "Keep the momentum in bfloat16.")
+  bf16_momentum: bool = options.option(False, "Keep the momentum in bfloat16.")
 
 
 @dataclasses.dataclass(frozen=True)
 class SgdConfig(ScheduleConfig):
   """Stochastic gradient descent."""
 
-  momentum: float = flags.option(0.0, "Decay of the (Nesterov) momentum; 0 for none.")
+  momentum: float = options.option(0.0, "Decay of the (Nesterov) momentum; 0 for none.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """`--optimizer.*`."""
+  """The optimizer and the accumulation of gradients."""
 
-  type: str = flags.option(
+  type: str = options.option(
     "adamw", "Which optimizer.", choices=("adamw", "adafactor", "lion", "sgd")
   )
-  accumulate_gradient_steps: int = flags.option(
+  accumulate_gradient_steps: int = options.option(
     1, "Micro-steps of batch_size sequences whose gradients make one optimizer step."
   )
-  accumulator_dtype: str = flags.option(
+  accumulator_dtype: str = options.option(
     "f32", "In which the micro-steps' gradients are summed.", choices=COMPUTED
   )
-  bf16_update: str = flags.option(
+  bf16_update: str = options.option(
     "nearest",
     "How an update reaches parameters of --param_dtype=bf16. nearest: it is rounded, and lost "
     "where it is less than half a unit in the last place. stochastic: it is rounded up or down at "
@@ -125,39 +125,28 @@ class OptimizerConfig:
     "and AdamW's state take 6, 6 and 14 bytes per parameter; with --param_dtype=f32, 12.",
     choices=UPDATES,
   )
-  adamw_optimizer: AdamWConfig = flags.group(AdamWConfig)
-  adafactor_optimizer: AdafactorConfig = flags.group(AdafactorConfig)
-  lion_optimizer: LionConfig = flags.group(LionConfig)
-  sgd_optimizer: SgdConfig = flags.group(SgdConfig)
+  adamw_optimizer: AdamWConfig = options.group(AdamWConfig)
+  adafactor_optimizer: AdafactorConfig = options.group(AdafactorConfig)
+  lion_optimizer: LionConfig = options.group(LionConfig)
+  sgd_optimizer: SgdConfig = options.group(SgdConfig)
 
   def __post_init__(self):
     if self.accumulate_gradient_steps < 1:
       raise ValueError(
-        f"accumulate_gradient_steps must be at least 1, got {self.accumulate_gradient_steps}"
+        f"`accumulate_gradient_steps` must be at least 1, got {self.accumulate_gradient_steps}"
       )
+
+  def without_effect(self) -> dict[str, str]:
+    """Returns the options of the optimizers that are not chosen, and why, by their names."""
+    groups = (field.name for field in dataclasses.fields(self) if field.name.endswith("_optimizer"))
+    return {
+      name: f"with `type`={self.type}" for name in groups if getattr(self, name) is not self.chosen
+    }
 
   @property
   def chosen(self) -> ScheduleConfig:
     """The options of the optimizer that `type` names."""
     return getattr(self, f"{self.type}_optimizer")
-
-
-def refuse_unchosen(config: OptimizerConfig, prefix: str, param_dtype: str) -> None:
-  """Refuses flags that were given and belong to another optimizer, or dtype, than the chosen one.
-
-  Args:
-    config: the optimizer.
-    prefix: of its flags.
-    param_dtype: Name of the parameters' dtype.
-
-  Raises:
-    ValueError: names the flag.
-  """
-  for group in (f.name for f in dataclasses.fields(config) if f.name.endswith("_optimizer")):
-    if getattr(config, group) is not config.chosen:
-      flags.refuse(f"{prefix}.{group}", f"with --{prefix}.type={config.type}")
-  if DTYPES[param_dtype] != jnp.bfloat16:
-    flags.refuse(f"{prefix}.bf16_update", f"with --param_dtype={param_dtype}")
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:

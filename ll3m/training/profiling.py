@@ -1,4 +1,4 @@
-"""Traces of single steps, for xprof: `--profile_steps`."""
+"""Traces of single steps, for xprof."""
 
 import contextlib
 import re
@@ -31,7 +31,7 @@ def parse_steps(text: str, total_steps: int) -> range:
   first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last <= total_steps:
     raise ValueError(
-      f"--profile_steps must be FIRST:LAST, both within 1..{total_steps} (--total_steps), "
+      f"`profile_steps` must be FIRST:LAST, both within 1..{total_steps} (`total_steps`), "
       f"got {text!r}"
     )
   return range(first, last + 1)
@@ -51,7 +51,7 @@ class Profiler:
     self._tracing = False
     self._local: tempfile.TemporaryDirectory | None = None
     if steps and not self._steps:
-      say(f"nothing to trace: step {made} is made, --profile_steps ends at {steps[-1]}")
+      say(f"nothing to trace: step {made} is made, profile_steps ends at {steps[-1]}")
 
   def __enter__(self) -> "Profiler":
     return self

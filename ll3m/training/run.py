@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ll3m.core import checkpoint as folders
-from ll3m.core import flags, sharding
+from ll3m.core import sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.run import (
@@ -48,6 +48,7 @@ class Run:
     source: what it names; None for random parameters, and where the run is resumed.
     resumed: the step of output_dir that the run goes on from, if there is one.
     dataset_state: the position in the data to begin at; {} for its beginning.
+    settings: The value of every option, for the record; see `flags.Flags.settings`.
   """
 
   options: TrainOptions
@@ -65,6 +66,7 @@ class Run:
   tokenizer: Tokenizer
   tokenizer_config: TokenizerConfig
   mesh: Mesh
+  settings: Mapping[str, Any]
 
   def rows(self, dataset: DatasetConfig) -> list[int]:
     """Returns which rows of a dataset's batches this process reads."""
@@ -74,14 +76,6 @@ class Run:
   def length(self) -> int:
     """T, tokens per row."""
     return self.train_dataset.seqio_dataset.length
-
-  def settings(self) -> dict[str, Any]:
-    """Returns every flag's value, for the record."""
-    groups = ("optimizer", "checkpointer", "logger", "train_dataset", "eval_dataset")
-    values = flags.to_dict(self.options) | flags.to_dict(self.tokenizer_config, "tokenizer")
-    for name in groups:
-      values |= flags.to_dict(getattr(self, name), name)
-    return values
 
   def describe(self, plan: StatePlan) -> str:
     """Returns what will be trained on what, in a few lines."""
@@ -106,7 +100,7 @@ class Run:
     if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":
       return []
     return [
-      "updates     rounded to the nearest bfloat16: small ones are lost (--optimizer.bf16_update)"
+      "updates     rounded to the nearest bfloat16: small ones are lost (optimizer.bf16_update)"
     ]
 
   def batch_shapes(self) -> Batch:
@@ -141,7 +135,7 @@ def check_settings(saved: folders.Checkpoint, settings: Mapping[str, Any]) -> No
   for name, before in saved.meta.get("settings", {}).items():
     if name in settings and settings[name] != before:
       raise ValueError(
-        f"cannot go on from {saved.path}: it was saved with --{name}={before}, asked for "
+        f"cannot go on from {saved.path}: it was saved with `{name}`={before}, asked for "
         f"{settings[name]}"
       )
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ll3m import families
-from ll3m.core import flags, sharding
+from ll3m.core import options, sharding
 from ll3m.core.config import ModelConfig, apply_updates
 from ll3m.core.dtypes import COMPUTED, DTYPES
 from ll3m.models.kernels import Kernels
@@ -24,17 +24,17 @@ Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(flags.VerifyConfig):
+class ModelOptions(options.VerifyConfig):
   """Flags about the model that training and evaluation share."""
 
-  load_model_config: str | None = flags.option(
+  load_model_config: str | None = options.option(
     None,
     "A preset (llama2_7b, mistral_7b, gemma_2b, phi_2, ...) or the path of a config.json; the "
     "checkpoint's own by default.",
   )
-  update_model_config: str = flags.option("", "Fields to change in it: key=value,key=value.")
-  dtype: str = flags.option("f32", "Dtype of the activations.", choices=COMPUTED)
-  mesh_dim: str = flags.option(
+  update_model_config: str = options.option("", "Fields to change in it: key=value,key=value.")
+  dtype: str = options.option("f32", "Dtype of the activations.", choices=COMPUTED)
+  mesh_dim: str = options.option(
     "-1,1,1", "Sizes of the mesh axes dp,fsdp,mp; -1 for what is left. Or dp:1,fsdp:-1,mp:4."
   )
 
@@ -43,10 +43,10 @@ class ModelOptions(flags.VerifyConfig):
 class TrainModelOptions(ModelOptions):
   """Flags about the model that only training has."""
 
-  param_dtype: str = flags.option(
+  param_dtype: str = options.option(
     "f32", "Dtype in which parameters and moments are kept.", choices=COMPUTED
   )
-  remat: str = flags.option(
+  remat: str = options.option(
     "nothing",
     "What the backward pass computes again instead of keeping it: nothing, all but matrix "
     "products (dots), all but the outputs of attention (attention), everything (full).",
@@ -69,7 +69,7 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
   elif source is not None:
     preset = families.Preset(families.FAMILIES[source.family], source.config)
   else:
-    raise ValueError("--load_model_config must be given when no checkpoint is loaded")
+    raise ValueError("`load_model_config` must be given when no checkpoint is loaded")
   config = apply_updates(preset.config, options.update_model_config)
   if source is not None:
     # What is named in so many words may differ from what the weights were trained with.
@@ -120,7 +120,7 @@ def check_length(length: int, config: ModelConfig) -> None:
   if length > config.max_positions:
     raise ValueError(
       f"rows of {length} tokens are longer than the model's {config.max_positions} positions "
-      f"(--update_model_config=max_positions={length} allows it)"
+      f"(`update_model_config`=max_positions={length} allows it)"
     )
 
 

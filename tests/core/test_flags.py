@@ -1,54 +1,60 @@
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 import textwrap
 
+import absl.flags
 import pytest
-from absl import flags as absl_flags
-from absl.testing import flagsaver
+from absl import logging as absl_logging
 
-from ll3m.core import flags
+from ll3m.core import flags, options
+from ll3m.core.flags import Flags, UsageError
+from ll3m.core.options import Fallback
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-  size: int = flags.option(8, "How many.")
-  lengths: tuple[int, ...] = flags.option((2048,), "How long, in tokens.")
-  fields: tuple[str, ...] = flags.option(("targets",), "Which.")
-  name: str | None = flags.option(None, "What it is called.")
+  size: int = options.option(8, "How many.")
+  lengths: tuple[int, ...] = options.option((2048,), "How long, in tokens.")
+  fields: tuple[str, ...] = options.option(("targets",), "Which.")
+  name: str | None = options.option(None, "What it is called.")
 
   def __post_init__(self):
     if self.size == 6:
-      raise ValueError("size must be odd or 8, got 6")
+      raise ValueError(f"`size` must be odd or 8, got 6 (`name` is {self.name})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-  kind: str = flags.option("one", "Which kind.", choices=("one", "two"))
-  rate: float = flags.option(0.5, "A rate.")
-  limit: float | None = flags.option(None, "A limit.")
-  quick: bool = flags.option(True, "Hurry.")
-  bindings: tuple[str, ...] = flags.option((), "May be repeated.", repeated=True)
-  inner: Inner = flags.group(Inner)
+  kind: str = options.option("one", "Which kind.", choices=("one", "two"))
+  rate: float = options.option(0.5, "A rate.")
+  limit: float | None = options.option(None, "A limit.")
+  quick: bool = options.option(True, "Hurry.")
+  bindings: tuple[str, ...] = options.option((), "May be repeated.", repeated=True)
+  inner: Inner = options.group(Inner)
 
   def __post_init__(self):
     if self.rate > 1:
-      raise ValueError(f"rate must be at most 1, got {self.rate}")
+      raise ValueError(f"`rate` must be at most 1, got {self.rate}")
+
+  def without_effect(self):
+    return (
+      {"limit": "with `kind`=two", "inner.name": "with `kind`=two"} if self.kind == "two" else {}
+    )
 
 
-flags.define("sample", Outer)
-flags.define("other", Outer)
+GROUPS = {"sample": Outer, "other": Outer}
+FALLBACKS = {"other": Fallback("sample", own=("limit", "inner.name"))}
 
 
-def parse(*arguments: str) -> Outer:
-  with flagsaver.flagsaver():
-    absl_flags.FLAGS(["command", *arguments])
-    return flags.read("sample", Outer)
+def parse(*arguments: str) -> Flags:
+  return Flags(GROUPS, arguments, fallbacks=FALLBACKS)
 
 
 def test_defaults():
-  assert parse() == Outer()
+  assert parse()["sample"] == Outer()
 
 
 @pytest.mark.parametrize(
@@ -69,13 +75,14 @@ def test_defaults():
   ],
 )
 def test_values_are_typed(arguments, expected):
-  assert parse(*arguments) == expected
+  assert parse(*arguments)["sample"] == expected
 
 
 @pytest.mark.parametrize(
   "argument",
   [
     "--sample.inner.size=2.5",
+    "--sample.inner.size=99999999999",
     "--sample.rate=fast",
     "--sample.quick=maybe",
     "--sample.kind=three",
@@ -87,67 +94,89 @@ def test_values_are_typed(arguments, expected):
   ],
 )
 def test_wrong_values_are_refused(argument):
-  with pytest.raises(absl_flags.IllegalFlagValueError, match=argument[2:].partition("=")[0]):
+  with pytest.raises(UsageError, match=argument[2:].partition("=")[0]):
     parse(argument)
 
 
-def test_the_dataclass_validates():
-  with pytest.raises(ValueError, match="^--sample.rate must be at most 1, got 2.0"):
-    parse("--sample.rate=2")
-  with pytest.raises(ValueError, match="^--sample.inner.size must be odd"):
-    parse("--sample.inner.size=6")
+def test_errors_of_a_dataclass_name_the_whole_option():
+  with pytest.raises(UsageError, match="^`sample.rate` must be at most 1, got 2.0"):
+    _ = parse("--sample.rate=2")["sample"]
+  with pytest.raises(UsageError, match="^`sample.inner.size` must .* .`sample.inner.name` is None"):
+    _ = parse("--sample.inner.size=6")["sample"]
 
 
-def test_misspelt_flag_gets_a_suggestion():
-  with pytest.raises(absl_flags.UnrecognizedFlagError, match="sample.inner.size"):
+def test_a_misspelt_flag_gets_a_suggestion():
+  with pytest.raises(UsageError, match="Did you mean: sample.inner.size"):
     parse("--sample.inner.sise=3")
 
 
-def test_every_flag_has_help_and_default():
-  help_text = absl_flags.FLAGS.main_module_help()
-  assert "--sample.inner.size: How many." in help_text
-  assert "(default: '8')" in help_text
-  assert "<one|two>" in help_text
+def test_help_lists_every_flag_with_its_default():
+  text = parse().help()
+  assert "--sample.inner.size: How many." in text and "--config: " in text
+  assert "(default: '8')" in text
+  assert "<one|two>" in text
 
 
-def test_given_tells_a_default_from_a_value():
-  with flagsaver.flagsaver():
-    absl_flags.FLAGS(["command", "--sample.inner.size=8"])
-    assert flags.given("sample.inner.size")
-    assert not flags.given("sample.rate")
+def test_given_distinguishes_a_default_from_a_value():
+  found = parse("--sample.inner.size=8")
+  assert found.given("sample.inner.size") and not found.given("sample.rate")
+
+
+def test_nothing_is_defined_outside_of_the_call():
+  before = set(absl.flags.FLAGS)
+  parse("--sample.rate=0.1")
+  assert set(absl.flags.FLAGS) == before
+  assert parse()["sample"].rate == 0.5
 
 
 @pytest.mark.parametrize("value", [None, "", ()])
 def test_require(value):
-  with pytest.raises(ValueError, match="--output_dir must be given"):
-    flags.require(value, "output_dir")
+  @dataclasses.dataclass(frozen=True)
+  class Config:
+    output_dir: object = value
+
+  with pytest.raises(ValueError, match="^`output_dir` must be given$"):
+    options.require(Config(), "output_dir")
 
 
 def test_require_accepts_zero():
-  flags.require(0, "seed")
+  options.require(Inner(size=0), "size")
 
 
-def test_a_flag_that_was_not_given_falls_back_to_another_prefix():
-  with flagsaver.flagsaver():
-    absl_flags.FLAGS(
-      ["command", "--sample.rate=0.1", "--sample.inner.size=9", "--other.rate=0.5"]
-    )  # 0.5 is the default, but it was given
-    assert flags.read("other", Outer, fallback="sample") == Outer(rate=0.5, inner=Inner(size=9))
-    assert flags.read("other", Outer) == Outer()
+def test_a_flag_that_was_not_given_falls_back_to_another_group():
+  found = parse("--sample.rate=0.1", "--sample.inner.size=9", "--sample.limit=3",
+                "--sample.inner.name=x", "--other.rate=0.5")  # fmt: skip
+  # 0.5 is the default, but it was given; `limit` and `inner.name` keep their own defaults.
+  assert found["other"] == Outer(rate=0.5, inner=Inner(size=9))
 
 
 @pytest.mark.parametrize("name", ["other.inner", "other.inner.size"])
 def test_a_flag_without_effect_is_refused_if_it_was_given(name):
-  with flagsaver.flagsaver():
-    absl_flags.FLAGS(["command", "--sample.inner.size=9"])
-    flags.refuse(name, "without --other.kind=two")
-    absl_flags.FLAGS(["command", "--other.inner.size=8"])  # its default, but given
-    with pytest.raises(ValueError, match="^--other.inner.size has no effect without --other.kind"):
-      flags.refuse(name, "without --other.kind=two")
+  parse("--sample.inner.size=9").refuse({name: "without `other.kind`=two"})
+  with pytest.raises(
+    UsageError, match="^`other.inner.size` has no effect without `other.kind`=two"
+  ):
+    # Its default, but given.
+    parse("--other.inner.size=8").refuse({name: "without `other.kind`=two"})
+
+
+def test_options_without_effect_are_refused_where_they_are_read():
+  assert parse("--sample.kind=two")["sample"].kind == "two"
+  with pytest.raises(UsageError, match="^`sample.limit` has no effect with `sample.kind`=two$"):
+    _ = parse("--sample.kind=two", "--sample.limit=1")["sample"]
+
+
+def test_within_completes_what_a_library_names():
+  found = parse()
+  with (
+    pytest.raises(FileNotFoundError, match="^`sample.inner.size` and `else`$"),
+    found.within("sample.inner"),
+  ):
+    raise FileNotFoundError("`size` and `else`")
 
 
 def test_to_dict_is_flat_and_dotted():
-  flat = flags.to_dict(Outer(rate=0.25, inner=Inner(name="x")))
+  flat = options.to_dict(Outer(rate=0.25, inner=Inner(name="x")))
   assert flat == {
     "kind": "one",
     "rate": 0.25,
@@ -164,85 +193,179 @@ def test_to_dict_is_flat_and_dotted():
 def test_unsupported_types_are_refused():
   @dataclasses.dataclass(frozen=True)
   class Odd:
-    table: dict = flags.option(None, "No flag can say this.")
+    table: dict = options.option(None, "No flag can say this.")
 
   with pytest.raises(TypeError, match="odd.table"):
-    flags.define("odd", Odd)
+    Flags({"odd": Odd}, [])
 
 
-COMMAND = textwrap.dedent("""
-  import dataclasses
-  import json
-  import logging
+# Files of --config.
 
-  from absl import logging as absl_logging
 
-  from ll3m.core import flags
+@pytest.fixture
+def write(tmp_path):
+  def write(text: str, name: str = "run.yaml") -> str:
+    (tmp_path / name).write_text(textwrap.dedent(text))
+    return str(tmp_path / name)
 
-  @dataclasses.dataclass(frozen=True)
-  class Config:
-    steps: int = flags.option(3, "How many steps.")
-    online: bool = flags.option(False, "Report.")
-    fail: str | None = flags.option(None, "How to fail.")
+  return write
 
-  flags.define("run", Config)
 
-  def main():
-    config = flags.read("run", Config)
-    if config.fail == "value":
-      raise ValueError("expected 3 layers,\\n  got 4")
-    if config.fail == "interrupt":
+NESTED = """
+  sample:
+    kind: one
+    rate: 1e-1
+    quick: no   # to YAML a boolean, here what --sample.quick takes
+    bindings: [a, "b=1, c"]
+    inner:
+      lengths: [1, 2]
+      fields: ('x', 'y')
+      name: null
+  other.inner.name: 1:30
+"""
+
+
+def test_a_file_has_nested_and_dotted_names_and_values_as_flags_have_them(write):
+  found = parse(f"--config={write(NESTED.replace('no ', 'False'))}")
+  assert found["sample"] == Outer(
+    rate=0.1,
+    quick=False,
+    bindings=("a", "b=1, c"),
+    inner=Inner(lengths=(1, 2), fields=("x", "y")),
+  )
+  assert found["other"].inner.name == "1:30"
+
+
+def test_a_later_file_overrides_an_earlier_one_and_flags_override_files(write):
+  first = write("sample: {rate: 0.1, limit: 1, inner.size: 3, bindings: [a]}", "first.yaml")
+  second = write("sample: {limit: 2, inner.size: 4, bindings: [b]}", "second.yaml")
+  found = parse("--sample.inner.size=5", f"--config={first}", f"--config={second}")["sample"]
+  assert found == Outer(rate=0.1, limit=2, inner=Inner(size=5), bindings=("b",))
+
+
+def test_settings_given_back_repeat_the_call(write):
+  arguments = ["--sample.rate=0.1", "--sample.bindings=a, b", "--sample.inner.name=x",
+               "--sample.inner.lengths=(3, 4)", "--nosample.quick", "--other.inner.size=8",
+               "--sample.inner.size=9"]  # fmt: skip
+  first = parse(*arguments)
+  assert first.settings()["other.rate"] is None  # borrowed from sample.rate
+  file = write(json.dumps(first.settings(), indent=2), "flags.json")
+  again = parse(f"--config={file}")
+  assert {prefix: again[prefix] for prefix in GROUPS} == {p: first[p] for p in GROUPS}
+  assert again["other"].inner.size == 8
+  assert again.settings() == first.settings()
+
+
+def test_a_default_in_a_file_counts_as_not_given_where_it_has_no_effect(write):
+  file = write(json.dumps(parse("--sample.kind=two").settings()))
+  assert parse(f"--config={file}")["sample"].kind == "two"
+  with pytest.raises(UsageError, match="^`sample.limit` has no effect"):
+    _ = parse(f"--config={write('sample: {kind: two, limit: 2}')}")["sample"]
+
+
+@pytest.mark.parametrize(
+  ("text", "parts"),
+  [
+    ("sample:\n  rate: 1\nsamble:\n  rate: 2\n", ("run.yaml:4: unknown key samble.rate",
+                                                   "did you mean 'sample.rate'")),
+    ("sample: 3\n", ("run.yaml:1: unknown key sample, which is a group: sample.kind",)),
+    ("sample:\n  rate:\n    much: 1\n", ("run.yaml:3: unknown key sample.rate.much",)),
+    ("config: x.yaml\n", ("run.yaml:1: unknown key config",)),
+    ("sample.rate: 1\nsample:\n  rate: 2\n", ("run.yaml:3: sample.rate is set twice",
+                                               "run.yaml:1")),
+    ("sample.inner.size: 2.5\n", ("run.yaml:1: sample.inner.size: ", "2.5")),
+    ("sample.kind: three\n", ("run.yaml:1: sample.kind: ", "<one|two>", "three")),
+    ("sample.rate: [1, 2]\n", ("run.yaml:1: sample.rate must be one value, got the list",)),
+    ("sample.inner.lengths: [1, x]\n", ("run.yaml:1: sample.inner.lengths: ", "type int")),
+    ("sample.bindings: [[1]]\n", ("run.yaml:1: sample.bindings must be a value or a list",)),
+    ("sample: [\n", ("run.yaml:2 is not YAML",)),
+    ("- 1\n", ("run.yaml must be a mapping",)),
+  ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_named_with_its_line(write, text, parts):
+  with pytest.raises(ValueError, match=r"^`config`: ") as caught:
+    parse(f"--config={write(text)}")
+  assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+  with pytest.raises(FileNotFoundError, match="`config`: no such file: .*none.yaml"):
+    parse(f"--config={tmp_path / 'none.yaml'}")
+
+
+def test_an_empty_file_sets_nothing(write):
+  assert parse(f"--config={write('# nothing')}")["sample"] == Outer()
+
+
+# Calling a command.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  steps: int = options.option(3, "How many steps.")
+  online: bool = options.option(False, "Report.")
+  fail: str | None = options.option(None, "How to fail.")
+
+  def __post_init__(self):
+    if self.steps == 0:
+      raise ValueError("`steps` must be at least 1, got 0")
+
+
+def _run(found: Flags) -> int | None:
+  config = found["run"]
+  match config.fail:
+    case "value":
+      raise ValueError("expected 3 layers,\n  got 4; `run.steps` says so")
+    case "flag":
+      raise ValueError("`run.steps` is too large for `this`")
+    case "interrupt":
       raise KeyboardInterrupt
-    if config.fail == "bug":
-      {}["missing"]
-    if config.fail == "file":
+    case "bug":
+      _ = {}["missing"]
+    case "file":
       raise FileNotFoundError("no such folder: x")
-    if config.fail == "softly":
-      absl_logging.warning("step %d is\\n  damaged", 3)
+    case "code":
+      return 75
+    case "softly":
+      absl_logging.warning("step %d is\n  damaged", 3)
       logging.getLogger("library.part").error("no such id", exc_info=ValueError("inner"))
       chatty = logging.getLogger("chatty")
-      chatty.addHandler(logging.StreamHandler())
+      chatty.addHandler(logging.StreamHandler(sys.stderr))
       logging.getLogger("chatty.part").warning("printed by itself")
+      chatty.handlers.clear()
       absl_logging.info("progress")
-    print(json.dumps(flags.to_dict(config)))
-
-  if __name__ == "__main__":
-    flags.run(main)
-""")
+  print(json.dumps(options.to_dict(config)))
+  return None
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-  path = tmp_path_factory.mktemp("command") / "command.py"
-  path.write_text(COMMAND)
-
-  def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      [sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=60
-    )
-
-  return run
+def main(argv=None) -> int:
+  """A command for the tests."""
+  return flags.call(_run, {"run": Config}, argv, doc="What it does.")
 
 
-def test_run_calls_main(command):
-  done = command("--run.steps=5", "--run.online=True")
-  assert (done.returncode, done.stderr) == (0, "")
-  assert json.loads(done.stdout) == {"steps": 5, "online": True, "fail": None}
+def test_call_runs_the_command(capsys):
+  assert main(["--run.steps=5", "--run.online=True"]) == 0
+  out, err = capsys.readouterr()
+  assert (json.loads(out), err) == ({"steps": 5, "online": True, "fail": None}, "")
 
 
-def test_what_is_logged_looks_like_an_error_and_is_printed_once(command):
-  done = command("--run.fail=softly")
-  assert done.stderr.splitlines() == [
+def test_what_is_logged_looks_like_an_error_and_is_printed_once(capsys):
+  handlers = list(logging.getLogger().handlers)
+  assert main(["--run.fail=softly"]) == 0
+  assert capsys.readouterr().err.splitlines() == [
     "warning: step 3 is damaged",
     "warning: no such id",
     "printed by itself",
   ]
+  assert logging.getLogger().handlers == handlers
 
 
 @pytest.mark.parametrize(
   ("arguments", "status", "sentence"),
   [
-    (["--run.fail=value"], 1, "error: expected 3 layers, got 4"),
+    (["--run.fail=value"], 1, "error: expected 3 layers, got 4; --run.steps says so"),
+    (["--run.fail=flag"], 2, "error: --run.steps is too large for `this`"),
+    (["--run.steps=0"], 2, "error: --run.steps must be at least 1, got 0"),
     (["--run.fail=file"], 1, "error: no such folder: x"),
     (["--run.fail=interrupt"], 130, "error: interrupted"),
     (["--run.fail=bug"], 1, "error: KeyError: 'missing' (--debug shows the traceback)"),
@@ -268,23 +391,39 @@ def test_what_is_logged_looks_like_an_error_and_is_printed_once(command):
     ),
   ],
 )
-def test_run_ends_an_error_as_one_sentence(command, arguments, status, sentence):
-  done = command(*arguments)
-  assert done.returncode == status
-  assert done.stderr.splitlines() == [sentence]
-  assert done.stdout == ""
+def test_an_error_is_one_sentence_and_an_exit_code(capsys, arguments, status, sentence):
+  assert main(arguments) == status
+  out, err = capsys.readouterr()
+  assert (out, err.splitlines()) == ("", [sentence])
 
 
-def test_debug_shows_the_traceback_first(command):
-  done = command("--run.fail=bug", "--debug")
-  assert done.returncode == 1
-  assert done.stderr.startswith("Traceback")
-  assert done.stderr.splitlines()[-1].startswith("error: KeyError: 'missing'")
+def test_debug_shows_the_traceback_first(capsys):
+  assert main(["--run.fail=bug", "--debug"]) == 1
+  err = capsys.readouterr().err
+  assert err.startswith("Traceback")
+  assert err.splitlines()[-1].startswith("error: KeyError: 'missing'")
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpfull"])
-def test_help_lists_every_flag(command, flag):
-  done = command(flag)
-  assert done.returncode == 0
-  assert "--run.steps: How many steps." in done.stdout
-  assert "Traceback" not in done.stderr
+def test_help_is_printed(capsys, flag):
+  assert main([flag]) == 0
+  out, err = capsys.readouterr()
+  assert "What it does." in out and "--run.steps: How many steps." in out
+  assert not err
+
+
+def test_the_exit_code_of_the_command_is_passed_on():
+  assert main(["--run.fail=code"]) == 75
+
+
+def test_the_command_of_a_process_ends_it_whatever_threads_still_run():
+  script = textwrap.dedent("""
+    import sys, threading, time
+    from ll3m.core import flags
+    def run(found):
+      threading.Thread(target=time.sleep, args=(600,)).start()
+      raise ValueError("it ends")
+    sys.exit(flags.call(run, {}))
+  """)
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: it ends\n")
