@@ -76,7 +76,8 @@ def _evaluate(given: flags.Flags) -> None:
     dataset.check(data_dir=options.data_dir, split_default="validation")
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
-  check_length(dataset.seqio_dataset.length, config)
+  with given.within("eval_dataset.seqio_dataset"):
+    check_length(dataset.seqio_dataset.length, config)
   mesh = sharding.make_mesh(options.mesh_dim)
   with given.within("eval_dataset.seqio_dataset"):
     rows = sharding.local_rows(mesh, dataset.seqio_dataset.batch_size)

@@ -91,7 +91,8 @@ def read_job(given: flags.Flags) -> training.TrainingJob:
     place = options.load_checkpoint if kind == "hf" else path
     source = open_source(place, verify=False)  # of its files, only the configuration is read
   preset = choose_model(options, source)
-  check_length(rows.length, preset.config)
+  with given.within("train_dataset.seqio_dataset"):
+    check_length(rows.length, preset.config)
   return training.TrainingJob(
     options=options,
     optimizer=optimizer,

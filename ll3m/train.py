@@ -255,6 +255,11 @@ def read_run(given: flags.Flags) -> Run:
   if options.eval_steps:
     with given.within("eval_dataset.seqio_dataset"):
       sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
+    if eval_dataset.type == "json" and not eval_dataset.json_dataset.path:
+      raise ValueError(
+        "`eval_dataset.json_dataset.path` must be given: held-out text is read from files of its "
+        "own"
+      )
     with given.within("eval_dataset"):
       eval_dataset.check(data_dir=options.data_dir, split_default="validation")
   settings = fixed_settings(options, optimizer, train_dataset)
@@ -277,9 +282,11 @@ def read_run(given: flags.Flags) -> Run:
   family, config = choose_model(options, resumed or source)
   if resumed is not None:  # in all fields: what is trained does not change under way
     check_same_model(config, resumed.config)
-  check_length(train_dataset.seqio_dataset.length, config)
+  with given.within("train_dataset.seqio_dataset"):
+    check_length(train_dataset.seqio_dataset.length, config)
   if options.eval_steps:
-    check_length(eval_dataset.seqio_dataset.length, config)
+    with given.within("eval_dataset.seqio_dataset"):
+      check_length(eval_dataset.seqio_dataset.length, config)
   tokenizer_config = gin_settings.apply(options, given["tokenizer"])
   origin = resumed or source
   tokenizer = load_tokenizer(

@@ -138,7 +138,7 @@ def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
   for item in filter(None, (part.strip() for part in updates.split(","))):
     name, separator, text = (part.strip() for part in item.partition("="))
     if not separator or not name or not text:
-      raise ValueError(f"`update_model_config` expects key=value,..., got {item!r}")
+      raise ValueError(f"expected key=value,..., got {item!r}")
     try:
       changes[name] = ast.literal_eval(text)
     except (ValueError, SyntaxError):

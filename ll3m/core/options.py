@@ -5,8 +5,9 @@ command; a Python program fills the dataclass in itself. Their errors, and those
 name an option in backticks: "`batch_size` must be at least 1, got 0"; a command writes its flag.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 HELP = "help"
@@ -65,6 +66,20 @@ def require(config: Any, *names: str) -> None:
   for name in names:
     if getattr(config, name) in (None, "", ()):
       raise ValueError(f"`{name}` must be given")
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+  """Puts the name of an option before errors about its value.
+
+  Raises:
+    ValueError: the error of the block, with the name.
+    FileNotFoundError: the same.
+  """
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as error:
+    raise type(error)(f"`{name}`: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

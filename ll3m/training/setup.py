@@ -14,6 +14,7 @@ from ll3m import families
 from ll3m.core import options, sharding
 from ll3m.core.config import ModelConfig, apply_updates
 from ll3m.core.dtypes import COMPUTED, DTYPES
+from ll3m.core.options import naming
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import REMAT_POLICIES, Model, Params, make_model
 from ll3m.training.optimizer import state_shardings
@@ -65,12 +66,14 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
     ValueError: unknown preset or field, nothing given, or the checkpoint holds another model.
   """
   if options.load_model_config:
-    preset = families.load(options.load_model_config)
+    with naming("load_model_config"):
+      preset = families.load(options.load_model_config)
   elif source is not None:
     preset = families.Preset(families.FAMILIES[source.family], source.config)
   else:
     raise ValueError("`load_model_config` must be given when no checkpoint is loaded")
-  config = apply_updates(preset.config, options.update_model_config)
+  with naming("update_model_config"):
+    config = apply_updates(preset.config, options.update_model_config)
   if source is not None:
     # What is named in so many words may differ from what the weights were trained with.
     kept = {name: getattr(source.config, name) for name in _FREE}
@@ -119,7 +122,8 @@ def check_length(length: int, config: ModelConfig) -> None:
   """
   if length > config.max_positions:
     raise ValueError(
-      f"rows of {length} tokens are longer than the model's {config.max_positions} positions "
+      f"`task_feature_lengths`: rows of {length} tokens are longer than the model's "
+      f"{config.max_positions} positions "
       f"(`update_model_config`=max_positions={length} allows it)"
     )
 

@@ -114,9 +114,9 @@ def test_apply_updates(updates, changes):
   [
     ("num_layer=3", "unknown model config field 'num_layer' (did you mean 'num_layers'?)"),
     ("zzz=3", "unknown model config field 'zzz'"),
-    ("num_layers", "expects key=value,..., got 'num_layers'"),
-    ("num_layers=", "expects key=value,..., got 'num_layers='"),
-    ("=3", "expects key=value,..., got '=3'"),
+    ("num_layers", "expected key=value,..., got 'num_layers'"),
+    ("num_layers=", "expected key=value,..., got 'num_layers='"),
+    ("=3", "expected key=value,..., got '=3'"),
     ("num_layers=2.5", "num_layers must be int, got 2.5"),
     ("d_ff=2*14", "d_ff must be int, got '2*14'"),
     ("d_ff=print", "d_ff must be int, got 'print'"),
