@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ll3m.core import checkpoint, run
+from ll3m.core import checkpoint
 from ll3m.core.config import ModelConfig
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
@@ -70,7 +70,7 @@ def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
   )
   opened = load_tokenizer(TokenizerConfig(path=str(tokenizer)))
   batches = open_dataset(dataset, opened, rows=[0, 1], seed=42)
-  batches.set_state(run.restore_dataset_state(step))
+  batches.set_state(checkpoint.open_checkpoint(step).dataset_state())
   return list(itertools.islice(batches, count))
 
 

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from ll3m.core import parameter_store
-from ll3m.core.checkpoint import nest
+from ll3m.core.checkpoint_items import nest
 
 PARAMS = {
   "layers/attention/query/w": np.random.default_rng(0).random((3, 7, 5), np.float32),

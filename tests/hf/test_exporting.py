@@ -12,7 +12,6 @@ from ll3m import families
 from ll3m.core import checkpoint, parameter_store, run
 from ll3m.hf import conversion, exporting
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import load_published
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def test_exports_a_training_run(make_tiny, tmp_path, output, place):
   mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
   sharding = NamedSharding(mesh, PartitionSpec())
   params = jax.tree.map(
-    lambda leaf: jax.device_put(leaf, sharding), load_published(open_model(tiny.folder))
+    lambda leaf: jax.device_put(leaf, sharding), open_model(tiny.folder).load_params()
   )
   split = NamedSharding(mesh, PartitionSpec(None, None, "x"))
   params["layers/mlp/up"]["w"] = jax.device_put(params["layers/mlp/up"]["w"], split)
