@@ -38,7 +38,7 @@ def main() -> None:
 
   from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
-  from ll3m.hf.exporting import export_model, parse_size
+  from ll3m.hf.exporting import export_checkpoint, parse_size
   from ll3m.hf.sources import open_converted
 
   if config.checkpoint.startswith("hf::"):
@@ -48,7 +48,7 @@ def main() -> None:
     )
   checkpoint = open_converted(config.checkpoint, verify=config.verify)
   with writing(config.output_dir):
-    done = export_model(
+    done = export_checkpoint(
       checkpoint,
       config.output_dir,
       dtype=DTYPES.get(config.dtype),

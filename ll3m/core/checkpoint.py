@@ -77,6 +77,11 @@ class Checkpoint:
     """The contents of the files in `source_dir`, by their names."""
     return _read_files(self.source_dir)
 
+  @property
+  def tokenizer_files(self) -> dict[str, bytes]:
+    """The contents of the files in `tokenizer_dir`, by their names."""
+    return _read_files(self.tokenizer_dir)
+
   def load_params(self, *, dtype: Any = None, shardings: Params | None = None) -> Params:
     """Reads the parameters, each device its own shards.
 
@@ -167,8 +172,8 @@ class Checkpoint:
 
   def save_companions(self, output: epath.Path) -> None:
     """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder."""
-    for name, folder in ((TOKENIZER, self.tokenizer_dir), (SOURCE, self.source_dir)):
-      for file, content in _read_files(folder).items():
+    for name, files in ((TOKENIZER, self.tokenizer_files), (SOURCE, self.config_files)):
+      for file, content in files.items():
         (output / name).mkdir(parents=True, exist_ok=True)
         (output / name / file).write_bytes(content)
 

@@ -19,7 +19,7 @@ from ll3m.core.run import CheckpointerConfig, RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.decoding.sampling import Sampling, sample
 from ll3m.hf.conversion import convert_model
-from ll3m.hf.exporting import export_model
+from ll3m.hf.exporting import export_checkpoint
 from ll3m.hf.mapping import expected_tensors
 from ll3m.hf.model_files import open_model
 from ll3m.hf.sources import open_source
@@ -77,7 +77,7 @@ def test_converting_and_exporting_gives_the_very_file(model, dtype, seed):
     convert_model(open_model(published), converted)
     opened = checkpoint.open_checkpoint(converted)
     assert opened.config == config
-    export_model(opened, exported)
+    export_checkpoint(opened, exported)
     assert open_model(exported).config == config
     theirs, ours = ((f / "model.safetensors").read_bytes() for f in (published, exported))
     assert ours == theirs
