@@ -85,7 +85,7 @@ def _convert(given: flags.Flags) -> None:
   ):
     print(f"{fault}; --tokenizer.path has to name another tokenizer later")
   print(
-    f"converted a {model.family.name} model of {done.parameters:,} parameters "
+    f"converted a {model.family} model of {done.parameters:,} parameters "
     f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"
   )
 

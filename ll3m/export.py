@@ -44,7 +44,7 @@ def _export(given: flags.Flags) -> None:
 
   from ll3m.core.storage import writing
   from ll3m.data.tokenizer import find_fault
-  from ll3m.hf.exporting import export_model, parse_size
+  from ll3m.hf.exporting import export_checkpoint, parse_size
   from ll3m.hf.sources import open_converted
 
   if config.checkpoint.startswith("hf::"):
@@ -54,7 +54,7 @@ def _export(given: flags.Flags) -> None:
     )
   checkpoint = open_converted(config.checkpoint, verify=config.verify)
   with writing(config.output_dir):
-    done = export_model(
+    done = export_checkpoint(
       checkpoint,
       config.output_dir,
       dtype=DTYPES.get(config.dtype),

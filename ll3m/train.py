@@ -14,15 +14,14 @@ import numpy as np
 from etils import epath
 
 from ll3m.core import flags, sharding
-from ll3m.core.checkpoint import MANIFEST, finished_steps, model_meta, open_checkpoint
+from ll3m.core.checkpoint import MANIFEST, model_meta
 from ll3m.core.claim import claim
 from ll3m.core.options import require
-from ll3m.core.run import RunCheckpoints, restore_dataset_state
+from ll3m.core.run import RunCheckpoints
 from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
 from ll3m.data.batch import Batch
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.hf.sources import open_source
 from ll3m.planning.remedies import advising
 from ll3m.planning.training import job_of
 from ll3m.training import metrics
@@ -34,7 +33,7 @@ from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
   Run,
-  check_settings,
+  find_start,
   fixed_settings,
   held_out_evaluation,
   initial_state,
@@ -83,14 +82,17 @@ def _train(given: flags.Flags) -> int:
     claim(run.logger.output_dir),
     StopRequest() as stop,
     RunCheckpoints(
-      run.logger.output_dir, run.checkpointer, milestone_steps=options.save_milestone_freq
+      run.logger.output_dir,
+      run.checkpointer,
+      milestone_steps=options.save_milestone_freq,
+      unfinished=run.unfinished,
     ) as checkpoints,
     advising(job_of(run), plan),
   ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
     show_batches(run, batches)
     # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
-    state = initial_state(run, plan, checkpoints)
+    state = initial_state(run, plan)
     checkpoints.set_aside_after(run.resumed.step if run.resumed else 0)
     write_companions(run)
     start = time.perf_counter()
@@ -246,7 +248,6 @@ def read_run(given: flags.Flags) -> Run:
   read = [train_dataset, eval_dataset] if options.eval_steps else [train_dataset]
   if all(dataset.type == "seqio" for dataset in read):
     given.refuse({"strict": "on datasets of type seqio"})
-  kind, _, path = (options.load_checkpoint or "").partition("::")
   mesh = sharding.make_mesh(options.mesh_dim)
   with given.within("train_dataset.seqio_dataset"):
     sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
@@ -263,22 +264,8 @@ def read_run(given: flags.Flags) -> Run:
     with given.within("eval_dataset"):
       eval_dataset.check(data_dir=options.data_dir, split_default="validation")
   settings = fixed_settings(options, optimizer, train_dataset)
-  resumed = source = None
-  dataset_state = {}
-  if logger.output_dir and finished_steps(logger.output_dir):
-    resumed = open_checkpoint(logger.output_dir, verify=options.verify)
-    if resumed.step < options.total_steps:
-      check_settings(resumed, settings)
-      dataset_state = restore_dataset_state(resumed.path, verify=False)
-  elif options.load_checkpoint:
-    source = open_source(options.load_checkpoint if kind == "hf" else path, verify=options.verify)
-    if kind.startswith("trainstate") and source.step is None:
-      raise ValueError(f"`load_checkpoint`={kind}:: needs a training run, {path} is none")
-    if kind == "trainstate":
-      settings.pop("train_dataset.seqio_dataset.num_shards")  # other data may follow
-      check_settings(open_checkpoint(source.path, verify=False), settings)
-  if resumed is None and options.load_dataset_state:
-    dataset_state = restore_dataset_state(options.load_dataset_state, verify=options.verify)
+  start = find_start(options, logger.output_dir, settings)
+  resumed, source = start.resumed, start.source
   family, config = choose_model(options, resumed or source)
   if resumed is not None:  # in all fields: what is trained does not change under way
     check_same_model(config, resumed.config)
@@ -303,10 +290,7 @@ def read_run(given: flags.Flags) -> Run:
     logger=logger,
     train_dataset=train_dataset,
     eval_dataset=eval_dataset,
-    load_kind=kind or None,
-    source=source,
-    resumed=resumed,
-    dataset_state=dataset_state,
+    **start._asdict(),
     family=family,
     config=config,
     tokenizer=tokenizer,

@@ -1,24 +1,20 @@
 """`ll3m.load` and `ll3m.init`: models from files, and from nothing."""
 
-import functools
 import os
-import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from ll3m import families
 from ll3m.api.model import Model
-from ll3m.core import checkpoint, sharding
+from ll3m.core import sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.data.config import TokenizerConfig
-from ll3m.data.tokenizer import Tokenizer, load_tokenizer
-from ll3m.hf.model_files import HfModel, open_model
-from ll3m.hf.sources import load_published, open_source
+from ll3m.data.tokenizer import load_tokenizer
+from ll3m.hf.sources import open_source
 from ll3m.models import transformer
 
 
@@ -52,38 +48,28 @@ def load(
     NotImplementedError: a format or an architecture that is not supported.
   """
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-  name = os.fspath(path)
-  published = name.startswith("hf::") or _is_published(epath.Path(name))
-  options = TokenizerConfig(path=None if tokenizer is None else os.fspath(tokenizer))
-  shape_of = functools.partial(_shardings, mesh=mesh)
-  dtypes = {"dtype": None if param_dtype is None else _parse_dtype("param_dtype", param_dtype)}
-  if published:
-    found = open_model(name.removeprefix("hf::"))
-    family, config, files = found.family.name, found.config, found.config_files
-    params = load_published(found, shardings=shape_of(config), **dtypes)
-    own = _tokenizer_of(found, options)
-  else:
-    source = open_source(name, verify=verify)
-    family, config = source.family, source.config
-    params = source.load_params(shardings=shape_of(config), **dtypes)
-    files = _read_files(source.source_dir)
-    own = None
-    if source.tokenizer_dir is not None or options.path:
-      own = load_tokenizer(
-        options,
-        checkpoint_dir=source.tokenizer_dir,
-        source_dir=source.source_dir,
-        embedding_size=config.vocab_size,
-      )
+  source = open_source(os.fspath(path), verify=verify)
+  params = source.load_params(
+    dtype=None if param_dtype is None else _parse_dtype("param_dtype", param_dtype),
+    shardings=_shardings(source.config, mesh=mesh),
+  )
+  own = None
+  if tokenizer is not None or source.tokenizer_dir is not None:
+    own = load_tokenizer(
+      TokenizerConfig(path=None if tokenizer is None else os.fspath(tokenizer)),
+      checkpoint_dir=source.tokenizer_dir,
+      source_dir=source.source_dir,
+      embedding_size=source.config.vocab_size,
+    )
   return Model(
-    config=config,
+    config=source.config,
     params=params,
     tokenizer=own,
-    family=family,
+    family=source.family,
     dtype=_parse_dtype("dtype", dtype),
     remat=remat,
     mesh=mesh,
-    source_files=files,
+    source_files=source.config_files,
   )
 
 
@@ -161,37 +147,8 @@ def _parse_dtype(name: str, dtype: Any) -> Any:
   return found
 
 
-def _is_published(path: epath.Path) -> bool:
-  """Whether a path holds a model as it was published, by what is in it."""
-  if path.suffix == ".gguf" and not path.is_dir():
-    return True
-  ours = (checkpoint.MANIFEST, checkpoint.STEPS, checkpoint.META)
-  if not path.is_dir() or any((path / name).exists() for name in ours):
-    return False
-  return (path / "config.json").exists() or any(path.glob("*.gguf"))
-
-
 def _shardings(config: ModelConfig, *, mesh: Mesh | None) -> Any:
   if mesh is None:
     return None
   shapes = jax.eval_shape(transformer.make_model(config).init, jax.random.key(0))
   return sharding.parameter_shardings(shapes, mesh)
-
-
-def _tokenizer_of(found: HfModel, options: TokenizerConfig) -> Tokenizer | None:
-  if not found.tokenizer_files and not options.path:
-    return None
-  with tempfile.TemporaryDirectory() as folder:  # a GGUF holds its tokenizer inside
-    found.save_companions(epath.Path(folder))
-    return load_tokenizer(
-      options,
-      checkpoint_dir=epath.Path(folder) / checkpoint.TOKENIZER,
-      source_dir=epath.Path(folder) / checkpoint.SOURCE,
-      embedding_size=found.config.vocab_size,
-    )
-
-
-def _read_files(folder: epath.Path | None) -> dict[str, bytes]:
-  if folder is None:
-    return {}
-  return {file.name: file.read_bytes() for file in folder.iterdir() if not file.is_dir()}

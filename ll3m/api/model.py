@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import jax
@@ -193,10 +191,16 @@ class Model:
     """
     from ll3m.hf.exporting import export_model
 
-    with tempfile.TemporaryDirectory() as saved:
-      self.save(Path(saved) / "model")
-      found = checkpoint.open_checkpoint(Path(saved) / "model", verify=False)
-      export_model(found, folder, dtype=None if dtype is None else np.dtype(dtype))
+    export_model(
+      {f"{m}/{name}": array for m, arrays in self.params.items() for name, array in arrays.items()},
+      folder,
+      family=self.family,
+      config=self.config,
+      tokenizer=self.tokenizer,
+      tokenizer_files={} if self.tokenizer is None else self.tokenizer.files(),
+      config_files=self.source_files,
+      dtype=None if dtype is None else np.dtype(dtype),
+    )
 
   def _require_tokenizer(self) -> Tokenizer:
     if self.tokenizer is None:

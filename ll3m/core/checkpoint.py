@@ -13,20 +13,20 @@ A converted folder and a step folder also hold `digests.json`, the checksums of 
 Paths may be remote (gs://); Orbax and etils read and write them alike.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ll3m.core import digests
+from ll3m.core import checkpoint_items, digests
+from ll3m.core.checkpoint_items import Params, flatten, nest
 from ll3m.core.config import ModelConfig
 from ll3m.core.storage import is_remote
 
@@ -40,21 +40,22 @@ STEPS = "checkpoints"
 TOKENIZER = "tokenizer"
 SOURCE = "hf"
 
-Params = dict[str, dict[str, Any]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A complete model on disk.
+  """A complete model on disk, opened once: what is known of it without reading its arrays.
 
   Attributes:
-    path: the folder that holds `params/`.
-    family: name of the family.
-    config: the architecture.
-    tokenizer_dir: the tokenizer's files, if they travelled along.
-    source_dir: the config.json and generation_config.json it was converted from, if any.
-    step: of a training run, in optimizer steps.
-    meta: everything that the manifest says.
+    path: The folder that holds `params/`.
+    family: The name of the family.
+    config: The architecture.
+    tokenizer_dir: The folder of the tokenizer's files; None if there are none.
+    source_dir: The folder of the config.json and generation_config.json that the model was
+      published with; None if there are none.
+    step: The optimizer steps done; None if it is no step of a training run.
+    meta: The contents of the manifest.
+    check_params: A function that raises ValueError if the parameters, described by "module/name",
+      are not those of the config. `load_params` calls it before it reads them.
   """
 
   path: epath.Path
@@ -64,26 +65,129 @@ class Checkpoint:
   source_dir: epath.Path | None
   step: int | None
   meta: Mapping[str, Any]
+  check_params: Callable[[Mapping[str, Any]], None] = lambda found: None
 
   @property
   def params_path(self) -> epath.Path:
     """The Orbax checkpoint of the parameters."""
     return self.path / PARAMS
 
+  @property
+  def config_files(self) -> dict[str, bytes]:
+    """The contents of the files in `source_dir`, by their names."""
+    return _read_files(self.source_dir)
+
+  @property
+  def tokenizer_files(self) -> dict[str, bytes]:
+    """The contents of the files in `tokenizer_dir`, by their names."""
+    return _read_files(self.tokenizer_dir)
+
+  def load_params(self, *, dtype: Any = None, shardings: Params | None = None) -> Params:
+    """Reads the parameters, each device its own shards.
+
+    Args:
+      dtype: The dtype to cast to while reading; as saved by default.
+      shardings: The parameters' shardings, in their structure; the first device by default.
+
+    Returns:
+      Haiku parameters.
+
+    Raises:
+      ValueError: The arrays are not those of the config, or cannot be read.
+    """
+    found = flatten(checkpoint_items.describe_arrays(self.params_path))
+    self.check_params(
+      {f"{m}/{n}": leaf for m, leaves in found.items() for n, leaf in leaves.items()}
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+      module: {
+        name: jax.ShapeDtypeStruct(
+          leaf.shape,
+          dtype or leaf.dtype,
+          sharding=device if shardings is None else shardings[module][name],
+        )
+        for name, leaf in leaves.items()
+      }
+      for module, leaves in found.items()
+    }
+    return flatten(checkpoint_items.restore_arrays(self.params_path, nest(like)))
+
+  def require_resumable(self) -> None:
+    """Checks that more than the parameters was saved.
+
+    Raises:
+      ValueError: It was not.
+    """
+    if not (self.path / OPTIMIZER).is_dir():
+      raise ValueError(
+        f"cannot resume from {self.path}: it was saved without the optimizer's state "
+        f"(`checkpointer.save_optimizer_state`=False); start a new run with "
+        f"`load_checkpoint`=params::{self.path}"
+      )
+
+  def restore_state[State: tuple](self, like: State) -> State:
+    """Restores the train state of a step, to the bit.
+
+    Args:
+      like: A named tuple of `jax.ShapeDtypeStruct`s with shardings, as the run wants them: step,
+        params, opt_state and rng.
+
+    Raises:
+      ValueError: The step was saved without what resuming needs or for another model or optimizer,
+        or its arrays are damaged.
+    """
+    self.require_resumable()
+    items = {
+      PARAMS: ("parameters", nest(like.params)),
+      OPTIMIZER: ("optimizer's state", name_leaves(like.opt_state)),
+    }
+    for item, (what, wanted) in items.items():
+      if found := checkpoint_items.describe_differences(self.path / item, wanted):
+        raise ValueError(
+          f"cannot resume from {self.path}: its {what} differ from this run's: {found}"
+        )
+    params, opt_state = (
+      checkpoint_items.restore_arrays(self.path / item, wanted)
+      for item, (_, wanted) in items.items()
+    )
+    return like._replace(
+      step=jax.device_put(np.int32(self.step), like.step.sharding),
+      params=flatten(params),
+      opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), opt_state.values()),
+      rng=jax.device_put(np.asarray(self.meta["rng"], np.uint32), like.rng.sharding),
+    )
+
+  def dataset_state(self) -> dict[str, bytes]:
+    """Reads the position in the data.
+
+    Raises:
+      ValueError: It was not saved there.
+    """
+    if not (self.path / DATASET).is_dir():
+      raise ValueError(f"no data position was saved at {self.path}")
+    return checkpoint_items.BytesHandler().restore(
+      self.path / DATASET, checkpoint_items.BytesRestore()
+    )
+
+  def save_companions(self, output: epath.Path) -> None:
+    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder."""
+    for name, files in ((TOKENIZER, self.tokenizer_files), (SOURCE, self.config_files)):
+      for file, content in files.items():
+        (output / name).mkdir(parents=True, exist_ok=True)
+        (output / name / file).write_bytes(content)
+
 
 def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
   """Finds the model in a converted folder, a run's output_dir or one step folder.
 
   Args:
-    path: the folder. Of a run, the latest good step is taken; each that is passed over is told.
-    verify: compare all its files with their checksums.
-
-  Returns:
-    What is known of it without making arrays of its weights.
+    path: The folder. Of a run, the latest good step is opened; skipped steps are reported.
+    verify: Whether to compare all its files with their checksums.
 
   Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: the folder holds no complete model, or a damaged one.
+    FileNotFoundError: There is no such folder.
+    ValueError: The folder holds no complete model, or a damaged one.
   """
   path = absolute(path)
   # TensorFlow's is_dir takes it for a no when access is refused; exists says so.
@@ -91,15 +195,61 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if (path / MANIFEST).exists() or not (path / STEPS).is_dir():
     return _open(path, verify)
-  reasons = []
-  for step in reversed(finished_steps(path)):
-    try:
-      return _open(path / STEPS / str(step), verify)
-    except ValueError as error:
-      logging.warning("step %d of %s is passed over: %s", step, path, error)
-      reasons.append(str(error))
-  latest = f"; the latest: {reasons[0]}" if reasons else ""
-  raise ValueError(f"not a complete checkpoint: {path} holds no good step{latest}")
+  return list_steps(path).open_latest(verify=verify)
+
+
+class Steps(NamedTuple):
+  """The steps of a run, as they were when its folder was listed.
+
+  Attributes:
+    folder: The folder that holds them.
+    finished: The steps that were saved completely, in order.
+    unfinished: The steps whose save has not come to its end; in an object store they have their own
+      names from the beginning.
+  """
+
+  folder: epath.Path
+  finished: list[int]
+  unfinished: list[int]
+
+  def open_latest(self, *, verify: bool = True) -> Checkpoint:
+    """Opens the latest good step; skipped ones are reported.
+
+    Raises:
+      ValueError: There is none.
+    """
+    run, reasons = self.folder.parent, []
+    for step in reversed(self.finished):
+      try:
+        return _open(self.folder / str(step), verify)
+      except ValueError as error:
+        logging.warning("step %d of %s is passed over: %s", step, run, error)
+        reasons.append(str(error))
+    latest = f"; the latest: {reasons[0]}" if reasons else ""
+    raise ValueError(f"not a complete checkpoint: {run} holds no good step{latest}")
+
+
+def list_steps(output_dir: epath.PathLike) -> Steps:
+  """Lists the steps of a run.
+
+  Raises:
+    ValueError: A converted folder lies among them under the name of a step.
+  """
+  found = Steps(absolute(output_dir) / STEPS, [], [])
+  if found.folder.is_dir():
+    names = [path.name for path in found.folder.iterdir()]
+    for step in sorted(int(n) for n in names if n.isdecimal() and n == str(int(n))):
+      path = found.folder / str(step)
+      if (path / MANIFEST).exists():  # a run would number, and delete, it among its own
+        raise ValueError(f"{path} is a converted model under the name of a step: rename it")
+      finished = ocp.utils.is_checkpoint_finalized(path)
+      (found.finished if finished else found.unfinished).append(step)
+  return found
+
+
+def finished_steps(output_dir: epath.PathLike) -> list[int]:
+  """Returns the steps of a run that were saved completely, in order; see `list_steps`."""
+  return list_steps(output_dir).finished
 
 
 def _open(path: epath.Path, verify: bool) -> Checkpoint:
@@ -147,100 +297,10 @@ def absolute(path: epath.PathLike) -> epath.Path:
   return path if is_remote(path) else path.expanduser().absolute()
 
 
-def finished_steps(output_dir: epath.PathLike) -> list[int]:
-  """Returns the steps of a run that were saved completely, in order.
-
-  Raises:
-    ValueError: a converted folder lies among them under the name of a step.
-  """
-  folder = epath.Path(output_dir) / STEPS
-  if not folder.is_dir():
-    return []
-  steps = [step for step in folder.iterdir() if step.name.isdigit()]
-  for step in steps:
-    if (step / MANIFEST).exists():  # a run would number, and delete, it among its own
-      raise ValueError(f"{step} is a converted model under the name of a step: rename it")
-  return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
-
-
-def restore_params(
-  checkpoint: Checkpoint, *, dtype: Any = None, shardings: Params | None = None
-) -> Params:
-  """Reads the parameters, each device its own shards.
-
-  Args:
-    checkpoint: what `open_checkpoint` returned.
-    dtype: to cast to while reading; as saved by default.
-    shardings: like the parameters, a `Sharding` in each place; the first device by default.
-
-  Returns:
-    Haiku parameters.
-
-  Raises:
-    ValueError: the arrays cannot be read.
-  """
-  return restore_tree(checkpoint.params_path, dtype=dtype, shardings=shardings)
-
-
-def restore_tree(path: epath.Path, *, dtype: Any = None, shardings: Params | None = None) -> Params:
-  """Reads an Orbax checkpoint of Haiku parameters; see `restore_params`."""
-  handler = ocp.PyTreeCheckpointHandler()
-  with reading(path):
-    metadata = handler.metadata(path).tree
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placement = jax.tree.map(
-      lambda leaf: device, metadata, is_leaf=lambda leaf: hasattr(leaf, "shape")
-    )
-    if shardings is not None:
-      placement = nest(shardings)
-    arguments = jax.tree.map(
-      lambda leaf, sharding: ocp.ArrayRestoreArgs(
-        dtype=dtype, sharding=sharding, global_shape=leaf.shape
-      ),
-      metadata,
-      placement,
-      is_leaf=lambda leaf: hasattr(leaf, "shape"),
-    )
-    return flatten(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments)))
-
-
-@contextlib.contextmanager
-def reading(path: epath.Path) -> Iterator[None]:
-  """Makes one short sentence of what goes wrong while Orbax reads a folder.
-
-  Raises:
-    ValueError: instead of Orbax's own, among which are bare `Exception`s of a hundred lines.
-  """
-  try:
-    yield
-  except Exception as error:
-    # Orbax puts TensorStore's whole specification around its reason, which is the cause; that
-    # ends, in brackets, with the specification again and places in TensorStore's source.
-    reason = str(error.__cause__ or error).strip().replace(f"{path}/", "")
-    reason = re.split(r"\n| \[(?=tensorstore_spec|source)", reason)[0]
-    raise ValueError(f"cannot read {path}: {reason or type(error).__name__}") from error
-
-
-def nest(params: Params) -> dict[str, Any]:
-  """Splits Haiku's module names at the slashes: what Orbax stores."""
-  tree: dict[str, Any] = {}
-  for module, arrays in params.items():
-    node = tree
-    for part in module.split("/"):
-      node = node.setdefault(part, {})
-    node.update(arrays)
-  return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Params:
-  """Joins nested names into Haiku's two levels: the inverse of `nest`."""
-  params: Params = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      params |= flatten(value, f"{prefix}/{name}" if prefix else name)
-    else:
-      params.setdefault(prefix, {})[name] = value
-  return params
+def name_leaves(tree: Any) -> dict[str, Any]:
+  """Names the optimizer's arrays by their path, which a restore can compare and explain."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {f"{i:03d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
 
 
 def model_meta(family: str, config: ModelConfig) -> dict[str, Any]:
@@ -258,33 +318,6 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   return found
 
 
-_SUFFIX = ".state"
-
-
-class BytesHandler(ocp.CheckpointHandler):
-  """Saves a dict of byte strings as one file each: the position in the data."""
-
-  def save(self, directory: epath.Path, args: "BytesSave") -> None:
-    """Writes every entry."""
-    for name, value in args.items.items():
-      (directory / f"{name}{_SUFFIX}").write_bytes(value)
-
-  def restore(self, directory: epath.Path, args: "BytesRestore") -> dict[str, bytes]:
-    """Reads every entry."""
-    del args
-    files = directory.glob(f"*{_SUFFIX}")  # Orbax puts a file of its own beside ours
-    return {file.name.removesuffix(_SUFFIX): file.read_bytes() for file in files}
-
-
-@ocp.args.register_with_handler(BytesHandler, for_save=True)
-@dataclasses.dataclass
-class BytesSave(ocp.args.CheckpointArgs):
-  """What to save with `BytesHandler`."""
-
-  items: Mapping[str, bytes]
-
-
-@ocp.args.register_with_handler(BytesHandler, for_restore=True)
-@dataclasses.dataclass
-class BytesRestore(ocp.args.CheckpointArgs):
-  """Restores what `BytesSave` saved."""
+def _read_files(folder: epath.Path | None) -> dict[str, bytes]:
+  files = sorted(folder.iterdir()) if folder else ()
+  return {file.name: file.read_bytes() for file in files if not file.is_dir()}

@@ -6,11 +6,13 @@ slices. So this module writes the files that Orbax's PyTree handler restores (za
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -137,14 +139,48 @@ class ParameterWriter:
     (self._directory / _CHECKPOINT_METADATA).write_text("{}")
 
 
-def open_parameters(directory: epath.Path) -> dict[str, ts.TensorStore]:
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+  """An array on disk, of which slices are read.
+
+  Attributes:
+    directory: The folder of the parameters.
+    name: The name in messages.
+    store: The array. A missing chunk is an error when it is read.
+  """
+
+  directory: epath.Path
+  name: str
+  store: ts.TensorStore
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape."""
+    return self.store.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of what is read."""
+    return self.store.dtype.numpy_dtype
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    """Reads a part.
+
+    Raises:
+      ValueError: The files are damaged.
+    """
+    with _naming(self.directory, self.name):
+      return self.store[index].read().result()
+
+
+def open_parameters(directory: epath.Path) -> dict[str, StoredArray]:
   """Opens the arrays of a checkpoint that Orbax or `ParameterWriter` wrote.
 
   Args:
     directory: the folder with `_METADATA`.
 
   Returns:
-    TensorStore arrays by "module/name". A missing chunk is an error when it is read.
+    The arrays by "module/name".
 
   Raises:
     ValueError: the folder is not a checkpoint of parameters.
@@ -169,25 +205,27 @@ def open_parameters(directory: epath.Path) -> dict[str, ts.TensorStore]:
       "kvstore": kvstore,
       "fill_missing_data_reads": False,
     }
-    with naming(directory, name):
-      arrays["/".join(keys)] = ts.open(spec, context=context, open=True, read=True).result()
+    path = "/".join(keys)
+    with _naming(directory, path):
+      store = ts.open(spec, context=context, open=True, read=True).result()
+    arrays[path] = StoredArray(directory, path, store)
   return arrays
 
 
-def read_slices(array: ts.TensorStore) -> Iterator[tuple[slice, np.ndarray]]:
+def read_slices(array: StoredArray | jax.Array) -> Iterator[tuple[int, np.ndarray]]:
   """Reads an array in blocks along its leading axis that do not cut its chunks.
 
   Yields:
-    The range along the leading axis, and the values.
+    The index of the block's first row, and the rows.
   """
-  block = array.chunk_layout.read_chunk.shape[0] if array.shape else 1
+  stored = isinstance(array, StoredArray)
+  block = array.store.chunk_layout.read_chunk.shape[0] if stored else 1
   for start in range(0, array.shape[0], block):
-    part = slice(start, min(start + block, array.shape[0]))
-    yield part, array[part].read().result()
+    yield start, np.asarray(array[start : start + block])
 
 
 @contextlib.contextmanager
-def naming(directory: epath.Path, name: str) -> Iterator[None]:
+def _naming(directory: epath.Path, name: str) -> Iterator[None]:
   """Names the array in TensorStore's errors, which are ValueErrors of many lines.
 
   Raises:

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from ll3m.core import checkpoint as folders
 from ll3m.core import digests, options
-from ll3m.core.checkpoint import BytesRestore, BytesSave, flatten, nest
+from ll3m.core.checkpoint_items import BytesHandler, BytesSave, nest
 from ll3m.core.storage import is_remote
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's, which it writes once more when all else is done
@@ -38,40 +37,30 @@ class CheckpointerConfig:
       raise ValueError(f"`max_to_keep` must be at least 1, got {self.max_to_keep}")
 
 
-class Position(NamedTuple):
-  """Where a run stands, as saved.
-
-  Attributes:
-    step: optimizer steps done.
-    params: Haiku parameters.
-    opt_state: of the optimizer; None if it was not asked for.
-    meta: what was saved beside them.
-  """
-
-  step: int
-  params: Any
-  opt_state: Any
-  meta: Mapping[str, Any]
-
-
 class RunCheckpoints:
   """Saves and restores the steps of one output_dir; use as a context manager."""
 
   def __init__(
-    self, output_dir: epath.PathLike, config: CheckpointerConfig, *, milestone_steps: int = 0
+    self,
+    output_dir: epath.PathLike,
+    config: CheckpointerConfig,
+    *,
+    milestone_steps: int = 0,
+    unfinished: Sequence[int] = (),
   ):
     """Opens, and creates, output_dir/checkpoints.
 
     Args:
-      output_dir: of the run.
-      config: The options of checkpointing.
-      milestone_steps: checkpoints at multiples of this are never deleted; 0 for none.
+      output_dir: The folder of the run.
+      config: How to save, and how many to keep.
+      milestone_steps: Checkpoints at multiples of this are never deleted; 0 for none.
+      unfinished: The steps whose save an earlier job began only, as `list_steps` found them.
     """
     self._config = config
     self._saving = 0  # the step that is, or was last, being saved
     steps = folders.absolute(output_dir) / folders.STEPS
     if is_remote(steps):
-      _clear_unfinished(steps)
+      _clear_unfinished(steps, unfinished)
     policies = [ocp.checkpoint_managers.LatestN(config.max_to_keep)]
     if milestone_steps:
       policies.append(ocp.checkpoint_managers.EveryNSteps(milestone_steps))
@@ -86,7 +75,7 @@ class RunCheckpoints:
         folders.PARAMS: ocp.PyTreeCheckpointHandler(),
         folders.OPTIMIZER: ocp.PyTreeCheckpointHandler(),
         folders.META: ocp.JsonCheckpointHandler(),
-        folders.DATASET: folders.BytesHandler(),
+        folders.DATASET: BytesHandler(),
       },
     )
 
@@ -127,7 +116,7 @@ class RunCheckpoints:
       folders.META: ocp.args.JsonSave(dict(meta)),
     }
     if self._config.save_optimizer_state:
-      items[folders.OPTIMIZER] = ocp.args.PyTreeSave(_leaves(opt_state))
+      items[folders.OPTIMIZER] = ocp.args.PyTreeSave(folders.name_leaves(opt_state))
       items[folders.DATASET] = BytesSave(dict(dataset))
     with self._explaining():
       self._manager.wait_until_finished()  # with the save before, so that its error is its own
@@ -164,10 +153,6 @@ class RunCheckpoints:
       if folder.exists():
         digests.write(folder, leave_out=[_TIMES])
 
-  def restore(self, step: int, *, params: Any, opt_state: Any) -> Position:
-    """Restores a step of this output_dir to go on from; see `restore_step`."""
-    return restore_step(self._manager.directory / str(step), params=params, opt_state=opt_state)
-
   def set_aside_after(self, step: int) -> None:
     """Moves the steps after this one, from which a run does not go on, to output_dir/damaged.
 
@@ -189,7 +174,7 @@ class RunCheckpoints:
         for damaged in later:
           self._set_aside(damaged)
       _meet("damaged steps are set aside")
-    self._manager.reload()
+      self._manager.reload()
 
   def _set_aside(self, step: int) -> None:
     home = self._manager.directory.parent / DAMAGED
@@ -200,16 +185,16 @@ class RunCheckpoints:
     logging.warning("the damaged step %d was moved to %s", step, place)
 
 
-def _clear_unfinished(steps: epath.Path) -> None:
+def _clear_unfinished(steps: epath.Path, unfinished: Sequence[int]) -> None:
   """Deletes the steps in an object store that were not saved to their end.
 
-  They have their own name from the beginning, and Orbax takes every folder for one of them that it
-  did not finish: a foreign one too.
+  Orbax takes every folder for one that it did not finish: a foreign one too. Another job may have
+  finished one since the folder was listed. One that was begun since stays: Orbax replaces it when
+  that step is saved.
   """
-  if jax.process_index() == 0 and steps.is_dir():
-    finished = folders.finished_steps(steps.parent)
-    for folder in steps.iterdir():
-      if folder.name.isdigit() and int(folder.name) not in finished:
+  if jax.process_index() == 0:
+    for folder in (steps / str(step) for step in unfinished):
+      if folder.exists() and not ocp.utils.is_checkpoint_finalized(folder):
         folder.rmtree()
   _meet("unfinished steps are cleared")
 
@@ -218,104 +203,3 @@ def _meet(where: str) -> None:
   """Waits for all processes."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(where)
-
-
-def restore_step(path: epath.Path, *, params: Any, opt_state: Any) -> Position:
-  """Reads one step folder to resume from it.
-
-  Args:
-    path: the step folder.
-    params: `jax.ShapeDtypeStruct`s with shardings, as the run wants the parameters.
-    opt_state: the same for the optimizer's state.
-
-  Raises:
-    ValueError: the step was saved without what resuming needs or for another model or optimizer,
-      or its arrays are damaged.
-  """
-  opened = folders.open_checkpoint(path, verify=False)  # whoever chose the step has done so
-  path = opened.path
-  require_resumable(path)
-  reader = ocp.PyTreeCheckpointHandler()
-  _same_shapes(path / folders.PARAMS, reader, nest(params), "parameters")
-  _same_shapes(path / folders.OPTIMIZER, reader, _leaves(opt_state), "optimizer's state")
-  restored_params = _restore(reader, path / folders.PARAMS, nest(params))
-  restored_state = _restore(reader, path / folders.OPTIMIZER, _leaves(opt_state))
-  return Position(
-    step=int(opened.meta["step"]),
-    params=flatten(restored_params),
-    opt_state=jax.tree.unflatten(jax.tree.structure(opt_state), restored_state.values()),
-    meta=opened.meta,
-  )
-
-
-def require_resumable(path: epath.Path) -> None:
-  """Demands that a step folder holds more than the parameters.
-
-  Raises:
-    ValueError: it does not.
-  """
-  if not (path / folders.OPTIMIZER).is_dir():
-    raise ValueError(
-      f"cannot resume from {path}: it was saved without the optimizer's state "
-      f"(`checkpointer.save_optimizer_state`=False); start a new run with "
-      f"`load_checkpoint`=params::{path}"
-    )
-
-
-def restore_dataset_state(path: epath.PathLike, *, verify: bool = True) -> dict[str, bytes]:
-  """Reads only the position in the data, from a step folder or a run's output_dir.
-
-  Raises:
-    ValueError: it was not saved there, or the step is damaged.
-  """
-  path = folders.open_checkpoint(path, verify=verify).path / folders.DATASET
-  if not path.is_dir():
-    raise ValueError(f"no data position was saved at {path.parent}")
-  return folders.BytesHandler().restore(path, BytesRestore())
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-  """Names the optimizer's arrays by their path: what a restore can compare and explain."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {f"{i:03d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
-
-
-def _restore(reader: ocp.PyTreeCheckpointHandler, path: epath.Path, like: Any) -> Any:
-  arguments = jax.tree.map(
-    lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), like
-  )
-  with folders.reading(path):
-    return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
-
-
-def _array(shape: tuple[int, ...], dtype: str) -> str:
-  return f"{dtype}{list(shape)}"
-
-
-def _same_shapes(
-  path: epath.Path, reader: ocp.PyTreeCheckpointHandler, like: Any, what: str
-) -> None:
-  """Demands that the arrays on disk are those that the run has, and lists what differs."""
-
-  def shapes(tree):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
-    return {
-      name: (tuple(x.shape), jnp.dtype(x.dtype).name)
-      for name, (_, x) in zip(names, leaves, strict=True)
-    }
-
-  with folders.reading(path):
-    saved = shapes(reader.metadata(path).tree)
-  wanted = shapes(like)
-  if saved == wanted:
-    return
-  lines = [f"{n} is not in the run" for n in sorted(saved.keys() - wanted.keys())]
-  lines += [f"{n} was not saved" for n in sorted(wanted.keys() - saved.keys())]
-  lines += [
-    f"{n} is {_array(*saved[n])}, expected {_array(*wanted[n])}"
-    for n in sorted(saved.keys() & wanted.keys())
-    if saved[n] != wanted[n]
-  ]
-  shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
-  raise ValueError(f"cannot resume from {path.parent}: its {what} differ from this run's: {shown}")

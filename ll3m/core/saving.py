@@ -11,7 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ll3m.core import checkpoint, digests
-from ll3m.core.checkpoint import Params
+from ll3m.core.checkpoint_items import Params, nest
 from ll3m.core.config import ModelConfig
 from ll3m.core.storage import is_remote, require_bucket
 
@@ -48,7 +48,7 @@ def save_model(
         (output / name / file).write_bytes(content)
   _wait_for_all("ll3m.save_model: prepared")
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    checkpointer.save(output / checkpoint.PARAMS, args=ocp.args.PyTreeSave(checkpoint.nest(params)))
+    checkpointer.save(output / checkpoint.PARAMS, args=ocp.args.PyTreeSave(nest(params)))
   if is_first:
     finish_output(output, family, config)
   _wait_for_all("ll3m.save_model: finished")

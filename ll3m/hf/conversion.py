@@ -16,9 +16,8 @@ from etils import epath
 from ll3m.core import checkpoint, parameter_store
 from ll3m.core.progress import byte_bar
 from ll3m.core.saving import finish_output, prepare_output
-from ll3m.hf.mapping import parameter_shapes
 from ll3m.hf.matching import listing
-from ll3m.hf.model_files import HfModel
+from ll3m.hf.published_model import HfModel
 from ll3m.hf.tensors import all_finite, read_part
 
 # Each thread holds one piece in memory; two keep reading, transposing and writing busy.
@@ -58,7 +57,7 @@ def convert_model(
   """
   start = time.perf_counter()
   output = epath.Path(output)
-  shapes = parameter_shapes(model.family.rules, model.config)
+  shapes = model.shapes
   dtypes = model.parameter_dtypes(dtype)
   stacked = {spec.ours: spec.layer is not None for spec in model.specs.values()}
   counts = {path: int(np.prod(shape)) for path, shape in shapes.items()}
@@ -93,7 +92,7 @@ def convert_model(
     )
   writer.finish()
   written = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}
-  finish_output(output, model.family.name, model.config, written)
+  finish_output(output, model.family, model.config, written)
   return Conversion(len(model.specs), sum(counts.values()), nbytes, time.perf_counter() - start)
 
 

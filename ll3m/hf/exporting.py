@@ -6,24 +6,24 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-import tensorstore as ts
 from absl import logging
-from etils import epath
 
 from ll3m import families
 from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
+from ll3m.core.config import ModelConfig
+from ll3m.core.parameter_store import read_slices
 from ll3m.core.progress import byte_bar
 from ll3m.core.storage import is_remote
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer, load_tokenizer
 from ll3m.data.tokenizer_files import ENCODER, SENTENCEPIECE
-from ll3m.hf.family import Family
 from ll3m.hf.mapping import TensorSpec, expected_tensors
 from ll3m.hf.matching import check_parameters
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -65,43 +65,78 @@ def parse_size(text: str) -> int:
   return size
 
 
-def export_model(
+def export_checkpoint(
   checkpoint: Checkpoint,
   output: str | os.PathLike,
   *,
   dtype: np.dtype | None = None,
   max_shard_bytes: int = 5 * 10**9,
 ) -> Export:
+  """Exports a checkpoint, with little of it in memory at a time; see `export_model`."""
+  return export_model(
+    parameter_store.open_parameters(checkpoint.params_path),
+    output,
+    family=checkpoint.family,
+    config=checkpoint.config,
+    tokenizer=_load_tokenizer(checkpoint),
+    tokenizer_files=checkpoint.tokenizer_files,
+    config_files=checkpoint.config_files,
+    origin=str(checkpoint.params_path),
+    dtype=dtype,
+    max_shard_bytes=max_shard_bytes,
+  )
+
+
+def export_model(
+  arrays: Mapping[str, parameter_store.StoredArray | jax.Array],
+  output: str | os.PathLike,
+  *,
+  family: str,
+  config: ModelConfig,
+  tokenizer: Tokenizer | None,
+  tokenizer_files: Mapping[str, bytes],
+  config_files: Mapping[str, bytes],
+  origin: str = "the model",
+  dtype: np.dtype | None = None,
+  max_shard_bytes: int = 5 * 10**9,
+) -> Export:
   """Exports a model, with a progress bar on stderr; the folder appears only when it is complete.
 
   Args:
-    checkpoint: what to export.
-    output: the folder to make, on a local disk.
-    dtype: to cast every tensor to; None keeps each as it is.
-    max_shard_bytes: tensor bytes in one file.
+    arrays: The parameters by "module/name".
+    output: The folder to make, on a local disk.
+    family: The name of the family.
+    config: The architecture.
+    tokenizer: The tokenizer, from which config.json gets its token ids; None for those that it had.
+    tokenizer_files: The contents of the tokenizer's files, by their names.
+    config_files: The contents of the published config.json and generation_config.json, if any.
+    origin: The name of the model in messages.
+    dtype: The dtype to cast every tensor to; None keeps each as it is.
+    max_shard_bytes: The bytes of tensors in one file.
 
   Returns:
     Counts for the report.
 
   Raises:
-    ValueError: the folder already holds something, the parameters are not those of the config,
-      are damaged, or do not fit the dtype.
+    ValueError: The folder already holds something, the parameters are not those of the config, are
+      damaged, or do not fit the dtype.
   """
   start = time.perf_counter()
   if is_remote(output):
     raise ValueError(f"an exported folder is written to a local disk, got {output}")
   output = Path(output)
   _check_output(output)
-  family = families.FAMILIES[checkpoint.family]
-  arrays = parameter_store.open_parameters(checkpoint.params_path)
-  check_parameters(family, checkpoint.config, arrays, str(checkpoint.params_path))
-  specs = expected_tensors(family.rules, checkpoint.config)
+  found = families.FAMILIES[family]
+  check_parameters(found, config, arrays, origin)
+  specs = expected_tensors(found.rules, config)
   tensors = {
-    name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype.numpy_dtype))
+    name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype))
     for name, spec in specs.items()
   }
-  tokenizer = _load_tokenizer(checkpoint)
-  config_files = _config_files(checkpoint, family, tensors, tokenizer)
+  # The embedding stands for the model where norms are kept in another type.
+  torch_dtype = next(iter(tensors.values())).dtype.name
+  files = _config_files(config_files, found.to_hf_config(config), torch_dtype, tokenizer)
+  files |= _tokenizer_files(tokenizer_files, tokenizer)
   nbytes = sum(info.nbytes for info in tensors.values())
 
   unfinished = output.with_name(f".{output.name}.unfinished")
@@ -114,10 +149,8 @@ def export_model(
         f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
       )
     with SafetensorsWriter(unfinished, tensors, max_shard_bytes) as writer:
-      _write_tensors(checkpoint.params_path, arrays, specs, tensors, writer)
-    for name, content in config_files.items():
-      (unfinished / name).write_bytes(content)
-    for name, content in _tokenizer_files(checkpoint, tokenizer).items():
+      _write_tensors(arrays, specs, tensors, writer)
+    for name, content in files.items():
       (unfinished / name).write_bytes(content)
     unfinished.rename(output)
   except BaseException:
@@ -135,8 +168,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write_tensors(
-  params_path: epath.Path,
-  arrays: Mapping[str, ts.TensorStore],
+  arrays: Mapping[str, parameter_store.StoredArray | jax.Array],
   specs: Mapping[str, TensorSpec],
   tensors: Mapping[str, TensorInfo],
   writer: SafetensorsWriter,
@@ -149,24 +181,14 @@ def _write_tensors(
   with byte_bar(total, "export") as bar:
     for path, layers in names.items():
       stacked = specs[layers[0]].layer is not None
-      for start, values in _blocks(params_path, path, arrays[path], stacked):
+      array = arrays[path]  # an unstacked parameter counts as one layer
+      blocks = read_slices(array) if stacked else [(0, np.asarray(array[...])[None])]
+      for start, values in blocks:
         for layer, value in enumerate(values, start):
           name = layers[layer]
           info = tensors[name]
           writer.write(name, arrange(value, specs[name].transpose, info.dtype, path))
           bar.update(info.nbytes)
-
-
-def _blocks(
-  directory: epath.Path, path: str, array: ts.TensorStore, stacked: bool
-) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields (first layer, values [layers, ...]); an unstacked parameter counts as one layer."""
-  with parameter_store.naming(directory, path):
-    if stacked:
-      for part, values in parameter_store.read_slices(array):
-        yield part.start, values
-    else:
-      yield 0, array.read().result()[None]
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
@@ -184,34 +206,28 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return None
 
 
-def _tokenizer_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def _tokenizer_files(
+  files: Mapping[str, bytes], tokenizer: Tokenizer | None
+) -> Mapping[str, bytes]:
   """Returns the tokenizer's files as they came, so that they mean what they meant.
 
   A bare SentencePiece model gets a tokenizer.json: transformers would cut some texts differently.
   """
-  folder = checkpoint.tokenizer_dir
-  files = {file.name: file.read_bytes() for file in folder.iterdir()} if folder else {}
   if tokenizer is not None and SENTENCEPIECE in files and ENCODER not in files:
     return tokenizer.files()
   return files
 
 
-def _read_settings(folder: epath.Path | None, name: str) -> dict[str, Any] | None:
-  """Reads a JSON file of a source's folder; None if there is none."""
-  if folder is None or not (folder / name).exists():
-    return None
-  return json.loads((folder / name).read_text())
-
-
 def _config_files(
-  checkpoint: Checkpoint,
-  family: Family,
-  tensors: Mapping[str, TensorInfo],
+  published: Mapping[str, bytes],
+  config: dict[str, Any],
+  dtype: str,
   tokenizer: Tokenizer | None,
 ) -> dict[str, bytes]:
   """Makes config.json and generation_config.json."""
   source, generation = (
-    _read_settings(checkpoint.source_dir, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
+    json.loads(published[name]) if name in published else None
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
   )
   # What transformers generates by: the second file, where there is one.
   settings = source if generation is None else generation
@@ -220,14 +236,12 @@ def _config_files(
   else:
     ids = token_ids(settings or {}, tokenizer)
   own = {key: source[key] for key in TOKEN_KEYS if key in source} if source else {}
-  config = family.to_hf_config(checkpoint.config) | ids | own
-  # The embedding stands for the model where norms are kept in another type.
-  dtype = next(iter(tensors.values())).dtype.name
-  config |= {"dtype": dtype, "torch_dtype": dtype}  # today's key, and that of before 2025
+  # Today's key of the dtype, and that of before 2025.
+  config = config | ids | own | {"dtype": dtype, "torch_dtype": dtype}
   if generation is None:
     written = _json({"_from_model_config": True} | ids)
   elif generation | ids == generation:  # as it came, to the byte
-    written = (checkpoint.source_dir / GENERATION_CONFIG_NAME).read_bytes()
+    written = published[GENERATION_CONFIG_NAME]
   else:
     written = _json(generation | ids)
   return {CONFIG_NAME: _json(config), GENERATION_CONFIG_NAME: written}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ll3m.core.checkpoint import MANIFEST
+from ll3m.core.checkpoint import MANIFEST, META, STEPS
+from ll3m.core.storage import is_remote
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -65,21 +66,24 @@ def other_kind(folder: epath.PathLike) -> str | None:
   return None
 
 
+def is_published(path: epath.PathLike) -> bool:
+  """Returns whether a path is that of a Hugging Face folder or a GGUF file, on a local disk."""
+  if is_remote(path):
+    return False
+  path = epath.Path(path).expanduser()
+  if not path.is_dir():
+    return path.suffix == ".gguf"
+  if any((path / name).exists() for name in (MANIFEST, STEPS, META)):  # a model of ours
+    return False
+  return (path / "config.json").exists() or any(path.glob("*.gguf"))
+
+
 def published_kind(folder: epath.PathLike) -> str | None:
   """Says of a folder that is no checkpoint of ours what it is; None if that is not known."""
-  folder = epath.Path(folder)
   if found := other_kind(folder):
     return found
-  if _is_model(folder):
-    return (
-      f"{folder} is a published model, not a converted one: give hf::{folder}, or convert it first "
-      f"(python -m ll3m.convert --checkpoint_dir={folder} --output_dir=...)"
-    )
-  if any(folder.glob("*.gguf")):
-    return (
-      f"{folder} holds a GGUF model, which has to be converted first (python -m ll3m.convert "
-      f"--checkpoint_dir={folder} --output_dir=...)"
-    )
+  if is_published(folder):
+    return f"{folder} is a published model, not a converted one; convert it first (ll3m.convert)"
   return None
 
 

@@ -1,26 +1,17 @@
 """Opens a published model, whatever files it comes as, without reading its weights."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from etils import epath
-
 from ll3m import families
-from ll3m.core import checkpoint
-from ll3m.core.config import ModelConfig
 from ll3m.core.storage import is_remote
 from ll3m.hf import folders, torch_bin, weights
-from ll3m.hf.family import Family
-from ll3m.hf.mapping import TensorSpec
 from ll3m.hf.matching import listing, match_tensors
+from ll3m.hf.published_model import HfModel
 from ll3m.hf.quantisation import refuse_quantised_tensors
 from ll3m.hf.tensors import LazyTensor
-from ll3m.hf.token_settings import settle_tokenizer
 
 CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
 CONFIG_NAME = "config.json"
@@ -35,62 +26,6 @@ _TOKENIZER_FILES = (
   "*.model",
   "chat_template*",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class HfModel:
-  """A published model whose weights are still on disk.
-
-  Attributes:
-    path: the folder, or the GGUF file.
-    checkpoint_type: what its weights come as, one of CHECKPOINT_TYPES.
-    family: its family.
-    config: its architecture.
-    specs: what each of its tensors is, by the name in the checkpoint.
-    tensors: exactly the tensors that the architecture needs.
-    ignored: names of tensors that are not needed.
-    config_files: contents of config.json and generation_config.json, as far as there are any.
-    tokenizer_files: writers of the tokenizer's files, by file name.
-  """
-
-  path: Path
-  checkpoint_type: str
-  family: Family
-  config: ModelConfig
-  specs: dict[str, TensorSpec]
-  tensors: dict[str, LazyTensor]
-  ignored: tuple[str, ...]
-  config_files: dict[str, bytes]
-  tokenizer_files: dict[str, Callable[[], bytes]]
-
-  def parameter_dtypes(self, dtype: np.dtype | None = None) -> dict[str, np.dtype]:
-    """Gives each parameter of ours one dtype: the one asked for, or the files' own.
-
-    Layers that differ get a dtype that holds them all exactly.
-    """
-    dtypes: dict[str, np.dtype] = {}
-    for name, spec in self.specs.items():
-      given = np.dtype(dtype or self.tensors[name].dtype)
-      other = dtypes.setdefault(spec.ours, given)
-      if given != other:
-        # By way of float32, because NumPy knows no common type of bfloat16 and float16.
-        dtypes[spec.ours] = np.promote_types(np.promote_types(np.float32, given), other)
-    return dtypes
-
-  def save_companions(self, output: epath.Path) -> None:
-    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder.
-
-    Of a tokenizer whose files transformers has to decide between, the outcome is written.
-    """
-    for folder, files in (
-      (checkpoint.SOURCE, {name: lambda c=c: c for name, c in self.config_files.items()}),
-      (checkpoint.TOKENIZER, self.tokenizer_files),
-    ):
-      for name, content in files.items():
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        (output / folder / name).write_bytes(content())
-    if self.tokenizer_files:
-      settle_tokenizer(output / checkpoint.TOKENIZER, output / checkpoint.SOURCE)
 
 
 def open_model(
@@ -151,7 +86,15 @@ def open_model(
     refuse_quantised_tensors(tensors, str(path))
   match = match_tensors(*found, tensors, str(path), problems)
   return HfModel(
-    path, kind, *found, match.specs, match.tensors, match.ignored, config_files, tokenizer_files
+    path,
+    kind,
+    found.family.name,
+    found.config,
+    match.specs,
+    match.tensors,
+    match.ignored,
+    config_files,
+    tokenizer_files,
   )
 
 

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -16,18 +15,12 @@ from ll3m.core import checkpoint as folders
 from ll3m.core import sharding
 from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
-from ll3m.core.run import (
-  CheckpointerConfig,
-  Position,
-  RunCheckpoints,
-  require_resumable,
-  restore_step,
-)
+from ll3m.core.run import CheckpointerConfig
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
-from ll3m.hf.sources import ModelSource
+from ll3m.hf.sources import ModelOnDisk, open_source
 from ll3m.hf.token_settings import retarget_settings
 from ll3m.training.evaluation import evaluate
 from ll3m.training.inputs import batch_shapes, in_step
@@ -49,6 +42,7 @@ class Run:
     resumed: the step of output_dir that the run goes on from, if there is one.
     dataset_state: the position in the data to begin at; {} for its beginning.
     settings: The value of every option, for the record; see `flags.Flags.settings`.
+    unfinished: The steps in output_dir whose save an earlier job began only.
   """
 
   options: TrainOptions
@@ -58,7 +52,7 @@ class Run:
   train_dataset: DatasetConfig
   eval_dataset: DatasetConfig
   load_kind: str | None
-  source: ModelSource | None
+  source: ModelOnDisk | None
   resumed: folders.Checkpoint | None
   dataset_state: Mapping[str, bytes]
   family: Family
@@ -67,6 +61,7 @@ class Run:
   tokenizer_config: TokenizerConfig
   mesh: Mesh
   settings: Mapping[str, Any]
+  unfinished: Sequence[int] = ()
 
   def rows(self, dataset: DatasetConfig) -> list[int]:
     """Returns which rows of a dataset's batches this process reads."""
@@ -131,7 +126,7 @@ def check_settings(saved: folders.Checkpoint, settings: Mapping[str, Any]) -> No
   Raises:
     ValueError: it was not, or it was saved without what going on needs.
   """
-  require_resumable(saved.path)
+  saved.require_resumable()
   for name, before in saved.meta.get("settings", {}).items():
     if name in settings and settings[name] != before:
       raise ValueError(
@@ -140,18 +135,65 @@ def check_settings(saved: folders.Checkpoint, settings: Mapping[str, Any]) -> No
       )
 
 
-def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> TrainState:
+class Start(NamedTuple):
+  """What a run begins with; see `Run`."""
+
+  load_kind: str | None
+  source: ModelOnDisk | None = None
+  resumed: folders.Checkpoint | None = None
+  dataset_state: Mapping[str, bytes] = {}
+  unfinished: Sequence[int] = ()
+
+
+def find_start(options: TrainOptions, output_dir: str | None, settings: Mapping[str, Any]) -> Start:
+  """Opens what a run begins with: its own latest good step, or what it is to be loaded from.
+
+  Args:
+    options: The options of the run.
+    output_dir: The folder of the run, which is listed once; None for none.
+    settings: The `fixed_settings` of the run.
+
+  Raises:
+    ValueError: A checkpoint is damaged, or was saved with other settings.
+    FileNotFoundError: There is no such checkpoint.
+  """
+  kind, _, path = (options.load_checkpoint or "").partition("::")
+  start = Start(kind or None)
+  if output_dir:
+    steps = folders.list_steps(output_dir)
+    start = start._replace(unfinished=steps.unfinished)
+    if steps.finished:
+      resumed = steps.open_latest(verify=options.verify)
+      if resumed.step < options.total_steps:
+        check_settings(resumed, settings)
+        start = start._replace(dataset_state=resumed.dataset_state())
+      return start._replace(resumed=resumed)
+  if kind:
+    source = open_source(options.load_checkpoint if kind == "hf" else path, verify=options.verify)
+    if kind.startswith("trainstate") and source.step is None:
+      raise ValueError(f"`load_checkpoint`={kind}:: needs a training run, {path} is none")
+    if kind == "trainstate":  # other data may follow
+      check_settings(source, {k: v for k, v in settings.items() if "dataset" not in k})
+    start = start._replace(source=source)
+  if options.load_dataset_state:
+    saved = start.source
+    if options.load_dataset_state != path or not isinstance(saved, folders.Checkpoint):
+      saved = folders.open_checkpoint(options.load_dataset_state, verify=options.verify)
+    start = start._replace(dataset_state=saved.dataset_state())
+  return start
+
+
+def initial_state(run: Run, plan: StatePlan) -> TrainState:
   """Makes the state of the first step on the devices: resumed, loaded or random.
 
   Raises:
     ValueError: a checkpoint does not fit the run, or is damaged.
   """
-  like = {"params": plan.params, "opt_state": plan.state.opt_state}
   if run.resumed is not None:
     say(f"resuming from step {run.resumed.step} in {run.logger.output_dir}")
-    return _state(plan, checkpoints.restore(run.resumed.step, **like))
+    return run.resumed.restore_state(plan.state)
   if run.load_kind == "trainstate":
-    return _state(plan, restore_step(run.source.path, **like))
+    return run.source.restore_state(plan.state)
   seed = run.options.seed
   if run.source is None:
     params = plan.init(jax.random.key(seed))
@@ -161,16 +203,6 @@ def initial_state(run: Run, plan: StatePlan, checkpoints: RunCheckpoints) -> Tra
   # that does not need them would wait for ever.
   jax.block_until_ready(params)
   return plan.start(params, jax.random.key_data(jax.random.key(seed)))
-
-
-def _state(plan: StatePlan, position: Position) -> TrainState:
-  everywhere = plan.state.step.sharding
-  return TrainState(
-    step=jax.device_put(np.int32(position.step), everywhere),
-    params=position.params,
-    opt_state=position.opt_state,
-    rng=jax.device_put(np.asarray(position.meta["rng"], np.uint32), everywhere),
-  )
 
 
 def open_batches(run: Run) -> Any:

@@ -3,12 +3,15 @@
 What lies in the store is compared, to the byte, with what the same commands leave on a disk.
 """
 
+import collections
+import itertools
 import json
 import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -17,7 +20,7 @@ from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.decoding.engine import Engine
 from ll3m.hf.conversion import convert_model
-from ll3m.hf.exporting import export_model
+from ll3m.hf.exporting import export_checkpoint
 from ll3m.hf.model_files import open_model
 from ll3m.hf.sources import open_source
 from ll3m.training.logger import read_metrics
@@ -110,6 +113,7 @@ class Runs(NamedTuple):
   said: str  # by the process that came to the end
   stored: Path  # a copy
   local: Path
+  asked: list[str]  # of the store, by that process until it saved
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,7 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   )
   local = tmp_path_factory.mktemp("runs") / "local"
   more = (f"--total_steps={total}", f"--profile_steps={total - 1}:{total}")
+  begun = len(gcs.requests)
   ours = start("train", *ON_GCS, *more)
   theirs = start("train", *training(converted, prepared, local), *more)
   (code, _, told), (their_code, _, their_told) = end(ours), end(theirs)
@@ -153,7 +158,9 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   assert their_code == 0, their_told
   stored = gcs.store.download("runs/one", tmp_path_factory.mktemp("runs") / "stored")
   assert files(stored / "damaged" / str(last)) == damaged
-  return Runs(total, before, told, stored, local)
+  uploads = "POST /upload/storage/v1/b/bucket/o?uploadType=resumable&name=runs%2Fone%2Fcheckpoints"
+  asked = itertools.takewhile(lambda request: not request.startswith(uploads), gcs.requests[begun:])
+  return Runs(total, before, told, stored, local, list(asked))
 
 
 def test_a_killed_run_comes_to_the_same_end_as_one_on_a_disk(runs):
@@ -179,6 +186,21 @@ def test_metrics_plot_and_trace_are_there(runs):
   events = b"".join(file.read_bytes() for file in (runs.stored / "tensorboard").iterdir())
   assert b"gradient_norm" in events and "left out" not in runs.said
   assert traced_steps(runs.stored) == [runs.total - 1, runs.total]
+
+
+def test_opening_the_run_lists_each_folder_once(runs):
+  queries = [parse_qs(urlsplit(r.removeprefix("GET ")).query) for r in runs.asked if "/o?" in r]
+  listed = collections.Counter(
+    query["prefix"][0]
+    for query in queries
+    # One name is asked for to learn whether there is a folder; a page continues a list.
+    if "prefix" in query and not {"maxResults", "pageToken"} & query.keys()
+  )
+  ours = {prefix: count for prefix, count in listed.items() if prefix.startswith("runs/one/")}
+  # We list the steps once; Orbax's manager does so by itself, and again when one was set aside.
+  assert ours.pop("runs/one/checkpoints/") == 3
+  assert f"runs/one/checkpoints/{runs.resumed_at}/dataset/" in ours
+  assert set(ours.values()) == {1}, ours
 
 
 def test_a_step_counts_when_all_its_files_are_there(gcs, runs):
@@ -207,7 +229,7 @@ def test_a_run_is_evaluated_generates_and_is_exported(runs, start, end, tmp_path
   prompt = [*tokenizer.prefix, *tokenizer.encode("The with")]
   (row,) = engine.generate([prompt], max_new_tokens=8, stop_tokens={tokenizer.eos_id})
   assert generated == tokenizer.decode(row) + "\n"
-  export_model(open_checkpoint(runs.local), tmp_path / "expected")
+  export_checkpoint(open_checkpoint(runs.local), tmp_path / "expected")
   assert files(exported) == files(tmp_path / "expected")
 
 

@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from ll3m import families
-from ll3m.core import checkpoint, run
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_dataset_state, restore_step
+from ll3m.core import checkpoint, checkpoint_items, run
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.training.step import TrainState
 
 CONFIG = families.get_preset("llama2_7b").config
 PARAMS = {
@@ -20,6 +21,7 @@ PARAMS = {
   "embed": {"e": jnp.ones(2)},
 }
 STATE = optax.adam(0.1).init(PARAMS)
+RNG = np.array([3, 2**32 - 5], np.uint32)
 
 
 def save(checkpoints, step):
@@ -27,7 +29,7 @@ def save(checkpoints, step):
     step,
     params=PARAMS,
     opt_state=STATE,
-    meta=checkpoint.model_meta("llama", CONFIG) | {"step": step},
+    meta=checkpoint.model_meta("llama", CONFIG) | {"step": step, "rng": RNG.tolist()},
     dataset={"shard": b"\x00position %d" % step},
   )
 
@@ -37,26 +39,34 @@ def like(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
+def restore(path, params, opt_state):
+  """Restores a step folder for a run that has such parameters and such an optimizer."""
+  state = TrainState(np.int32(0), params, opt_state, RNG)
+  return checkpoint.open_checkpoint(path, verify=False).restore_state(like(state))
+
+
 def test_keeps_the_last_and_the_milestones(tmp_path):
   with RunCheckpoints(tmp_path, CheckpointerConfig(max_to_keep=2), milestone_steps=4) as saved:
     for step in range(1, 8):
       save(saved, step)
   assert checkpoint.finished_steps(tmp_path) == [4, 6, 7]
+  for foreign in ("8.txt", "08", "best"):
+    (tmp_path / "checkpoints" / foreign).mkdir()
+  assert checkpoint.list_steps(tmp_path) == (tmp_path / "checkpoints", [4, 6, 7], [])
   assert checkpoint.open_checkpoint(tmp_path).step == 7
 
 
 def test_restores_everything_exactly(tmp_path):
   with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
     save(saved, 3)
-  restored = restore_step(
-    tmp_path / "checkpoints" / "3", params=like(PARAMS), opt_state=like(STATE)
-  )
-  assert restored.step == 3
+  restored = restore(tmp_path / "checkpoints" / "3", PARAMS, STATE)
+  assert (restored.step, restored.step.dtype) == (3, jnp.int32)
+  np.testing.assert_array_equal(restored.rng, RNG)
   assert jax.tree.structure(restored.opt_state) == jax.tree.structure(STATE)
   for ours, saved in ((restored.params, PARAMS), (restored.opt_state, STATE)):
     jax.tree.map(np.testing.assert_array_equal, ours, saved)
-  assert restore_dataset_state(tmp_path) == {"shard": b"\x00position 3"}
-  params = checkpoint.restore_params(checkpoint.open_checkpoint(tmp_path), dtype=jnp.bfloat16)
+  assert checkpoint.open_checkpoint(tmp_path).dataset_state() == {"shard": b"\x00position 3"}
+  params = checkpoint.open_checkpoint(tmp_path).load_params(dtype=jnp.bfloat16)
   assert params["layers/attention/query"]["w"].dtype == jnp.bfloat16
 
 
@@ -65,13 +75,13 @@ def test_says_what_differs(tmp_path):
     save(saved, 1)
   other = {"layers/attention/query": {"w": jnp.zeros((4, 3))}, "head": {"w": jnp.ones(1)}}
   with pytest.raises(ValueError, match="parameters differ") as error:
-    restore_step(tmp_path / "checkpoints" / "1", params=like(other), opt_state=like(STATE))
+    restore(tmp_path / "checkpoints" / "1", other, STATE)
   for part in ("embed/e is not in the run", "head/w was not saved",
                "layers/attention/query/w is float32[2, 3], expected float32[4, 3]"):  # fmt: skip
     assert part in str(error.value)
   lion = optax.lion(0.1).init(PARAMS)
   with pytest.raises(ValueError, match="optimizer's state differ"):
-    restore_step(tmp_path / "checkpoints" / "1", params=like(PARAMS), opt_state=like(lion))
+    restore(tmp_path / "checkpoints" / "1", PARAMS, lion)
 
 
 def test_another_dtype_is_not_resumed_silently(tmp_path):
@@ -79,7 +89,7 @@ def test_another_dtype_is_not_resumed_silently(tmp_path):
     save(saved, 1)
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
   with pytest.raises(ValueError, match=r"embed/e is float32\[2\], expected bfloat16\[2\]"):
-    restore_step(tmp_path / "checkpoints" / "1", params=like(narrow), opt_state=like(STATE))
+    restore(tmp_path / "checkpoints" / "1", narrow, STATE)
 
 
 def test_paths_are_made_absolute_only_where_they_are_local(tmp_path, monkeypatch):
@@ -93,10 +103,10 @@ def test_parameters_alone_cannot_be_resumed(tmp_path):
     save(saved, 1)
   step = tmp_path / "checkpoints" / "1"
   with pytest.raises(ValueError, match="saved without the optimizer's state"):
-    restore_step(step, params=like(PARAMS), opt_state=like(STATE))
+    restore(step, PARAMS, STATE)
   with pytest.raises(ValueError, match="no data position was saved"):
-    restore_dataset_state(step)
-  assert checkpoint.restore_params(checkpoint.open_checkpoint(step)).keys() == PARAMS.keys()
+    checkpoint.open_checkpoint(step).dataset_state()
+  assert checkpoint.open_checkpoint(step).load_params().keys() == PARAMS.keys()
 
 
 def test_incomplete_folders_are_refused(tmp_path):
@@ -161,7 +171,7 @@ def test_damaged_arrays_are_one_short_sentence(tmp_path, item, damage):
   # complains, unseen by anyone, in a later test.
   params = {"head": {"w": jnp.arange(6.0)}}
   state = {"momentum": jnp.ones(3)}
-  meta = checkpoint.model_meta("llama", CONFIG) | {"step": 1}
+  meta = checkpoint.model_meta("llama", CONFIG) | {"step": 1, "rng": RNG.tolist()}
   with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
     saved.save(1, params=params, opt_state=state, meta=meta, dataset={})
   step = tmp_path / "checkpoints" / "1"
@@ -170,10 +180,10 @@ def test_damaged_arrays_are_one_short_sentence(tmp_path, item, damage):
       chunk.write_bytes(chunk.read_bytes()[:20])
     else:
       chunk.unlink()
-  reads = [lambda: restore_step(step, params=like(params), opt_state=like(state))]
+  reads = [lambda: restore(step, params, state)]
   if item == "params":
     opened = checkpoint.open_checkpoint(tmp_path, verify=False)
-    reads.append(lambda: checkpoint.restore_params(opened))
+    reads.append(lambda: opened.load_params())
   for read in reads:
     with pytest.raises(ValueError, match=f"^cannot read {step / item}: ") as error:
       read()
@@ -196,7 +206,7 @@ def test_a_step_that_cannot_be_opened_is_passed_over_loudly(tmp_path, caplog, da
     checkpoint.open_checkpoint(tmp_path / "checkpoints" / "2")
   # A run that goes on from the step before makes the damaged one again.
   with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
-    saved.restore(1, params=like(PARAMS), opt_state=like(STATE))
+    restore(tmp_path, PARAMS, STATE)
     saved.set_aside_after(1)
     save(saved, 2)
   assert (tmp_path / "damaged" / "2" / "params").is_dir()
@@ -234,8 +244,8 @@ def test_steps_are_moved_when_every_process_has_looked_at_them(tmp_path, monkeyp
 
 
 def test_nested_names_round_trip():
-  nested = checkpoint.nest(PARAMS)
+  nested = checkpoint_items.nest(PARAMS)
   assert nested["layers"]["attention"]["query"]["w"] is PARAMS["layers/attention/query"]["w"]
-  assert checkpoint.flatten(nested) == PARAMS
+  assert checkpoint_items.flatten(nested) == PARAMS
   with pytest.raises(ValueError, match="max_to_keep must be at least 1"):
     CheckpointerConfig(max_to_keep=0)

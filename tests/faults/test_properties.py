@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 
 from ll3m import families
 from ll3m.core import checkpoint, sharding
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_step
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.decoding.sampling import Sampling, sample
 from ll3m.hf.conversion import convert_model
-from ll3m.hf.exporting import export_model
+from ll3m.hf.exporting import export_checkpoint
 from ll3m.hf.mapping import expected_tensors
 from ll3m.hf.model_files import open_model
 from ll3m.hf.sources import open_source
@@ -77,7 +77,7 @@ def test_converting_and_exporting_gives_the_very_file(model, dtype, seed):
     convert_model(open_model(published), converted)
     opened = checkpoint.open_checkpoint(converted)
     assert opened.config == config
-    export_model(opened, exported)
+    export_checkpoint(opened, exported)
     assert open_model(exported).config == config
     theirs, ours = ((f / "model.safetensors").read_bytes() for f in (published, exported))
     assert ours == theirs
@@ -135,15 +135,17 @@ def test_a_checkpoint_is_the_same_on_any_mesh(model, meshes, optimizer, dtype, u
         1,
         params=placed.params,
         opt_state=placed.opt_state,
-        meta=checkpoint.model_meta(family.name, config) | {"step": 1},
+        meta=checkpoint.model_meta(family.name, config)
+        | {"step": 1, "rng": np.asarray(before.rng).tolist()},
         dataset={},
       )
-    step, there = Path(folder) / "checkpoints" / "1", plans[1]
-    after = restore_step(step, params=there.params, opt_state=there.state.opt_state)
+    there = plans[1]
+    after = checkpoint.open_checkpoint(folder).restore_state(there.state)
     loaded = open_source(folder).load_params(shardings=there.param_shardings)
     for found, wanted, like in (
       (after.params, before.params, there.params),
       (after.opt_state, before.opt_state, there.state.opt_state),
+      (after.rng, before.rng, there.state.rng),
       (loaded, before.params, there.params),
     ):
       jax.tree.map(same, found, wanted, like)

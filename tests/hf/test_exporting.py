@@ -12,7 +12,6 @@ from ll3m import families
 from ll3m.core import checkpoint, parameter_store, run
 from ll3m.hf import conversion, exporting
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import load_published
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_convert_then_export_gives_the_very_file(
   make_tiny, convert, output, preset, changes, dtype
 ):
   tiny = make_tiny(preset, dtype, **changes)
-  done = exporting.export_model(convert(tiny), output)
+  done = exporting.export_checkpoint(convert(tiny), output)
   expected, found = (load_file(f / "model.safetensors") for f in (tiny.folder, output))
   assert found.keys() == expected.keys()
   for name, values in expected.items():
@@ -64,7 +63,7 @@ def test_shards_and_companions(make_tiny, convert, output):
   companions = {"tokenizer.json": b"{}", "merges.txt": b"a b", "generation_config.json": b'{"x":1}'}
   for name, content in companions.items():
     (tiny.folder / name).write_bytes(content)
-  exporting.export_model(convert(tiny), output, max_shard_bytes=2000)
+  exporting.export_checkpoint(convert(tiny), output, max_shard_bytes=2000)
   index = json.loads((output / "model.safetensors.index.json").read_text())
   files = sorted(output.glob("model-*-of-*.safetensors"))
   assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
@@ -85,7 +84,7 @@ def test_exports_a_training_run(make_tiny, tmp_path, output, place):
   mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
   sharding = NamedSharding(mesh, PartitionSpec())
   params = jax.tree.map(
-    lambda leaf: jax.device_put(leaf, sharding), load_published(open_model(tiny.folder))
+    lambda leaf: jax.device_put(leaf, sharding), open_model(tiny.folder).load_params()
   )
   split = NamedSharding(mesh, PartitionSpec(None, None, "x"))
   params["layers/mlp/up"]["w"] = jax.device_put(params["layers/mlp/up"]["w"], split)
@@ -99,7 +98,7 @@ def test_exports_a_training_run(make_tiny, tmp_path, output, place):
         dataset={"stream": b"0"},
       )
   path = tmp_path / "run" / ("" if place == "output_dir" else "checkpoints/7")
-  exporting.export_model(
+  exporting.export_checkpoint(
     checkpoint.open_checkpoint(path), output, dtype=np.dtype(ml_dtypes.bfloat16)
   )
   found = load_file(output / "model.safetensors")
@@ -119,7 +118,9 @@ def test_token_ids_come_from_the_tokenizer_where_no_config_travelled(
   (tmp_path / "scratch" / "tokenizer").mkdir()
   for name, content in open_model(smollm2_gguf).tokenizer_files.items():
     (tmp_path / "scratch" / "tokenizer" / name).write_bytes(content())
-  exporting.export_model(checkpoint.open_checkpoint(tmp_path / "scratch", verify=False), output)
+  exporting.export_checkpoint(
+    checkpoint.open_checkpoint(tmp_path / "scratch", verify=False), output
+  )
   config = json.loads((output / "config.json").read_text())
   tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
   assert {key: config[key] for key in tokens} == tokens
@@ -132,7 +133,7 @@ def test_a_damaged_checkpoint_is_not_exported(make_tiny, convert, output, tmp_pa
   chunk = tmp_path / "converted" / "params" / "layers.mlp.up.w" / "1.0.0"
   chunk.unlink()
   with pytest.raises(ValueError, match=r"damaged checkpoint .* cannot read layers/mlp/up/w"):
-    exporting.export_model(found, output)
+    exporting.export_checkpoint(found, output)
   assert not output.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -147,24 +148,24 @@ def test_parameters_must_be_those_of_the_config(make_tiny, convert, output, tmp_
   with pytest.raises(
     ValueError, match=r"head/w \(expected none, got .*mlp/up/w \(expected \(3, 12"
   ):
-    exporting.export_model(found, output)
+    exporting.export_checkpoint(found, output)
 
 
 def test_an_output_folder_with_anything_is_refused(make_tiny, convert, output):
   found = convert(make_tiny())
   output.mkdir()
-  exporting.export_model(found, output)  # an empty one is fine
+  exporting.export_checkpoint(found, output)  # an empty one is fine
   with pytest.raises(ValueError, match="already holds something"):
-    exporting.export_model(found, output)
+    exporting.export_checkpoint(found, output)
   with pytest.raises(ValueError, match="local disk, got gs:"):
-    exporting.export_model(found, "gs://bucket/model")
+    exporting.export_checkpoint(found, "gs://bucket/model")
 
 
 def test_what_a_killed_export_left_is_replaced(make_tiny, convert, output):
   left = output.with_name(f".{output.name}.unfinished")
   left.mkdir()
   (left / "model.safetensors").write_bytes(b"half")
-  exporting.export_model(convert(make_tiny()), output)
+  exporting.export_checkpoint(convert(make_tiny()), output)
   assert not left.exists()
   assert open_model(output).tensors
 
@@ -185,7 +186,7 @@ def test_wrong_sizes(text):
 def test_chunks_may_be_smaller_than_a_layer(make_tiny, convert, output, monkeypatch):
   monkeypatch.setattr(parameter_store, "CHUNK_BYTES", 100)
   tiny = make_tiny()
-  exporting.export_model(convert(tiny), output)
+  exporting.export_checkpoint(convert(tiny), output)
   found = load_file(output / "model.safetensors")
   for name, values in tiny.tensors.items():
     assert found[name].tobytes() == values.tobytes()

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import open_source
+from ll3m.hf.sources import open_converted, open_source
 
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "r": 8}
 MLX = {"fine_tune_type": "lora", "model": "mlx-community/x"}
@@ -101,11 +101,11 @@ def test_an_unfinished_conversion_is_not_taken_for_something_else(tmp_path):
 
 def test_a_published_model_is_not_taken_for_a_converted_one(make_tiny, tmp_path):
   tiny = make_tiny()
-  with pytest.raises(ValueError, match=re.escape(f"give hf::{tiny.folder}, or convert it first")):
-    open_source(str(tiny.folder))
   (tmp_path / "model.gguf").write_bytes(b"GGUF")
-  with pytest.raises(ValueError, match="holds a GGUF model, which has to be converted first"):
-    open_source(str(tmp_path))
+  for folder in (tiny.folder, tmp_path):
+    said = f"{folder} is a published model, not a converted one; convert it first"
+    with pytest.raises(ValueError, match=re.escape(said)):
+      open_converted(str(folder))
   (tmp_path / "model.gguf").unlink()
   (tmp_path / "ll3m.json").write_text("{}")
   with pytest.raises(NotImplementedError, match="is a converted model of ll3m; give it as it is"):

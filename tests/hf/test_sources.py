@@ -1,10 +1,12 @@
 """Oracle: the tensors as the safetensors library read and wrote them."""
 
+import gc
 import json
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,11 +21,11 @@ def tiny(make_tiny):
   return tiny
 
 
-@pytest.fixture(params=["hf", "converted"])
+@pytest.fixture(params=["published", "hf", "converted"])
 def source(request, tiny, tmp_path):
   """The same model as it was published, and converted."""
-  if request.param == "hf":
-    return sources.open_source(f"hf::{tiny.folder}")
+  if request.param != "converted":
+    return sources.open_source("hf::" * (request.param == "hf") + str(tiny.folder))
   conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
   return sources.open_source(str(tmp_path / "converted"))
 
@@ -74,10 +76,10 @@ def test_a_device_reads_only_its_own_shard(tiny):
   model.tensors[name] = counting
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
   shardings = {}
-  for module, leaves in sources.load_published(open_model(tiny.folder)).items():
+  for module, leaves in open_model(tiny.folder).load_params().items():
     shardings[module] = {leaf: NamedSharding(mesh, PartitionSpec()) for leaf in leaves}
   shardings["layers/mlp/up"]["w"] = NamedSharding(mesh, PartitionSpec(None, None, "x"))
-  sources.load_published(model, shardings=shardings)
+  model.load_params(shardings=shardings)
   assert sorted(seen, key=str) == [
     (slice(0, 12, 1), slice(0, 12, 1)),
     (slice(12, 24, 1), slice(0, 12, 1)),
@@ -113,10 +115,19 @@ def test_parameters_must_be_those_of_the_config(tiny, tmp_path, field, value, me
     sources.open_source(str(tmp_path / "converted"), verify=False).load_params()
 
 
-def test_a_gguf_has_to_be_converted(tmp_path):
-  (tmp_path / "model.gguf").write_bytes(b"")
-  with pytest.raises(NotImplementedError, match="is a GGUF file, which has to be converted first"):
-    sources.open_source(f"hf::{tmp_path}")
+def test_a_gguf_brings_its_tokenizer_while_it_is_open(smollm2_gguf):
+  for name in (str(smollm2_gguf), str(smollm2_gguf.parent), f"hf::{smollm2_gguf}"):
+    source = sources.open_source(name)
+    assert (source.family, source.config.num_layers, source.step) == ("llama", 30, None)
+  folder = source.tokenizer_dir
+  found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  assert (
+    found.token_to_id("<|im_end|>") == 2 and found.decode(found.encode("It is.").ids) == "It is."
+  )
+  assert json.loads((source.source_dir / "config.json").read_text())["num_hidden_layers"] == 30
+  del source
+  gc.collect()
+  assert not folder.exists()
 
 
 def test_a_place_without_a_model_is_named(tmp_path):

@@ -57,7 +57,7 @@ def test_an_export_stops_where_we_stop(
     write_json(tiny.folder / "generation_config.json", generation)
   conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
   found = checkpoint.open_checkpoint(tmp_path / "converted")
-  exporting.export_model(found, tmp_path / "exported")
+  exporting.export_checkpoint(found, tmp_path / "exported")
   ours = load_tokenizer(
     TokenizerConfig(), checkpoint_dir=found.tokenizer_dir, source_dir=found.source_dir
   )
@@ -109,7 +109,7 @@ def test_an_exported_sentencepiece_model_is_read_as_it_was_trained(make_tiny, tm
   (tiny.folder / "tokenizer.model").write_bytes(serialized)
   conversion.convert_model(open_model(tiny.folder), tmp_path / "converted")
   found = checkpoint.open_checkpoint(tmp_path / "converted")
-  exporting.export_model(found, tmp_path / "exported")
+  exporting.export_checkpoint(found, tmp_path / "exported")
   assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == serialized
   model = folders.sentencepiece.SentencePieceProcessor(model_proto=serialized)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")

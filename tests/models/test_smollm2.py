@@ -8,7 +8,6 @@ import pytest
 
 from ll3m import families
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import load_published
 from ll3m.models import transformer
 from ll3m_kernels import linear_cross_entropy
 
@@ -22,7 +21,7 @@ def test_loss_on_real_text_is_that_of_transformers(smollm2_gguf):
   published = open_model(smollm2_gguf)
   config = published.config
   assert config == families.get_preset("smollm2_135m").config
-  params = load_published(published)
+  params = published.load_params()
   model = transformer.make_model(config)
   tokens = np.load(TOKENS)
   assert tokens.shape == (8, 512)

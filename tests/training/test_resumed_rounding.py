@@ -7,7 +7,7 @@ import pytest
 
 from ll3m import families
 from ll3m.core import checkpoint, sharding
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints, restore_step
+from ll3m.core.run import CheckpointerConfig, RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.training.inputs import to_devices
 from ll3m.training.optimizer import OptimizerConfig
@@ -49,13 +49,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(update, tmp_path
   plan, rng = made.plan, jax.random.key_data(KEY)
   expected = train(made, mesh, plan.start(plan.init(KEY), rng), range(4))
   state = train(made, mesh, plan.start(plan.init(KEY), rng), range(2))
-  meta = checkpoint.model_meta(FAMILY.name, CONFIG) | {"step": 2}
+  meta = checkpoint.model_meta(FAMILY.name, CONFIG) | {"step": 2, "rng": rng.tolist()}
   with RunCheckpoints(tmp_path, CheckpointerConfig()) as saved:
     saved.save(2, params=state.params, opt_state=state.opt_state, meta=meta, dataset={})
-  position = restore_step(
-    tmp_path / "checkpoints" / "2", params=plan.params, opt_state=plan.state.opt_state
-  )
-  resumed = state._replace(params=position.params, opt_state=position.opt_state)
+  resumed = checkpoint.open_checkpoint(tmp_path).restore_state(plan.state)
   resumed = train(made, mesh, resumed, range(2, 4))
   jax.tree.map(np.testing.assert_array_equal, resumed, expected)
 
