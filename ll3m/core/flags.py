@@ -342,11 +342,19 @@ def _logging(*, debug: bool) -> Iterator[None]:
   root, verbosity = standard_logging.getLogger(), absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.WARNING)
   root.addHandler(handler)
+  # TensorFlow installs absl's own handler, which would print everything once more.
+  absl.logging.get_absl_handler().addFilter(_nothing)
   try:
     yield
   finally:
+    absl.logging.get_absl_handler().removeFilter(_nothing)
     root.removeHandler(handler)
     absl.logging.set_verbosity(verbosity)
+
+
+def _nothing(record: standard_logging.LogRecord) -> bool:
+  del record
+  return False
 
 
 class _Sentence(standard_logging.Formatter):
