@@ -42,7 +42,7 @@ else:  # the same model with the logits that a training step must not have
   tokens = batch_shapes(mesh, rows, length).inputs
   lowered = jax.jit(logits).lower(program.plan.params, tokens)
 compiled = lowered.compile()
-module = hlo.parse(compiled.as_text())
+module = hlo.read(compiled)
 print(json.dumps({
   "kernels": costs.kernels(module),
   "gathered": [
