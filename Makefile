@@ -26,7 +26,8 @@ bench: .venv/installed-test
 	$(PY) -m pytest benchmarks -o addopts=--import-mode=importlib -p no:xdist --benchmark-only \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname --benchmark-autosave \
 	  --benchmark-json=$(BENCH_DIR)/bench.json $(BENCH)
-	$(PY) benchmarks/report.py $(BENCH_DIR)/bench.json --output=$(BENCH_DIR)/report.md
+	$(PY) benchmarks/report.py $(BENCH_DIR)/bench.json > $(BENCH_DIR)/report.md
+	@cat $(BENCH_DIR)/report.md
 
 # Every kernel against the TPU compilers of every generation; needs no TPU.
 tpu-check: .venv/installed-test

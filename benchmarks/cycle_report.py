@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cycle_rows import Pass, Row
-from ll3m_kernels.tuning.estimates import CHIPS, Chip, Kernel
+from benchmarks.tuning.estimates import CHIPS, Chip, Kernel
 
 NOT_PRICED, NOT_COMPARABLE = "not priced", "not comparable"
 

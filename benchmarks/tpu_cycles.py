@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, too
 
 from benchmarks import cycle_report
 from benchmarks.cycle_rows import Peer, Row, rows
+from benchmarks.tuning.estimates import CHIPS
+from benchmarks.tuning.ledger import Ledger, Task
 from ll3m.core import flags
-from ll3m_kernels.tuning.estimates import CHIPS
-from ll3m_kernels.tuning.ledger import Ledger, Task
 
 
 @dataclasses.dataclass(frozen=True)

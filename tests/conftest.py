@@ -18,6 +18,7 @@ import jax
 import pytest
 
 from tests.compiled import quickly
+from tests.kept import KeptOutcomes
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,12 @@ def smollm2_gguf() -> Path:
 def strict_jax():
   """Implicit broadcasting between ranks is an error in our code."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def kept(pytestconfig) -> KeptOutcomes:
+  """Outcomes of compiling for TPUs that earlier runs of the same sources have left."""
+  return KeptOutcomes(pytestconfig.cache)
 
 
 @pytest.fixture(scope="session")

@@ -61,8 +61,6 @@ def test_kernels_stand_alone():
   for path in (ROOT / "kernels").rglob("*.py"):
     top = {name.split(".")[0] for name in imports(path)}
     ours = {"jax", "jaxtyping", "numpy", "ll3m_kernels"}
-    if path.name == "tune.py":
-      ours.add("tqdm")  # the command shows its progress, and says what to install
     foreign = top - ours - set(sys.stdlib_module_names)
     assert not foreign, f"{path.name} imports {foreign}"
 

@@ -1,4 +1,7 @@
-"""The plan command against the real TPU compiler, which needs no TPU."""
+"""The plan command against the real TPU compiler, which needs no TPU.
+
+What a plan prints is kept from run to run.
+"""
 
 import json
 
@@ -56,10 +59,21 @@ def config():
   return families.get_preset("llama2_7b").config.replace(**SIZES)
 
 
-def test_a_training_step(run_command, config):
-  done = run_command("plan", "--topology=v5e:2x4", "--mesh_dim=-1,2,2", *MODEL, *BATCH, "--json")
-  assert done.returncode == 0, done.stderr
-  plan = json.loads(done.stdout)
+@pytest.fixture
+def plan_of(run_command, kept):
+  """Returns a function that returns what a plan prints: stdout and stderr."""
+
+  def run(*arguments):
+    done = run_command("plan", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+  return lambda *arguments: kept.get(("plan", *arguments), lambda: run(*arguments))
+
+
+def test_a_training_step(plan_of, config):
+  stdout, _ = plan_of("--topology=v5e:2x4", "--mesh_dim=-1,2,2", *MODEL, *BATCH, "--json")
+  plan = json.loads(stdout)
   assert set(plan) == KEYS
   assert plan["fits"] and plan["largest_batch"] is None
   held = plan["bytes_per_chip"]
@@ -92,35 +106,32 @@ def test_a_training_step(run_command, config):
   assert plan["mfu"] == pytest.approx(needed / (slowest * 8 * 197e12))
 
 
-def test_slices_exchange_nothing_but_gradients(run_command):
-  done = run_command(
-    "plan", "--topology=v5e:2x2", "--num_slices=2", "--mesh_dim=-1,2,2", *SMALL_MODEL, *BATCH
+def test_slices_exchange_nothing_but_gradients(plan_of):
+  stdout, _ = plan_of(
+    "--topology=v5e:2x2", "--num_slices=2", "--mesh_dim=-1,2,2", *SMALL_MODEL, *BATCH
   )
-  assert done.returncode == 0, done.stderr
-  assert "8 devices of TPU v5 lite on 8 chips, 2 slices" in done.stdout
-  network = [line.split()[:2] for line in done.stdout.splitlines() if "(network)" in line]
+  assert "8 devices of TPU v5 lite on 8 chips, 2 slices" in stdout
+  network = [line.split()[:2] for line in stdout.splitlines() if "(network)" in line]
   assert network == [["all-reduce", "dp"]]
-  assert "flash_attention_forward" in done.stdout
+  assert "flash_attention_forward" in stdout
 
 
-def test_what_does_not_fit_is_told_what_would_make_it_fit(run_command):
+def test_what_does_not_fit_is_told_what_would_make_it_fit(plan_of):
   batch = "--train_dataset.seqio_dataset.batch_size=7168"
-  done = run_command("plan", "--topology=v5e:2x2", "--mesh_dim=-1,1,2", *SMALL_MODEL, batch)
-  assert done.returncode == 0, done.stderr
-  (headroom,) = (line for line in done.stdout.splitlines() if "headroom" in line)
+  stdout, stderr = plan_of("--topology=v5e:2x2", "--mesh_dim=-1,1,2", *SMALL_MODEL, batch)
+  (headroom,) = (line for line in stdout.splitlines() if "headroom" in line)
   assert float(headroom.split()[1]) < 0
-  remat = done.stdout.partition("does not fit: it fits with --remat=")[2].strip()
-  assert done.stderr.splitlines()[-1].endswith(f"remat {remat}: fits")  # it was tried
+  remat = stdout.partition("does not fit: it fits with --remat=")[2].strip()
+  assert stderr.splitlines()[-1].endswith(f"remat {remat}: fits")  # it was tried
 
 
-def test_decoding(run_command):
-  done = run_command(
-    "plan", "--topology=v5e:2x2", "--mesh_dim=1,1,4", "--load_model_config=llama2_7b",
+def test_decoding(plan_of):
+  stdout, _ = plan_of(
+    "--topology=v5e:2x2", "--mesh_dim=1,1,4", "--load_model_config=llama2_7b",
     "--dtype=bf16", "--train_dataset.seqio_dataset.task_feature_lengths=(2048,)", *BATCH[:1],
     "--mode=decode", "--json",
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  plan = json.loads(done.stdout)
+  plan = json.loads(stdout)
   assert set(plan) == KEYS
   config = families.get_preset("llama2_7b").config
   cache = 2 * config.num_layers * ROWS * 2048 * config.num_kv_heads * config.head_dim * 2

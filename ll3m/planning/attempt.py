@@ -54,7 +54,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
-  return Attempt(seconds, used, hlo.parse(compiled.as_text()))
+  return Attempt(seconds, used, hlo.read(compiled))
 
 
 def needed_bytes(error: Exception) -> int | None:

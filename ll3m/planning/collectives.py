@@ -1,7 +1,6 @@
 """What a compiled module sends between devices, and along which axis of the mesh."""
 
-import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,11 +47,11 @@ def collectives(
   for name, instruction in module.instructions():
     # An asynchronous collective may stand in the fusion that starts it, in those that run beside it
     # and in the one that waits for it: a chain.
-    chain = re.search(r'chain_id="(\w+)"', instruction.attributes)
+    chain = instruction.frontend_attribute("chain_id")
     if chain is not None:
-      if (module.home[name], chain[1]) in seen:
+      if (module.home[name], chain) in seen:
         continue
-      seen.add((module.home[name], chain[1]))
+      seen.add((module.home[name], chain))
     operands = [module.computations[name][operand] for operand in instruction.operands]
     read = _between_slices(instruction, operands, axes, slice_of)
     if read is None and (kind := instruction.opcode.removesuffix("-start")) in KINDS:
@@ -68,7 +67,7 @@ def collectives(
 def _within_slice(
   kind: str, instruction: Instruction, operands: list[Instruction], axes: dict[str, int]
 ) -> Collective:
-  groups = device_groups(instruction.attributes, axes)
+  groups = device_groups(instruction.proto)
   devices = 2 if groups is None else groups.shape[1]  # the fewest that exchange anything
   sent = sum(operand.bytes for operand in operands) * _share_sent(kind, devices)
   return Collective(kind, sent, _axis_of(groups, axes), between_slices=False)
@@ -81,7 +80,7 @@ def _between_slices(
   slice_of: np.ndarray | None,
 ) -> Collective | None:
   """Reads what is handed to the host for its network: a collective of the slices' own devices."""
-  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+  kind = instruction.frontend_attribute("_xla_megascale_transfer_type")
   if instruction.opcode != "send" or kind is None:
     return None
   axis = UNKNOWN
@@ -89,7 +88,7 @@ def _between_slices(
     of = slice_of.reshape(tuple(axes.values()))
     changes = [np.any(np.diff(of, axis=i)) for i in range(of.ndim)]
     axis = "+".join(name for name, changed in zip(axes, changes, strict=True) if changed)
-  return Collective(kind[1].lower().replace("_", "-"), operands[0].bytes, axis, between_slices=True)
+  return Collective(kind.lower().replace("_", "-"), operands[0].bytes, axis, between_slices=True)
 
 
 def _share_sent(kind: str, devices: int) -> float:
@@ -103,48 +102,44 @@ def _share_sent(kind: str, devices: int) -> float:
   }[kind]
 
 
-def device_groups(attributes: str, axes: dict[str, int]) -> np.ndarray | None:
-  """Reads which devices exchange with each other, in any of the forms in which XLA writes it.
+def device_groups(instruction: Any) -> np.ndarray | None:
+  """Reads which devices exchange with each other, in any of the forms that XLA has.
+
+  Args:
+    instruction: The proto of a collective.
 
   Returns:
-    [groups, devices of a group]; None in a form that is not known.
+    [groups, devices of a group]; None if all devices are one group, or parts of an axis are.
   """
-  if (pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)) is not None:
-    found = _braces(pairs[1])
-    return found[found[:, 0] != found[:, 1]]
-  if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes)) is not None:
-    return _braces(listed[1])
-  if (
-    tiled := re.search(r"replica_groups=(\[[^ ]*?\](?:T\([\d,]*\))?)[, ]", attributes)
-  ) is not None:
-    return _tiles(tiled[1])
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-  if named is None or "(" in named[2]:
+  if instruction.source_target_pairs:
+    pairs = np.array([(pair.source, pair.target) for pair in instruction.source_target_pairs])
+    return pairs[pairs[:, 0] != pairs[:, 1]]
+  if instruction.HasField("mesh_axes_replica_group_list"):
+    return _mesh_groups(instruction.mesh_axes_replica_group_list)
+  if instruction.HasField("iota_collective_device_list"):
+    return _iota_groups(instruction.iota_collective_device_list)
+  listed = instruction.collective_device_list
+  if listed.HasField("iota_replica_group_list"):
+    return _iota_groups(listed.iota_replica_group_list)
+  groups = [list(g.replica_ids) for g in listed.replica_groups or instruction.replica_groups]
+  return np.array(groups) if any(groups) else None
+
+
+def _iota_groups(groups: Any) -> np.ndarray:
+  """Reads an iota of one shape, transposed, in the shape of the groups."""
+  base = tuple(groups.iota_reshape_dims)
+  ids = np.arange(np.prod(base)).reshape(base).transpose(tuple(groups.iota_transpose_perm) or None)
+  return ids.reshape(groups.num_replica_groups, groups.num_devices_per_group)
+
+
+def _mesh_groups(groups: Any) -> np.ndarray | None:
+  if any(axis.HasField("sub_axis_info") for axis in groups.axes):
     return None
-  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-  return _named_groups(sizes, re.findall(r"'(\w+)'", named[2]))
-
-
-def _braces(text: str) -> np.ndarray:
-  return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{(.*?)\}", text)])
-
-
-def _tiles(text: str) -> np.ndarray:
-  """Reads "[32,2]<=[16,4]T(1,0)": an iota of the second shape, transposed, in the first's."""
-  shape, base, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-  ids = np.arange(int(np.prod(_numbers(base)))).reshape(_numbers(base))
-  return ids.transpose(_numbers(order) if order else None).reshape(_numbers(shape))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-  return tuple(int(part) for part in text.split(","))
-
-
-def _named_groups(sizes: dict[str, int], names: list[str]) -> np.ndarray:
-  ids = np.arange(int(np.prod(list(sizes.values())))).reshape(tuple(sizes.values()))
-  kept = [i for i, name in enumerate(sizes) if name not in names]
-  moved = [list(sizes).index(name) for name in names]
-  width = int(np.prod([ids.shape[i] for i in moved]))
+  sizes = [axis.size for axis in groups.mesh.axes]
+  ids = np.array(groups.mesh.device_ids or range(int(np.prod(sizes)))).reshape(sizes)
+  moved = [axis.mesh_axis_index for axis in groups.axes]
+  kept = [i for i in range(len(sizes)) if i not in moved]
+  width = int(np.prod([sizes[i] for i in moved]))
   return ids.transpose(*kept, *moved).reshape(-1, width)
 
 

@@ -1,7 +1,6 @@
 """What a compiled module computes and moves on one device, loops counted as often as they run."""
 
 import math
-import re
 
 import numpy as np
 
@@ -19,16 +18,15 @@ _FREE = frozenset(
     "opt-barrier",
   )
 )  # fmt: skip
-_KERNEL = 'custom_call_target="tpu_custom_call"'
-_ALLOCATES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+_KERNEL = "tpu_custom_call"
+_ALLOCATES = ("AllocateBuffer", "ConcatBitcast")
 _READS_A_PART = ("dynamic-slice", "slice", "gather", "slice-start")
 
 
 def kernels(module: Module) -> tuple[str, ...]:
   """Returns the names of the Pallas kernels that run, without the numbers that XLA gives them."""
-  return tuple(
-    sorted({i.name.split(".")[0] for _, i in module.instructions() if _KERNEL in i.attributes})
-  )
+  called = (i for _, i in module.instructions() if i.proto.custom_call_target == _KERNEL)
+  return tuple(sorted({i.name.split(".")[0] for i in called}))
 
 
 def flops(module: Module, keys_per_query: float) -> float:
@@ -46,15 +44,14 @@ def flops(module: Module, keys_per_query: float) -> float:
 
 
 def _flops_of(instruction: Instruction, computation: Computation, keys_per_query: float) -> float:
-  attributes = instruction.attributes
   if instruction.opcode == "dot":
     left = computation[instruction.operands[0]].arrays[0].shape
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
-    sizes = [left[int(i)] for i in contracted.split(",") if i]
+    contracted = instruction.proto.dot_dimension_numbers.lhs_contracting_dimensions
+    sizes = [left[i] for i in contracted]
     return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
   if instruction.opcode == "convolution":
     return 2.0 * _multiplications(instruction, computation)
-  if _KERNEL in attributes:
+  if instruction.proto.custom_call_target == _KERNEL:
     for name, products in _ATTENTION_PRODUCTS.items():
       if instruction.name.startswith(name):
         return 2.0 * products * math.prod(instruction.arrays[0].shape) * keys_per_query
@@ -68,25 +65,26 @@ def _multiplications(instruction: Instruction, computation: Computation) -> int:
   are padded so that all but the diagonal falls outside.
   """
   left, right = (computation[name].arrays[0].shape for name in instruction.operands[:2])
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
-  left, right, out = (
-    dict(zip(names, shape, strict=True))
-    for names, shape in zip(labels, (left, right, instruction.arrays[0].shape), strict=True)
+  out, numbers = instruction.arrays[0].shape, instruction.proto.convolution_dimension_numbers
+  count = (
+    out[numbers.output_batch_dimension]
+    * out[numbers.output_feature_dimension]
+    * right[numbers.kernel_input_feature_dimension]
   )
-  window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-  fields = dict(field.split("=") for field in window[1].split()) if window else {}
-  count = out["b"] * out["f"] * right["i"]
-  for axis in (label for label in out if label.isdigit()):
-
-    def field(name: str, default: str, axis: int = int(axis)) -> str:
-      return fields[name].split("x")[axis] if name in fields else default
-
-    stride, dilation, gaps = (int(field(n, "1")) for n in ("stride", "rhs_dilate", "lhs_dilate"))
-    padding = int(field("pad", "0_0").split("_")[0])
+  for window, of_left, of_right, of_out in zip(
+    instruction.proto.window.dimensions,
+    numbers.input_spatial_dimensions,
+    numbers.kernel_spatial_dimensions,
+    numbers.output_spatial_dimensions,
+    strict=True,
+  ):
     reached = (
-      np.arange(out[axis])[:, None] * stride + np.arange(right[axis])[None] * dilation - padding
+      np.arange(out[of_out])[:, None] * window.stride
+      + np.arange(right[of_right])[None] * window.window_dilation
+      - window.padding_low
     )
-    inside = (reached >= 0) & (reached <= (left[axis] - 1) * gaps) & (reached % gaps == 0)
+    gaps = window.base_dilation
+    inside = (reached >= 0) & (reached <= (left[of_left] - 1) * gaps) & (reached % gaps == 0)
     count *= int(inside.sum())
   return count
 
@@ -105,7 +103,7 @@ def hbm_bytes(module: Module) -> float:
 
 def _bytes_of(instruction: Instruction, computation: str, module: Module) -> int:
   opcode, around = instruction.opcode, module.computations[computation]
-  if opcode in _FREE or _ALLOCATES.search(instruction.attributes):
+  if opcode in _FREE or instruction.proto.custom_call_target in _ALLOCATES:
     return 0
   operands = [around[name] for name in instruction.operands]
   if opcode == "fusion":
@@ -125,7 +123,7 @@ def _fusion_bytes(instruction: Instruction, operands: list[Instruction], module:
   total = instruction.hbm_bytes
   for inner in inside.values():
     if inner.opcode == "parameter":
-      operand = operands[int(inner.attributes)]
+      operand = operands[inner.proto.parameter_number]
       total += min(_read_of(inner, inside, module), operand.hbm_bytes)
     elif inner.opcode == "dynamic-update-slice" and instruction.hbm_bytes:
       # It writes in place what it is given, not the whole array that is its result.
@@ -134,7 +132,7 @@ def _fusion_bytes(instruction: Instruction, operands: list[Instruction], module:
 
 
 def _inside(fusion: Instruction, module: Module) -> Computation:
-  (name,) = (callee for how, callee in fusion.called() if how == "calls")
+  (name,) = fusion.runs
   return module.computations[name]
 
 
@@ -162,7 +160,7 @@ def _read_by_nested(fusion: Instruction, position: int, module: Module) -> int:
   read = sum(
     _read_of(inner, inside, module)
     for inner in inside.values()
-    if inner.opcode == "parameter" and int(inner.attributes) == position
+    if inner.opcode == "parameter" and inner.proto.parameter_number == position
   )
   # Where every element of the result comes from one of the operand's, no more than it are read:
   # of a slice of something computed, the rest is not.

@@ -1,24 +1,27 @@
-"""A compiled module, read from its text: instructions, and how often each of them runs.
+"""A compiled module, read from its proto: instructions, and how often each of them runs.
 
 XLA's own cost analysis counts the body of a loop once, and the layers of a model are a loop.
 """
 
 import dataclasses
 import functools
-import re
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(
-  r"\b(calls|body|condition|branch_computations|true_computation|false_computation|to_apply)="
-  r"(\{[^}]*\}|%[\w.\-]+)"
-)
-_BITS = re.compile(r"[a-z]+(\d+)")
-# A reduction's or sort's function is not worth counting, and an all-reduce has one too.
-_NOT_COUNTED = "to_apply"
+import jax
+
+from ll3m.planning import hlo_proto
+
+# Bits of an element, by number in XLA's PrimitiveType. Booleans take a byte; tokens take nothing.
+_CODES_BY_BITS = {
+  1: (30, 31), 2: (26, 27), 4: (21, 22, 32), 8: (1, 2, 6, 19, 20, 23, 24, 25, 28, 29, 33),
+  16: (3, 7, 10, 16), 32: (4, 8, 11), 64: (5, 9, 12, 15), 128: (18,),
+}  # fmt: skip
+_BITS = {code: bits for bits, codes in _CODES_BY_BITS.items() for code in codes}
+_TUPLE = 13
+# What others refer to, such as a reduction's or a sort's function, is not worth counting.
+_RUNS = ("fusion", "while", "conditional", "call")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Array:
   """One array of an instruction's operands or results.
 
   Attributes:
-    shape: dimensions.
-    bytes: its size, padding of layouts not counted.
-    in_hbm: it lies in the chip's main memory, not in a core's vector or scalar memory.
+    shape: Its dimensions.
+    bytes: Its size, padding of layouts not counted.
+    in_hbm: Whether it lies in the chip's main memory, not in a core's vector or scalar memory.
   """
 
   shape: tuple[int, ...]
@@ -38,21 +41,24 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation.
+  """One instruction of a computation.
 
   Attributes:
-    name: unique in the module.
-    arrays: of the result; several for a tuple.
-    opcode: such as "fusion".
-    operands: names.
-    attributes: the rest of the line.
+    name: Its name, unique in the module.
+    arrays: Arrays of the result; several for a tuple.
+    opcode: Its kind, such as "fusion"; that of an asynchronous one is what it starts, such as
+      "slice-start".
+    operands: Names of the operands.
+    runs: Names of the computations that run with it; a loop's body stands before its condition.
+    proto: All other fields; see `hlo_proto`.
   """
 
   name: str
   arrays: tuple[Array, ...]
   opcode: str
   operands: tuple[str, ...]
-  attributes: str
+  runs: tuple[str, ...]
+  proto: Any
 
   @property
   def bytes(self) -> int:
@@ -64,11 +70,9 @@ class Instruction:
     """Size of the part of the result that lies in main memory."""
     return sum(array.bytes for array in self.arrays if array.in_hbm)
 
-  def called(self) -> Iterator[tuple[str, str]]:
-    """Yields (how, name) for every computation that the instruction refers to."""
-    for how, names in _CALLED.findall(self.attributes):
-      for name in _NAME.findall(names):
-        yield how, name
+  def frontend_attribute(self, key: str) -> str | None:
+    """Returns an attribute that XLA passes on from the program; None if it is not there."""
+    return next((a.value for a in self.proto.frontend_attributes.map if a.key == key), None)
 
 
 Computation = Mapping[str, Instruction]
@@ -95,9 +99,8 @@ class Module:
       counts[name] += times
       for instruction in self.computations[name].values():
         trips = self._trips(instruction)
-        for how, callee in instruction.called():
-          if how != _NOT_COUNTED or instruction.opcode == "call":
-            visit(callee, times * trips)
+        for callee in instruction.runs:
+          visit(callee, times * trips)
 
     visit(self.entry, 1)
     return counts
@@ -111,7 +114,7 @@ class Module:
       for name, instructions in self.computations.items()
       for instruction in instructions.values()
       if instruction.opcode == "fusion" or instruction.opcode.startswith("async")
-      for _, callee in instruction.called()
+      for callee in instruction.runs
     }
     for name in homes:
       while homes[name] in caller:
@@ -129,68 +132,77 @@ class Module:
     """Returns a loop's count, which its condition compares with: counts start at 0 and add 1."""
     if instruction.opcode != "while":
       return 1
-    (condition,) = (name for how, name in instruction.called() if how == "condition")
+    _, condition = instruction.runs
     bounds = [
-      int(match[1])
+      bound
       for i in self.computations[condition].values()
-      if i.opcode == "constant" and (match := re.match(r"(\d+)$", i.attributes))
+      if i.opcode == "constant" and i.arrays[0].shape == () and (bound := _integer(i)) is not None
     ]
     return bounds[0] if len(bounds) == 1 else 1
 
 
-def parse(text: str) -> Module:
-  """Reads what `jax.stages.Compiled.as_text` gives.
+def read(compiled: jax.stages.Compiled) -> Module:
+  """Reads the module of a compiled program."""
+  (module,) = compiled.runtime_executable().hlo_modules()
+  return parse(module.as_serialized_hlo_module_proto())
+
+
+def parse(serialized: bytes) -> Module:
+  """Reads a serialized `HloModuleProto`.
 
   Raises:
-    ValueError: it is not the text of a module.
+    ValueError: If the bytes are not a module.
   """
-  computations: dict[str, dict[str, Instruction]] = {}
-  entry, current = None, None
-  for line in text.splitlines():
-    if (match := _COMPUTATION.match(line)) is not None:
-      current = computations.setdefault(match[2], {})
-      entry = match[2] if match[1] else entry
-    elif current is not None and (match := _INSTRUCTION.match(line)) is not None:
-      current[match[1]] = _instruction(match[1], match[2])
-  if entry is None:
-    raise ValueError(f"not the text of a compiled module: {text[:60]!r}")
-  return Module(entry, computations)
-
-
-def _instruction(name: str, text: str) -> Instruction:
-  end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-  start = text.index("(", end)
-  stop = _closing(text, start)
-  opcode, inner = text[end:start].strip(), text[start + 1 : stop]
-  return Instruction(
-    name=name,
-    arrays=tuple(_arrays(text[:end])),
-    opcode=opcode,
-    operands=() if opcode == "constant" else tuple(_NAME.findall(inner)),
-    attributes=inner if opcode in ("constant", "parameter") else text[stop + 1 :],
+  proto = hlo_proto.parse(serialized)
+  found = {computation.id: computation for computation in proto.computations}
+  if proto.entry_computation_id not in found:
+    raise ValueError("not a compiled module: it has no entry computation")
+  return Module(
+    found[proto.entry_computation_id].name,
+    {computation.name: _computation(computation, found) for computation in found.values()},
   )
 
 
-def _closing(text: str, start: int) -> int:
-  """Returns where the parenthesis that opens at `start` closes."""
-  depth = 0
-  for match in re.compile(r"[()]").finditer(text, start):
-    depth += 1 if match[0] == "(" else -1
-    if depth == 0:
-      return match.start()
-  raise ValueError(f"unbalanced parentheses: {text[:80]!r}")
+def _computation(proto: Any, computations: Mapping[int, Any]) -> dict[str, Instruction]:
+  names = {i.id: i.name for i in proto.instructions}
+  return {i.name: _instruction(i, names, computations) for i in proto.instructions}
 
 
-def _arrays(text: str) -> Iterator[Array]:
-  for dtype, dimensions, layout in _ARRAY.findall(text):
-    shape = tuple(int(size) for size in dimensions.split(",") if size)
-    bits = _BITS.match(dtype)
-    count = 1
-    for size in shape:
-      count *= size
-    space = re.search(r"S\((\d+)\)", layout)
+def _instruction(
+  proto: Any, names: Mapping[int, str], computations: Mapping[int, Any]
+) -> Instruction:
+  opcode, called = proto.opcode, [computations[i] for i in proto.called_computation_ids]
+  arrays, operands = tuple(_arrays(proto.shape)), tuple(names[i] for i in proto.operand_ids)
+  name = proto.name
+  if opcode == "async-start" and (root := _only(called)) is not None:
+    # The attributes are those of the wrapped instruction, whose computation is nothing else.
+    opcode, proto, called = f"{root.opcode}-start", root, []
+  runs = opcode in _RUNS or opcode.startswith("async")
+  return Instruction(
+    name, arrays, opcode, operands, tuple(c.name for c in called) if runs else (), proto
+  )
+
+
+def _only(computations: list[Any]) -> Any:
+  """Returns the one instruction beside parameters; None if there are others."""
+  found = [i for c in computations for i in c.instructions if i.opcode != "parameter"]
+  return found[0] if len(found) == 1 else None
+
+
+def _arrays(shape: Any) -> Iterator[Array]:
+  if shape.tuple_shapes:
+    for part in shape.tuple_shapes:
+      yield from _arrays(part)
+  elif shape.element_type != _TUPLE:
+    dimensions = tuple(shape.dimensions)
     yield Array(
-      shape=shape,
-      bytes=count * (int(bits[1]) if bits else 8) // 8,  # pred takes a byte
-      in_hbm=space is None or space[1] == "0",
+      shape=dimensions,
+      bytes=math.prod(dimensions) * _BITS.get(shape.element_type, 0) // 8,
+      in_hbm=shape.layout.memory_space == 0,
     )
+
+
+def _integer(constant: Instruction) -> int | None:
+  literal = constant.proto.literal
+  values = [*literal.s32s, *literal.u32s, *literal.s64s, *literal.u64s]
+  return values[0] if len(values) == 1 else None

@@ -8,9 +8,9 @@ import pytest
 from benchmarks import cycle_report
 from benchmarks.cycle_rows import Pass, Peer, Row, rows
 from benchmarks.tpu_cycles import CyclesConfig, all_tasks, our_task, peer_tasks
+from benchmarks.tuning.estimates import CHIPS, Kernel
 from ll3m.core import chips
 from ll3m_kernels.dispatch import GENERATIONS
-from ll3m_kernels.tuning.estimates import CHIPS, Kernel
 
 CHIP = CHIPS["v5e"]
 # A thousand cycles at the peak.

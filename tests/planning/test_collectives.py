@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ll3m.core import sharding
 from ll3m.planning import hlo
 from ll3m.planning.collectives import Collective, collectives, device_groups
+from tests.planning.modules import module_of
 
 AXES = {"dp": 2, "fsdp": 2, "mp": 2}
 SIZE = 64  # of a device's part, floats
@@ -26,7 +27,7 @@ def sent(body, *, loops=LOOPS):
   spec = P(("dp", "fsdp", "mp"))
   mapped = jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
   x = jax.ShapeDtypeStruct((8 * SIZE,), jnp.float32, sharding=NamedSharding(mesh, spec))
-  return collectives(hlo.parse(jax.jit(mapped).lower(x).compile().as_text()), AXES)
+  return collectives(hlo.read(jax.jit(mapped).lower(x).compile()), AXES)
 
 
 def part(x, axis):
@@ -61,41 +62,70 @@ def test_two_axes_are_two_entries_and_the_larger_comes_first():
   assert [(row.axis, row.kind) for row in found] == [("mp", "all-reduce"), ("dp", "all-reduce")]
 
 
+ADD = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %z = f32[] add(%x, %y)
+}
+"""
+
 # The same groups, pairs of neighbours along fsdp of a 2 x 2 x 2 mesh, in each of XLA's forms.
-@pytest.mark.parametrize(
-  "text",
-  [
-    "replica_groups={{0,2},{1,3},{4,6},{5,7}}, use",
-    "replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}",
-    "replica_groups=mesh['dp'=2,'fsdp'=2,'mp'=2] {'fsdp'}, use",
-    "source_target_pairs={{0,2},{1,3},{4,6},{5,7}}, frontend",
-  ],
+FORMS = (
+  "collective-permute(%a), source_target_pairs={{0,2},{1,3},{4,6},{5,7}}",
+  *(
+    f"all-reduce(%a), replica_groups={groups}, channel_id=1, use_global_device_ids=true, "
+    "to_apply=%add"
+    for groups in (
+      "{{0,2},{1,3},{4,6},{5,7}}",
+      "[4,2]<=[2,2,2]T(0,2,1)",
+      "mesh['dp'=2,'fsdp'=2,'mp'=2] {'fsdp'}",
+      "mesh['mp'=2,'fsdp'=2,'dp'=2], device_ids=([2,2,2]T(2,1,0)) {'fsdp'}",
+    )
+  ),
 )
-def test_forms_of_groups(text):
-  groups = device_groups(text, AXES)
-  assert sorted(map(tuple, groups.tolist())) == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
-def test_a_form_that_is_not_known_is_not_guessed():
-  assert device_groups("replica_groups=mesh['dp'=8] {'dp':(2)4}", AXES) is None
-  assert device_groups("replica_groups=new_form", AXES) is None
+def groups_of(form):
+  module = module_of(
+    f"""HloModule m, replica_count=1, num_partitions=8
+{ADD}
+ENTRY %main (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} {form}
+}}
+"""
+  )
+  return device_groups(module.computations["main"]["r"].proto)
 
 
-MODULE = """HloModule jit_step
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_groups(form):
+  assert sorted(map(tuple, groups_of(form).tolist())) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+
+
+@pytest.mark.parametrize("groups", ["mesh['dp'=8] {'dp':(2)4}", "{}"])
+def test_what_is_not_known_is_not_guessed(groups):
+  assert groups_of(f"all-reduce(%a), replica_groups={groups}, to_apply=%add") is None
+
+
+MODULE = """HloModule jit_step, replica_count=1, num_partitions=8
+ADD
 %start (p: bf16[64]) -> bf16[128] {
   %p = bf16[64]{0} parameter(0)
-  ROOT %g = bf16[128]{0} all-gather(%p), channel_id=5, GROUPS, CHAIN
+  ROOT %g = bf16[128]{0} all-gather(%p), dimensions={0}, channel_id=5, GROUPS, CHAIN
 }
 
 %wait (p: bf16[64]) -> bf16[128] {
   %p.1 = bf16[64]{0} parameter(0)
-  ROOT %g.1 = bf16[128]{0} all-gather(%p.1), channel_id=5, GROUPS, CHAIN
+  ROOT %g.1 = bf16[128]{0} all-gather(%p.1), dimensions={0}, channel_id=5, GROUPS, CHAIN
 }
 
 %all-reduce-scatter.3.clone (q: f32[64]) -> f32[32] {
   %q = f32[64]{0} parameter(0)
   %r = f32[64]{0} all-reduce(%q), channel_id=6, replica_groups=[4,2]<=[8], to_apply=%add
-  ROOT %s = f32[32]{0} dynamic-slice(%r), dynamic_slice_sizes={32}
+  %i = s32[] constant(0)
+  ROOT %s = f32[32]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={32}
 }
 
 ENTRY %main (a: bf16[64], b: f32[64]) -> f32[32] {
@@ -109,6 +139,7 @@ ENTRY %main (a: bf16[64], b: f32[64]) -> f32[32] {
 }
 """
 for name, text in {
+  "ADD": ADD,
   "GROUPS": "replica_groups={{0,1},{2,3},{4,5},{6,7}}",
   "CHAIN": 'frontend_attributes={chain_id="0"}',
   "NETWORK": 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}',
@@ -119,7 +150,7 @@ for name, text in {
 def test_what_the_tpu_compiler_makes_of_collectives():
   """A gather that two fusions share, a scatter in disguise, one that the host's network runs."""
   slices = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-  assert set(collectives(hlo.parse(MODULE), AXES, slices)) == {
+  assert set(collectives(module_of(MODULE), AXES, slices)) == {
     Collective("all-gather", 128.0, "mp", False),
     Collective("reduce-scatter", 128.0, "mp", False),
     Collective("all-reduce", 256, "dp", True),

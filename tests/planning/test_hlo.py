@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from ll3m.planning import costs, hlo
+from tests.planning.modules import module_of
 
 
-def module_of(function, *shapes):
+def compiled(function, *shapes):
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+  return hlo.read(jax.jit(function).lower(*arguments).compile())
 
 
 def test_products_in_nested_loops_count_as_often_as_they_run():
@@ -19,7 +20,7 @@ def test_products_in_nested_loops_count_as_often_as_they_run():
 
     return jax.lax.scan(outer, x, None, length=3)[0] @ weights[0]
 
-  module = module_of(step, (64, 128), (5, 128, 128))
+  module = compiled(step, (64, 128), (5, 128, 128))
   assert costs.flops(module, 0.0) == (3 * 5 + 1) * 2 * 64 * 128 * 128
 
 
@@ -27,11 +28,11 @@ def test_a_loop_without_a_count_runs_once():
   def step(x):
     return jax.lax.while_loop(lambda x: jnp.sum(x) < 0, lambda x: x @ x, x)
 
-  assert costs.flops(module_of(step, (32, 32)), 0.0) == 2 * 32**3
+  assert costs.flops(compiled(step, (32, 32)), 0.0) == 2 * 32**3
 
 
 def test_a_fusion_reads_its_operands_and_writes_its_result():
-  module = module_of(lambda x, y: jnp.tanh(x) * y + 1, (256, 512), (256, 512))
+  module = compiled(lambda x, y: jnp.tanh(x) * y + 1, (256, 512), (256, 512))
   assert costs.hbm_bytes(module) == 3 * 256 * 512 * 4
 
 
@@ -42,7 +43,7 @@ def test_a_slice_of_a_stack_is_all_that_is_read():
   def step(x, stack):
     return jax.lax.scan(lambda x, w: (x * w, None), x, stack)[0]
 
-  found = costs.hbm_bytes(module_of(step, (size,), (layers, size)))
+  found = costs.hbm_bytes(compiled(step, (size,), (layers, size)))
   row = size * 4
   # Each layer's slice and x are read and x is written; then x is copied once, and there are counts.
   assert 0 <= found - 3 * layers * row < 3 * row
@@ -76,7 +77,7 @@ ENTRY %main (a: f32[64,256], b: s32[]) -> f32[1,256] {
 
 
 def test_a_slice_in_a_fusion_within_a_fusion_is_all_that_is_read():
-  assert costs.hbm_bytes(hlo.parse(NESTED)) == 2 * 256 * 4
+  assert costs.hbm_bytes(module_of(NESTED)) == 2 * 256 * 4
 
 
 # What the TPU's compiler makes of products; the last one is a batch of eight: its windows are
@@ -103,12 +104,12 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_products_written_as_convolutions(name):
   out, left, right, attributes, multiplications = CONVOLUTIONS[name]
-  module = hlo.parse(
+  module = module_of(
     f"""HloModule jit_step
 ENTRY %main (a: {left}, b: {right}) -> {out} {{
-  %a = {left}{{1,0:T(8,128)}} parameter(0)
-  %b = {right}{{1,0:T(8,128)}} parameter(1)
-  ROOT %c = {out}{{1,0:T(8,128)}} convolution(%a, %b), {attributes}, metadata={{}}
+  %a = {left} parameter(0)
+  %b = {right} parameter(1)
+  ROOT %c = {out} convolution(%a, %b), {attributes}, metadata={{}}
 }}
 """
   )
@@ -116,10 +117,11 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
 
 
 def test_arrays_know_their_size_and_place():
-  module = hlo.parse(
+  module = module_of(
     """HloModule m
-ENTRY %main () -> f32[] {
-  ROOT %x = (bf16[3,5]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[7]{0}, u32[]{:S(2)}) custom-call()
+ENTRY %main () -> (bf16[3,5], pred[7], u32[]) {
+  ROOT %x = (bf16[3,5]{1,0:T(8,128)(2,1)S(1)}, pred[7]{0}, u32[]{:S(2)}) custom-call(),
+    custom_call_target="x"
 }
 """
   )
@@ -130,6 +132,27 @@ ENTRY %main () -> f32[] {
   assert (instruction.bytes, instruction.hbm_bytes) == (41, 7)
 
 
-def test_other_text_is_refused():
-  with pytest.raises(ValueError, match="not the text of a compiled module"):
-    hlo.parse("module @jit_step { }")
+@pytest.mark.parametrize(
+  "data, message", [(b"", "it has no entry computation"), (b"\xff", "not a serialized HLO module")]
+)
+def test_other_bytes_are_refused(data, message):
+  with pytest.raises(ValueError, match=message):
+    hlo.parse(data)
+
+
+def test_an_asynchronous_slice_is_named_after_what_it_does():
+  module = module_of(
+    """HloModule m
+%wrapped (p: f32[64,256]) -> f32[1,256] {
+  %p = f32[64,256]{1,0} parameter(0)
+  ROOT %s = f32[1,256]{1,0} slice(%p), slice={[0:1], [0:256]}
+}
+ENTRY %main (a: f32[64,256]) -> f32[1,256] {
+  %a = f32[64,256]{1,0} parameter(0)
+  %b = ((f32[64,256]{1,0}), f32[1,256]{1,0:S(1)}, u32[]{:S(2)}) async-start(%a), calls=%wrapped
+  ROOT %d = f32[1,256]{1,0:S(1)} async-done(%b)
+}
+"""
+  )
+  assert [i.opcode for _, i in module.instructions()] == ["parameter", "slice-start", "async-done"]
+  assert costs.hbm_bytes(module) == 256 * 4  # read, and written to vector memory

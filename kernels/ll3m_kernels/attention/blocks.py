@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ll3m_kernels import dispatch
+from ll3m_kernels import dispatch, tables
 from ll3m_kernels.attention.chunks import chunk_size
 from ll3m_kernels.attention.spec import Span
 from ll3m_kernels.attention.stairs import step_size
 from ll3m_kernels.dispatch import MIB, Generation
 from ll3m_kernels.tiling import LANES, even, up, vmem_limit
-from ll3m_kernels.tuning import tables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ and within a tile on chunks that do not depend on each other.
 import math
 from typing import Any, NamedTuple
 
+from ll3m_kernels import tables
 from ll3m_kernels.dispatch import MIB, Generation
 from ll3m_kernels.tiling import LANES, SUBLANES, up
-from ll3m_kernels.tuning import tables
 
 # Rows of the smallest bfloat16 tile; float32 could do with half.
 _ROWS = 16

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ll3m_kernels.tuning.control_flow import follows_data, kernel_calls
+from benchmarks.tuning.control_flow import follows_data, kernel_calls
 
 X = jax.ShapeDtypeStruct((16, 128), jnp.int32)
 

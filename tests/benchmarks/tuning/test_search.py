@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
+from benchmarks.tuning.estimates import Kernel
+from benchmarks.tuning.ledger import Ledger
+from benchmarks.tuning.operations import OPERATIONS, Shape
+from benchmarks.tuning.search import Search
 from ll3m_kernels.dispatch import GENERATIONS
-from ll3m_kernels.tuning.estimates import Kernel
-from ll3m_kernels.tuning.ledger import Ledger
-from ll3m_kernels.tuning.operations import OPERATIONS, Shape
-from ll3m_kernels.tuning.search import Search
 
 SHAPE = Shape(128, 4096, "causal")
 ATTENTION = OPERATIONS["flash_attention"]

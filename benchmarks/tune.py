@@ -1,12 +1,11 @@
 """Finds the block sizes that cost the fewest cycles, by the TPU compiler's estimates; needs no TPU.
 
-  python -m ll3m_kernels.tune --op=flash_attention --generation=v6e
-  python -m ll3m_kernels.tune --op=flash_attention --generation=v5e \
+  python -m benchmarks.tune --op=flash_attention --generation=v5e \
       --shape=H=96,T=3072,mask=window --output=mine.json
   LL3M_KERNELS_TABLES=mine.json python train.py
 
-Without --output, the tables of this package are brought up to date. What is interrupted goes on
-where it stopped when it is called again. Needs the extra "tpu": libtpu and tqdm.
+Entries of other shapes that the table already holds are kept. An interrupted search resumes when
+the command is run again. Run it from the root of the repository; it needs libtpu and tqdm.
 """
 
 import argparse
@@ -16,12 +15,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: it must not look for chips
 
+from benchmarks.tuning.estimates import CHIPS
+from benchmarks.tuning.ledger import Ledger
+from benchmarks.tuning.operations import DTYPES, OPERATIONS, Operation, Shape
+from benchmarks.tuning.search import Search
+from ll3m_kernels import tables
 from ll3m_kernels.attention.api import MAX_HEAD_DIM
-from ll3m_kernels.tuning import tables
-from ll3m_kernels.tuning.estimates import CHIPS
-from ll3m_kernels.tuning.ledger import Ledger
-from ll3m_kernels.tuning.operations import DTYPES, OPERATIONS, Operation, Shape
-from ll3m_kernels.tuning.search import Search
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,10 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     The exit code.
   """
   options = _parser().parse_args(argv)
-  operation = OPERATIONS[options.op]
+  operation, output = OPERATIONS[options.op], options.output
   try:
     shapes = [_shape(text, operation) for text in options.shape] or list(operation.shapes)
-    output = options.output or Path(tables.__file__).with_name(f"{options.generation}.json")
     entries = tables.read(output) if output.exists() else {}
   except ValueError as error:
     print(f"tune: {error}", file=sys.stderr)
@@ -42,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     from tqdm import tqdm
   except ImportError:
-    print("tune: needs tqdm and libtpu: pip install 'll3m[tpu]'", file=sys.stderr)
+    print("tune: needs tqdm and libtpu: pip install libtpu tqdm", file=sys.stderr)
     return 1
   failed = 0
   print(f"estimates are kept in {options.estimates}, results in {output}", file=sys.stderr)
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m ll3m_kernels.tune",
+    prog="python -m benchmarks.tune",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -85,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     help="H=128,T=4096,mask=causal,dtype=bfloat16 for attention, D=4096,T=8192 for norms; may be "
     "repeated; by default those of the models that LL3M knows",
   )
-  parser.add_argument("--output", type=Path, help="the table; by default the package's own")
+  parser.add_argument("--output", type=Path, required=True, help="the table to write")
   parser.add_argument(
     "--estimates",
     type=Path,

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from benchmarks.tuning.control_flow import follows_data, kernel_calls
 from ll3m_kernels import dispatch
 from ll3m_kernels.tpu_compiler import compile_for
-from ll3m_kernels.tuning.control_flow import follows_data, kernel_calls
 
 
 def main() -> None:

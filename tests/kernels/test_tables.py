@@ -5,19 +5,11 @@ import json
 
 import pytest
 
-from ll3m_kernels import BlockSizes
+from ll3m_kernels import BlockSizes, tables
 from ll3m_kernels.attention import blocks
 from ll3m_kernels.dispatch import GENERATIONS
 from ll3m_kernels.norms import blocks as norm_blocks
-from ll3m_kernels.tuning import tables
-from ll3m_kernels.tuning.estimates import CHIPS
-from ll3m_kernels.tuning.operations import OPERATIONS
 
-OWN = sorted(
-  (path, key, entry)
-  for path in tables.Path(tables.__file__).parent.glob("*.json")
-  for key, entry in tables.read(path).items()
-)
 V5E = GENERATIONS["v5e"]
 PROBLEM = blocks.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask="full")
 
@@ -27,20 +19,6 @@ PROBLEM = blocks.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask="full
 )
 def test_length_bucket(length, bucket):
   assert tables.length_bucket(length) == bucket
-
-
-def test_there_is_a_table_for_every_generation_that_can_be_priced():
-  assert {path.stem for path, *_ in OWN} == set(CHIPS)
-
-
-@pytest.mark.parametrize("path, key, entry", OWN, ids=lambda value: "")
-def test_own_entries(path, key, entry):
-  operation = OPERATIONS[key.operation]
-  assert key.generation == path.stem
-  assert set(entry["limits"]) == {name for o in operation.options.values() for name in o}
-  assert set(entry["cycles"]) == set(operation.options)
-  for cycles in entry["cycles"].values():
-    assert 0 < cycles["tuned"] <= cycles["rule"]
 
 
 @pytest.fixture

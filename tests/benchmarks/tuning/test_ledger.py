@@ -2,9 +2,9 @@
 
 import pytest
 
-from ll3m_kernels.tuning import ledger
-from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, UnfinishedError
-from ll3m_kernels.tuning.ledger import Ledger, Task
+from benchmarks.tuning import ledger
+from benchmarks.tuning.estimates import Kernel, NotPricedError, UnfinishedError
+from benchmarks.tuning.ledger import Ledger, Task
 
 KERNEL = Kernel("kernel", 123, 456, False)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ll3m_kernels.tuning.estimates import CHIPS, NotPricedError, UnfinishedError, estimate
-from tests.kernels.tuning.builders import K, M, N
+from benchmarks.tuning.estimates import CHIPS, NotPricedError, UnfinishedError, estimate
+from tests.benchmarks.tuning.builders import K, M, N
 
-BUILDERS = "tests.kernels.tuning.builders"
+BUILDERS = "tests.benchmarks.tuning.builders"
 
 
 @pytest.mark.parametrize("generation", CHIPS)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ll3m_kernels import dispatch
+from ll3m_kernels import dispatch, tables
 from ll3m_kernels.attention import backward as attention_backward
 from ll3m_kernels.attention import blocks as attention_blocks
 from ll3m_kernels.attention import forward as attention_forward
@@ -20,7 +20,6 @@ from ll3m_kernels.norms import backward as norm_backward
 from ll3m_kernels.norms import blocks as norm_blocks
 from ll3m_kernels.norms import forward as norm_forward
 from ll3m_kernels.norms.spec import Spec as NormSpec
-from ll3m_kernels.tuning import tables
 
 DTYPES = {"bfloat16": 2, "float32": 4}
 _MASKS = ("causal", "full", "window")
@@ -46,7 +45,7 @@ class Operation(NamedTuple):
   """Something with limits.
 
   Attributes:
-    key: of a shape in the tables.
+    key: Key of a shape in the tables.
     rule: its limits without an entry there.
     options: values to try of each limit, for each kernel that is priced by itself.
     serves: whether limits can be laid out.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ll3m_kernels.tuning.estimates import Kernel, NotPricedError, UnfinishedError, estimate
+from benchmarks.tuning.estimates import Kernel, NotPricedError, UnfinishedError, estimate
 
 
 class Task(NamedTuple):

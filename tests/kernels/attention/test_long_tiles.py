@@ -1,4 +1,4 @@
-"""Every configuration that the tables choose, interpreted, against float64 NumPy."""
+"""The largest tiles that the rule chooses, interpreted, against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,36 +7,23 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from ll3m_kernels import explain, flash_attention, target
+from ll3m_kernels.attention import blocks
 from ll3m_kernels.dispatch import GENERATIONS
-from ll3m_kernels.tuning import tables
 from tests.kernels.attention import oracle
 from tests.kernels.tolerances import assert_close
 
 
-def configurations():
-  """Yields one entry of each kind: generations with one matrix unit run the same kernel."""
-  found = {}
-  for path in sorted(tables.Path(tables.__file__).parent.glob("*.json")):
-    for key, entry in tables.read(path).items():
-      if key.operation == "flash_attention":
-        unit = GENERATIONS[key.generation].matrix_unit
-        kind = (unit, key.dtype, key.size, key.mask, *entry["limits"].values())
-        found.setdefault(kind, (key, entry["limits"]))
-  return list(found.values())
-
-
 @pytest.mark.parametrize(
-  "key, limits", configurations(), ids=lambda value: "-".join(map(str, value))
+  "generation, mask", [("v5e", "causal"), ("v5p", "full"), ("v6e", "causal")]
 )
-def test_values_and_gradients(key, limits):
+def test_values_and_gradients(generation, mask):
+  problem = blocks.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask=mask)
+  limits = blocks.rule(problem, GENERATIONS[generation])._asdict()
   length = max(limits.values())  # the largest tile is whole, and cut by the mask
-  options = {
-    "is_causal": key.mask != "full",
-    "local_window_size": (length // 4 - 1, 0) if key.mask == "window" else None,
-  }
+  options = {"is_causal": mask == "causal"}
   rng = np.random.default_rng(0)
-  dtype = jnp.dtype(key.dtype)
-  shape = (1, length, 1, key.size)
+  dtype = jnp.bfloat16
+  shape = (1, length, 1, 128)
   q, k, v, bar = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4))
 
   def both(implementation):
@@ -45,7 +32,7 @@ def test_values_and_gradients(key, limits):
     )
     return output, *vjp(bar)
 
-  with target(key.generation), tables.force({"flash_attention": limits}):
+  with target(generation):
     said = explain(flash_attention, q, k, v, **options)
     assert f"tiles of {limits['keys']} keys x {limits['queries']} queries" in said
     with pltpu.force_tpu_interpret_mode():

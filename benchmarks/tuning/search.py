@@ -4,16 +4,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ll3m_kernels
+from benchmarks.tuning import operations
+from benchmarks.tuning.ledger import Ledger, Task
+from benchmarks.tuning.operations import OPERATIONS, Shape
+from ll3m_kernels import tables
 from ll3m_kernels.dispatch import GENERATIONS
-from ll3m_kernels.tuning import tables
-from ll3m_kernels.tuning.ledger import Ledger, Task
-from ll3m_kernels.tuning.operations import OPERATIONS, Shape
 
-_BUILDER = "ll3m_kernels.tuning.operations:build"
-_KERNELS = Path(__file__).parents[1]
+_BUILDER = "benchmarks.tuning.operations:build"
+_KERNELS = Path(ll3m_kernels.__file__).parent
 _SOURCES = tuple(
-  str(_KERNELS / name)
-  for name in ("attention", "norms", "dispatch.py", "tiling.py", "tuning/operations.py")
+  str(path)
+  for path in (
+    *(_KERNELS / name for name in ("attention", "norms", "dispatch.py", "tiling.py")),
+    Path(operations.__file__),
+  )
 )
 # Of the cycles: a smaller gain is not worth other blocks, nor what they take of the memory.
 _LEAST_GAIN = 0.01

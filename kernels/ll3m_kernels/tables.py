@@ -1,10 +1,10 @@
-"""Block sizes that the TPU compiler's estimates have found best, by what a call looks like.
+"""Tables of block sizes, which replace the kernels' own rule for the calls that they list.
 
-`python -m ll3m_kernels.tune` writes a table; those beside this file are read always, and before
-them the ones that the environment variable LL3M_KERNELS_TABLES names (paths as in PATH).
+The environment variable LL3M_KERNELS_TABLES names tables, separated as in PATH. Without it, and for
+calls that no table lists, kernels follow their rule. `benchmarks/tune.py` writes tables.
 
-A table is JSON: a list of entries, each with the fields of `Key`, `limits` by name, and `cycles` of
-these and of the rule's, which is what calls follow that no entry is for.
+A table is JSON: a list of entries, each with the fields of `Key`, `limits` by name, and `cycles`
+with these limits and with the rule's.
 """
 
 import contextlib
@@ -109,10 +109,9 @@ def write(path: Path, entries: Mapping[Key, Mapping[str, Any]]) -> None:
 
 @functools.cache
 def _entries(paths: str) -> dict[Key, dict[str, int]]:
-  """Merges all tables; the first one that has an entry decides."""
+  """Merges tables; the first one that has an entry decides."""
   found: dict[Key, dict[str, int]] = {}
-  own = sorted(Path(__file__).parent.glob("*.json"))
-  for path in [*map(Path, filter(None, paths.split(os.pathsep))), *own]:
-    for key, entry in read(path).items():
+  for path in filter(None, paths.split(os.pathsep)):
+    for key, entry in read(Path(path)).items():
       found.setdefault(key, entry["limits"])
   return found

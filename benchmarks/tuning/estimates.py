@@ -121,7 +121,7 @@ def estimate(
     }
     try:
       done = subprocess.run(
-        [sys.executable, "-m", "ll3m_kernels.tuning.worker", json.dumps(task)],
+        [sys.executable, "-m", "benchmarks.tuning.worker", json.dumps(task)],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,1 +1,0 @@
-"""Finds block sizes by the TPU compiler's estimates, and keeps them in tables."""

@@ -1,0 +1,9 @@
+"""Modules written as text, which XLA's own parser reads."""
+
+from jaxlib import _hlo
+
+from ll3m.planning import hlo
+
+
+def module_of(text: str) -> hlo.Module:
+  return hlo.parse(_hlo.hlo_module_from_text(text).as_serialized_hlo_module_proto())
