@@ -34,6 +34,7 @@ from ll3m.core.options import CHOICES, HELP, REPEATED, Fallback, option
 
 _HEADING = "flags"  # of --help
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
+_PRINTERS = (standard_logging.StreamHandler, absl.logging.ABSLHandler)
 _BACKTICKED = re.compile(r"`([\w.]+)`")
 
 # Errors whose message is all that the person who typed needs.
@@ -341,20 +342,15 @@ def _logging(*, debug: bool) -> Iterator[None]:
     handler.addFilter(_is_unseen)
   root, verbosity = standard_logging.getLogger(), absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.WARNING)
-  root.addHandler(handler)
-  # TensorFlow installs absl's own handler, which would print everything once more.
-  absl.logging.get_absl_handler().addFilter(_nothing)
+  # The handlers of absl.app and of logging.basicConfig, which some library calls while it is
+  # imported, would print everything once more.
+  others = [other for other in root.handlers if type(other) in _PRINTERS]
+  root.handlers = [handler, *(other for other in root.handlers if other not in others)]
   try:
     yield
   finally:
-    absl.logging.get_absl_handler().removeFilter(_nothing)
-    root.removeHandler(handler)
+    root.handlers = [*others, *(other for other in root.handlers if other is not handler)]
     absl.logging.set_verbosity(verbosity)
-
-
-def _nothing(record: standard_logging.LogRecord) -> bool:
-  del record
-  return False
 
 
 class _Sentence(standard_logging.Formatter):
