@@ -5,6 +5,7 @@ Everything below is loaded when it is first used, so that importing this package
 * `load`, `init` and `Model`: a language model in one object.
 * `data.jsonl`, `data.huggingface` and `data.mixture`: streams of batches; `Batch` is one.
 * `make_train_step`, `init_state`, `TrainState` and `evaluate`: training with any optax optimizer.
+* `Trainer`: the whole loop, with evaluation, checkpoints, logging and resuming.
 * `make_mesh`: the devices to split a model over.
 
 docs/python.md leads through them. The modules `ll3m.train`, `ll3m.convert`, ... are commands.
@@ -20,6 +21,7 @@ _HOMES = {
   "Batch": "ll3m.data.batch",
   "Model": "ll3m.api.model",
   "TrainState": "ll3m.training.step",
+  "Trainer": "ll3m.api.trainer",
   "init": "ll3m.api.loading",
   "init_state": "ll3m.api.training",
   "load": "ll3m.api.loading",

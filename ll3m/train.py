@@ -4,13 +4,12 @@ Everything that can be checked is checked before weights are loaded. A run with 
 the same output_dir resumes where it stopped, to the bit, without what it was loaded from.
 """
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from etils import epath
 
 from ll3m.core import flags, sharding
@@ -20,13 +19,12 @@ from ll3m.core.options import require
 from ll3m.core.run import RunCheckpoints
 from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
-from ll3m.data.batch import Batch
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.planning.remedies import advising
 from ll3m.planning.training import job_of
 from ll3m.training import metrics
-from ll3m.training.inputs import stack_micro_steps, to_devices
 from ll3m.training.logger import Logger, say
+from ll3m.training.loop import Loop
 from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.options import FALLBACKS, FLAG_GROUPS, without_effect
 from ll3m.training.profiling import Profiler
@@ -42,10 +40,9 @@ from ll3m.training.run import (
   show_batches,
   write_companions,
 )
-from ll3m.training.saving import SaveSchedule
 from ll3m.training.setup import check_length, check_same_model, choose_model
-from ll3m.training.step import StepMetrics, TrainState, make_eval_step
-from ll3m.training.stopping import INTERRUPTED, Stopped, StopRequest
+from ll3m.training.step import make_eval_step
+from ll3m.training.stopping import INTERRUPTED, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,9 +110,23 @@ def _train(given: flags.Flags) -> int:
       ) as logger,
       profiler,
     ):
-      finished = train(
-        run, state, batches, train_step, held_out, checkpoints, logger, profiler, stop
+      loop = Loop(
+        options=options,
+        step=train_step,
+        batches=batches,
+        accumulate=run.optimizer.accumulate_gradient_steps,
+        mesh=run.mesh,
+        held_out=held_out,
+        summarise=functools.partial(metrics.summarise, config=run.config, length=run.length),
+        meta=model_meta(run.family.name, run.config)
+        | {"settings": fixed_settings(options, run.optimizer, run.train_dataset)},
+        watch=NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps),
+        checkpoints=checkpoints,
+        logger=logger,
+        profiler=profiler,
+        stop=stop,
       )
+      _, finished = loop.run(state)
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := stream.skipped.describe_unreported()):
       say(f"{name}_dataset: {skipped}")
@@ -124,106 +135,6 @@ def _train(given: flags.Flags) -> int:
   signal = "Ctrl-C" if stop.exit_code == INTERRUPTED else "SIGTERM"
   say(f"stopped by {signal}; the same command resumes from here")
   return stop.exit_code
-
-
-def train(
-  run: Run,
-  state: TrainState,
-  batches: Any,
-  train_step: Callable,
-  held_out: Callable[[Any], dict[str, float]] | None,
-  checkpoints: RunCheckpoints,
-  logger: Logger,
-  profiler: Profiler,
-  stop: StopRequest,
-) -> bool:
-  """Steps from where the state stands to the end of the run.
-
-  Returns:
-    Whether it came there; if not, it was asked to stop and has saved the step it had reached.
-    Asked at the last step, it came there, but its evaluation is left out.
-  """
-  options, step = run.options, int(state.step)
-  rng = np.asarray(state.rng).tolist()
-  settings = fixed_settings(options, run.optimizer, run.train_dataset)
-  saving = SaveSchedule(
-    options.total_steps,
-    every_steps=options.save_model_freq,
-    every_minutes=options.save_model_minutes,
-  )
-  watch = NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps)
-  under_way: tuple | None = None
-  pending: list = []
-  since = time.perf_counter()
-
-  def due(freq: int) -> bool:
-    return step == options.total_steps or bool(freq and step % freq == 0)
-
-  def finish(made: int, made_metrics: StepMetrics, rows: Batch) -> None:
-    watch.look(made, made_metrics, rows)  # which waits for the step
-    logger.advance(made)
-
-  def log() -> None:
-    nonlocal pending, since
-    logger.log(
-      step,
-      metrics.summarise(
-        jax.device_get(pending),
-        seconds=time.perf_counter() - since,
-        config=run.config,
-        length=run.length,
-      ),
-    )
-    logger.advance(step)
-    pending, since = [], time.perf_counter()
-
-  def save() -> None:
-    logger.flush()
-    saving.restart()
-    checkpoints.save(
-      step,
-      params=state.params,
-      opt_state=state.opt_state,
-      meta=model_meta(run.family.name, run.config)
-      | {"step": step, "rng": rng, "settings": settings},
-      dataset=batches.state(),
-    )
-
-  # Also that of the step which the run goes on from, if it was asked to stop before or within it.
-  if held_out and (step == 0 or due(options.eval_freq)) and not logger.has(step, "eval_loss"):
-    logger.log(step, held_out(state.params))
-  stop.defer()
-  while step < options.total_steps:
-    with profiler.step(step + 1):
-      batch = stack_micro_steps(batches, run.optimizer.accumulate_gradient_steps)
-      state, step_metrics = train_step(state, to_devices(batch, run.mesh))
-      if under_way:  # one step is always under way while the next batch is read
-        finish(*under_way)
-    step += 1
-    profiler.finish(step, step_metrics)
-    under_way = (step, step_metrics, batch)
-    pending.append(step_metrics)
-    checkpoints.check()
-    try:
-      stop.check(step)
-      if due(options.log_freq):
-        log()
-      pause = time.perf_counter()
-      if held_out and due(options.eval_freq):
-        logger.log(step, held_out(state.params))
-      if saving.due(step):
-        save()
-      since += time.perf_counter() - pause  # tokens/s is the training's
-    except Stopped:
-      if pending:
-        log()
-      save()
-      if held_out and step == options.total_steps:
-        logger.say("asked to stop: the last evaluation is left out; ll3m.evaluate makes it")
-      break
-  if under_way:
-    finish(*under_way)
-  return step >= options.total_steps
 
 
 def read_run(given: flags.Flags) -> Run:

@@ -58,9 +58,9 @@ def make_train_step(
     z_loss: Weight of the z-loss log(Z)^2 of the default loss.
 
   Returns:
-    The step. Its metrics are float32 scalars: `loss` (mean per target), `targets`, `grad_norm`
-    (before the optimizer clips it), `param_norm`, `skipped` (1 for a step that is not finite),
-    `learning_rate` with a schedule, and with the default loss `accuracy` and `tokens`.
+    The step. Its metrics are float32 scalars: `loss` (mean per target), `targets`, `tokens`,
+    `grad_norm` (before the optimizer clips it), `param_norm`, `skipped` (1 for a step that is not
+    finite), `learning_rate` with a schedule, and with the default loss `accuracy`.
 
   Raises:
     ValueError: `accumulate` is less than 1.
@@ -90,12 +90,13 @@ def _report(found: StepMetrics, *, is_default: bool, has_schedule: bool) -> Metr
   report = {
     "loss": sums.loss / weight,
     "targets": sums.weight,
+    "tokens": sums.tokens,
     "grad_norm": found.gradient_norm,
     "param_norm": found.parameter_norm,
     "skipped": found.skipped,
   }
   if is_default:
-    report |= {"accuracy": sums.correct / weight, "tokens": sums.tokens}
+    report["accuracy"] = sums.correct / weight
   if has_schedule:
     report["learning_rate"] = found.learning_rate
   return report

@@ -13,28 +13,23 @@ Values come from the command line, then from the files of --config, then from th
 commands and tools import this module.
 """
 
-import ast
 import dataclasses
-import logging as standard_logging
 import os
 import re
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import absl.flags
-import absl.logging
 
-from ll3m.core import config_files, storage
-from ll3m.core.options import CHOICES, HELP, REPEATED, Fallback, option
+from ll3m.core import config_files, library_logs, storage
+from ll3m.core.flag_types import HEADING, TupleParser, define, names
+from ll3m.core.options import HELP, REPEATED, Fallback, option
 
-_HEADING = "flags"  # of --help
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
-_PRINTERS = (standard_logging.StreamHandler, absl.logging.ABSLHandler)
 _BACKTICKED = re.compile(r"`([\w.]+)`")
 
 # Errors whose message is all that the person who typed needs.
@@ -94,7 +89,7 @@ class Flags:
     self._values = absl.flags.FlagValues()
     self._from_file: set[str] = set()
     for prefix, cls in (*groups.items(), ("", CommonOptions)):
-      _define(self._values, prefix, cls)
+      define(self._values, prefix, cls)
     if any(argument in _HELP_FLAGS for argument in arguments):
       self._values.mark_as_parsed()
       return
@@ -118,7 +113,7 @@ class Flags:
 
   def help(self) -> str:
     """Returns what --help prints."""
-    return f"{self._doc.strip()}\n{self._values.module_help(_HEADING)}"
+    return f"{self._doc.strip()}\n{self._values.module_help(HEADING)}"
 
   def _read_file(self, file: str, typed: Iterable[str]) -> None:
     known = [name for name in self._values if name != "config"]
@@ -127,7 +122,7 @@ class Flags:
         continue
       flag = self._values[name]
       flag.present = 0  # a file before this one may have set it
-      takes_list = isinstance(flag, absl.flags.MultiFlag) or isinstance(flag.parser, _TupleParser)
+      takes_list = isinstance(flag, absl.flags.MultiFlag) or isinstance(flag.parser, TupleParser)
       if isinstance(value, list) and not takes_list:
         raise UsageError(f"`config`: {place}: {name} must be one value, got the list {value}")
       try:
@@ -206,7 +201,7 @@ class Flags:
       if prefix and prefix in leave_out:
         continue
       fallback = self._fallbacks.get(prefix)
-      for name in _names(cls):
+      for name in names(cls):
         flag = f"{prefix}.{name}" if prefix else name
         borrows = fallback and fallback.source_of(name) and not self.given(flag)
         settings[flag] = None if borrows else self._values[flag].value
@@ -291,7 +286,7 @@ def call(
       return 0
     debug = flags.debug
     configs = {prefix: flags[prefix] for prefix in groups}  # which validates every flag at once
-    with _logging(debug=debug):
+    with library_logs.shown(debug=debug):
       storage.prepare(map(str, flags.settings().values()))
       with _processes(configs, flags, debug=debug):
         return run(flags) or 0
@@ -329,131 +324,3 @@ def _report(
     # write after the sentence that says what went wrong.
     os._exit(code)
   return code
-
-
-@contextmanager
-def _logging(*, debug: bool) -> Iterator[None]:
-  """Shows what libraries log: warnings as sentences, or with `debug` everything with its place."""
-  handler = standard_logging.StreamHandler()
-  if debug:
-    handler.setFormatter(standard_logging.Formatter(standard_logging.BASIC_FORMAT))
-  else:
-    handler.setFormatter(_Sentence())
-    handler.addFilter(_is_unseen)
-  root, verbosity = standard_logging.getLogger(), absl.logging.get_verbosity()
-  absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.WARNING)
-  # The handlers of absl.app and of logging.basicConfig, which some library calls while it is
-  # imported, would print everything once more.
-  others = [other for other in root.handlers if type(other) in _PRINTERS]
-  root.handlers = [handler, *(other for other in root.handlers if other not in others)]
-  try:
-    yield
-  finally:
-    root.handlers = [*others, *(other for other in root.handlers if other is not handler)]
-    absl.logging.set_verbosity(verbosity)
-
-
-class _Sentence(standard_logging.Formatter):
-  """Formats a record as errors are printed, on one line and without its place, time or traceback.
-
-  What a library logs as an error is a warning: an error of ours ends the command.
-  """
-
-  def format(self, record: standard_logging.LogRecord) -> str:
-    level = "warning" if record.levelno >= standard_logging.WARNING else record.levelname.lower()
-    return f"{level}: {' '.join(record.getMessage().split())}"
-
-
-def _is_unseen(record: standard_logging.LogRecord) -> bool:
-  """Whether no handler of the library itself prints the record too."""
-  logger = standard_logging.getLogger(record.name)
-  while logger.parent is not None and not logger.handlers:
-    logger = logger.parent
-  return logger.parent is None
-
-
-class _TupleParser(absl.flags.ArgumentParser):
-  """Parses a tuple written as a Python literal: "('targets', )" or "(2048,)"."""
-
-  syntactic_help = "a Python tuple, e.g. (2048,)"
-
-  def __init__(self, item_type: type):
-    super().__init__()
-    self._item_type = item_type
-
-  def parse(self, argument: Any) -> tuple:
-    value = argument
-    if isinstance(argument, str):
-      try:
-        value = ast.literal_eval(argument.strip())
-      except (ValueError, SyntaxError) as error:
-        raise ValueError(f"expected {self.syntactic_help}, got {argument!r}") from error
-    value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if isinstance(argument, list) and self._item_type is int:  # the texts in a file
-      value = tuple(int(item) if re.fullmatch(r"[+-]?\d+", item) else item for item in value)
-    for item in value:
-      if not isinstance(item, self._item_type) or isinstance(item, bool):
-        raise ValueError(f"expected items of type {self._item_type.__name__}, got {argument!r}")
-    return value
-
-  def flag_type(self) -> str:
-    return "tuple"
-
-
-class _TupleSerializer(absl.flags.ArgumentSerializer):
-  def serialize(self, value: tuple) -> str:
-    return repr(value)
-
-
-def _names(cls: type, prefix: str = "") -> Iterator[str]:
-  """Yields the dotted names of all options of a dataclass."""
-  hints = typing.get_type_hints(cls)
-  for field in dataclasses.fields(cls):
-    if HELP in field.metadata:
-      yield f"{prefix}{field.name}"
-    else:
-      yield from _names(hints[field.name], f"{prefix}{field.name}.")
-
-
-def _define(values: absl.flags.FlagValues, prefix: str, cls: type) -> None:
-  """Defines one flag for every option of a dataclass."""
-  hints = typing.get_type_hints(cls)
-  for field in dataclasses.fields(cls):
-    name = f"{prefix}.{field.name}" if prefix else field.name
-    if HELP in field.metadata:
-      _define_one(values, name, hints[field.name], field)
-    else:
-      _define(values, name, hints[field.name])
-
-
-def _define_one(
-  values: absl.flags.FlagValues, name: str, annotation: Any, field: dataclasses.Field
-) -> None:
-  text, default, base = field.metadata[HELP], field.default, _optional_base(annotation)
-  own = {"flag_values": values, "module_name": _HEADING}
-  if field.metadata[REPEATED]:
-    absl.flags.DEFINE_multi_string(name, list(default), text, **own)
-  elif field.metadata[CHOICES]:
-    absl.flags.DEFINE_enum(name, default, list(field.metadata[CHOICES]), text, **own)
-  elif base is bool:
-    absl.flags.DEFINE_bool(name, default, text, **own)
-  elif base is int:
-    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # more fits no counter of jax's
-    absl.flags.DEFINE_integer(name, default, text, **bounds, **own)
-  elif base is float:
-    absl.flags.DEFINE_float(name, default, text, **own)
-  elif base is str:
-    absl.flags.DEFINE_string(name, default, text, **own)
-  elif typing.get_origin(base) is tuple:
-    parser = _TupleParser(typing.get_args(base)[0])
-    absl.flags.DEFINE(parser, name, default, text, serializer=_TupleSerializer(), **own)
-  else:
-    raise TypeError(f"option {name}: flags of type {annotation} are not supported")
-
-
-def _optional_base(annotation: Any) -> Any:
-  """Strips `| None` from a type."""
-  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-    (base,) = (a for a in typing.get_args(annotation) if a is not type(None))
-    return base
-  return annotation

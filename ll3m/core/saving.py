@@ -42,16 +42,21 @@ def save_model(
   output, is_first = checkpoint.absolute(folder), jax.process_index() == 0
   if is_first:
     prepare_output(output, sum(array.nbytes for array in jax.tree.leaves(params)))
-    for name, contents in files.items():
-      for file, content in contents.items():
-        (output / name).mkdir(parents=True, exist_ok=True)
-        (output / name / file).write_bytes(content)
+    write_files(output, files)
   _wait_for_all("ll3m.save_model: prepared")
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     checkpointer.save(output / checkpoint.PARAMS, args=ocp.args.PyTreeSave(nest(params)))
   if is_first:
     finish_output(output, family, config)
   _wait_for_all("ll3m.save_model: finished")
+
+
+def write_files(output: epath.Path, files: Mapping[str, Mapping[str, bytes]]) -> None:
+  """Writes the files of sub-folders, given as {sub-folder: {name: contents}}."""
+  for name, contents in files.items():
+    for file, content in contents.items():
+      (output / name).mkdir(parents=True, exist_ok=True)
+      (output / name / file).write_bytes(content)
 
 
 def prepare_output(output: epath.Path, nbytes: int) -> None:

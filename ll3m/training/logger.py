@@ -225,11 +225,19 @@ class Logger:
       )
     else:
       remaining = (self._total_steps - step) * record["step_seconds"]
+      shown = [
+        f"{name} {record[key]:{form}}"
+        for name, key, form in (
+          ("loss", "loss", ".4f"),
+          ("accuracy", "accuracy", ".4f"),
+          ("lr", "learning_rate", ".3g"),
+          ("grad norm", "gradient_norm", ".3f"),
+        )
+        if key in record  # a loss of one's own has no accuracy, an optimizer no known rate
+      ]
       self.say(
-        f"step {step}/{self._total_steps}  loss {record['loss']:.4f}  "
-        f"accuracy {record['accuracy']:.4f}  lr {record['learning_rate']:.3g}  "
-        f"grad norm {record['gradient_norm']:.3f}  {record['tokens_per_second']:.0f} tokens/s  "
-        f"ETA {_duration(remaining)}"
+        f"step {step}/{self._total_steps}  {'  '.join(shown)}  "
+        f"{record['tokens_per_second']:.0f} tokens/s  ETA {_duration(remaining)}"
       )
 
   def _append(self, record: Mapping[str, Any]) -> None:

@@ -89,12 +89,13 @@ def summarise(
   tokens = sum(float(step.sums.tokens) for step in steps)
   tokens_per_second = tokens / seconds if seconds > 0 else 0.0
   record = {
-    "learning_rate": float(steps[-1].learning_rate),
     "parameter_norm": float(steps[-1].parameter_norm),
     "skipped_steps": float(len(steps) - len(applied)),
     "tokens_per_second": tokens_per_second,
     "step_seconds": seconds / len(steps),
   }
+  if not math.isnan(rate := float(steps[-1].learning_rate)):  # as it is without a schedule
+    record["learning_rate"] = rate
   if applied:
     record |= ratios(add([step.sums for step in applied]))
     record["gradient_norm"] = float(applied[-1].gradient_norm)

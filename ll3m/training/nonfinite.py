@@ -20,8 +20,8 @@ class NonFiniteWatch:
   `make_train_step` has left parameters and optimizer as they were.
   """
 
-  def __init__(self, output_dir: epath.PathLike, tokenizer: Tokenizer, limit: int):
-    """Args: the run's folder; gives the text; how many such steps in a row are too many."""
+  def __init__(self, output_dir: epath.PathLike, tokenizer: Tokenizer | None, limit: int):
+    """Args: the run's folder; gives the text, if any; how many such steps in a row are too many."""
     self._folder = epath.Path(output_dir) / FOLDER
     self._tokenizer, self._limit = tokenizer, limit
     self._in_a_row = 0
@@ -59,10 +59,13 @@ class NonFiniteWatch:
         "micro_step": micro_step,
         "row": row,
         "segment": int(segment),
-        "text": self._tokenizer.decode(batch.inputs[micro_step, row][ids == segment].tolist()),
+        "text": self._text(batch.inputs[micro_step, row][ids == segment].tolist()),
       }
       for (micro_step, row), ids in (
         (index, batch.segment_ids[index]) for index in np.ndindex(batch.segment_ids.shape[:2])
       )
       for segment in np.unique(ids[ids != 0])
     ]
+
+  def _text(self, tokens: list[int]) -> str:
+    return str(tokens) if self._tokenizer is None else self._tokenizer.decode(tokens)

@@ -19,21 +19,10 @@ LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
-  """Flags of the command itself."""
+class LoopOptions:
+  """How many steps a run makes, and how often the rest happens."""
 
-  load_checkpoint: str | None = options.option(
-    None,
-    "params::PATH (parameters of a converted folder or a run), trainstate::PATH (a run's "
-    "parameters, optimizer, RNG and step), trainstate_params::PATH (only its parameters), or "
-    "hf::DIR (a Hugging Face folder). Random parameters by default.",
-  )
-  load_dataset_state: str | None = options.option(
-    None, "Take the position in the data from this run's output_dir or step folder."
-  )
   total_steps: int = options.option(10_000, "Optimizer steps of the whole run.")
-  seed: int = options.option(42, "Of the random parameters and of the data's order.")
-  z_loss: float = options.option(0.0, "Weight of the z-loss log(Z)^2.")
   log_freq: int = options.option(10, "Optimizer steps between records.")
   save_model_freq: int = options.option(
     0,
@@ -55,6 +44,43 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   eval_freq: int = options.option(
     0, "Optimizer steps between evaluations; 0 for the first and last step only."
   )
+
+  def __post_init__(self):
+    for name, least in (
+      ("total_steps", 1),
+      ("log_freq", 1),
+      ("save_model_freq", 0),
+      ("save_model_minutes", 0),
+      ("save_milestone_freq", 0),
+      ("max_nonfinite_steps", 1),
+      ("eval_steps", 0),
+      ("eval_freq", 0),
+    ):
+      _require_least(self, name, least)
+    if self.save_milestone_freq and not (
+      self.save_model_freq and self.save_milestone_freq % self.save_model_freq == 0
+    ):
+      raise ValueError(
+        f"`save_milestone_freq` ({self.save_milestone_freq}) must be a multiple of "
+        f"`save_model_freq` ({self.save_model_freq}): milestones are checkpoints that are kept"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
+  """Flags of the command itself."""
+
+  load_checkpoint: str | None = options.option(
+    None,
+    "params::PATH (parameters of a converted folder or a run), trainstate::PATH (a run's "
+    "parameters, optimizer, RNG and step), trainstate_params::PATH (only its parameters), or "
+    "hf::DIR (a Hugging Face folder). Random parameters by default.",
+  )
+  load_dataset_state: str | None = options.option(
+    None, "Take the position in the data from this run's output_dir or step folder."
+  )
+  seed: int = options.option(42, "Of the random parameters and of the data's order.")
+  z_loss: float = options.option(0.0, "Weight of the z-loss log(Z)^2.")
   data_dir: str | None = options.option(
     None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
   )
@@ -73,38 +99,25 @@ class TrainOptions(TrainModelOptions, GinConfig, StrictConfig):
   )
 
   def __post_init__(self):
-    for name, least in (
-      ("total_steps", 1),
-      ("log_freq", 1),
-      ("save_model_freq", 0),
-      ("save_model_minutes", 0),
-      ("save_milestone_freq", 0),
-      ("max_nonfinite_steps", 1),
-      ("eval_steps", 0),
-      ("eval_freq", 0),
-      ("show_batches", 0),
-      ("z_loss", 0),
-    ):
-      if not getattr(self, name) >= least:
-        raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+    super().__post_init__()
+    _require_least(self, "show_batches", 0)
+    _require_least(self, "z_loss", 0)
     kind, _, path = (self.load_checkpoint or "").partition("::")
     if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
       raise ValueError(
         f"`load_checkpoint` expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
         f"got {self.load_checkpoint!r}"
       )
-    if self.save_milestone_freq and not (
-      self.save_model_freq and self.save_milestone_freq % self.save_model_freq == 0
-    ):
-      raise ValueError(
-        f"`save_milestone_freq` ({self.save_milestone_freq}) must be a multiple of "
-        f"`save_model_freq` ({self.save_model_freq}): milestones are checkpoints that are kept"
-      )
     self.profiled()  # which checks them
 
   def profiled(self) -> range:
     """Returns the steps to trace."""
     return parse_steps(self.profile_steps, self.total_steps) if self.profile_steps else range(0)
+
+
+def _require_least(config: LoopOptions, name: str, least: int) -> None:
+  if not getattr(config, name) >= least:
+    raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}")
 
 
 # The options of a run, by what stands before the dot in the names of their flags.

@@ -46,5 +46,10 @@ def make_program(
     accumulator_dtype=DTYPES[optimizer_config.accumulator_dtype],
     stochastic_rounding=optimizer_config.bf16_update == "stochastic",
   )
+  return Program(model, plan, jit_step(step, plan))
+
+
+def jit_step(step: Callable, plan: StatePlan) -> Callable:
+  """Returns a step, jitted, whose state stays as it lies and whose memory is used again."""
   shardings = jax.tree.map(lambda x: x.sharding, plan.state)
-  return Program(model, plan, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

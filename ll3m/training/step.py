@@ -99,7 +99,8 @@ def make_train_step(
     def loss(params, micro_batch, total):
       found, weight = loss_fn(params, micro_batch)
       sums = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
-      return found / total, sums._replace(loss=found, weight=weight)
+      tokens = jnp.sum(micro_batch.segment_ids != 0).astype(jnp.float32)
+      return found / total, sums._replace(loss=found, weight=weight, tokens=tokens)
 
   gradient_of = jax.grad(loss, has_aux=True)
 

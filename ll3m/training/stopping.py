@@ -36,11 +36,18 @@ class StopRequest:
     exit_code: Exit code of a process that has stopped, by the signal that it heard.
   """
 
-  def __init__(self):
-    """Listens only within the `with` block."""
+  def __init__(self, *, ends_process: bool = True):
+    """Listens only within the `with` block.
+
+    Args:
+      ends_process: Whether to end the process where it cannot wait for a step: before `defer`, and
+        at a second SIGINT. If not, SIGINT raises KeyboardInterrupt there, and SIGTERM waits.
+    """
+    self._ends_process = ends_process
     self.exit_code = EXIT_CODE
     self._asked = threading.Event()
     self._deferred = False
+    self._interrupted = False
     self._several = jax.process_count() > 1
     self._undo = contextlib.ExitStack()
 
@@ -61,7 +68,7 @@ class StopRequest:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     self._undo.callback(signal.set_wakeup_fd, before)
     for number in heard:
-      handler = signal.signal(number, lambda *_: None)
+      handler = signal.signal(number, self._handle)
       self._undo.callback(signal.signal, number, handler or signal.SIG_DFL)
     return self
 
@@ -88,16 +95,26 @@ class StopRequest:
     if asked:
       raise Stopped
 
+  def _handle(self, number: int, frame: Any) -> None:
+    """Runs on the main thread, once that runs Python code again."""
+    del frame
+    if number == signal.SIGINT and not self._ends_process:
+      if not self._deferred or self._interrupted:
+        raise KeyboardInterrupt
+      self._interrupted = True
+
   def _listen(self, pipe: int) -> None:
     while number := os.read(pipe, 1):
       if number[0] == signal.SIGINT:
         self._interrupt()
       elif number[0] == signal.SIGTERM:
         self._asked.set()
-        if not self._deferred:
+        if not self._deferred and self._ends_process:
           stderr.leave("stopped by SIGTERM before the first step", EXIT_CODE)
 
   def _interrupt(self) -> None:
+    if not self._ends_process and (not self._deferred or self.exit_code == INTERRUPTED):
+      return  # the handler raises
     if not self._deferred:
       stderr.leave("stopped by Ctrl-C before the first step", INTERRUPTED)
     if self.exit_code == INTERRUPTED:

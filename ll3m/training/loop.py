@@ -1,0 +1,153 @@
+"""The loop of training: step, log, evaluate, save, stop."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ll3m.core.run import RunCheckpoints
+from ll3m.data.batch import Batch
+from ll3m.models.transformer import Params
+from ll3m.training.inputs import stack_micro_steps, to_devices
+from ll3m.training.logger import Logger
+from ll3m.training.nonfinite import NonFiniteWatch
+from ll3m.training.options import LoopOptions
+from ll3m.training.profiling import Profiler
+from ll3m.training.saving import SaveSchedule
+from ll3m.training.step import StepMetrics, TrainState
+from ll3m.training.stopping import Stopped, StopRequest
+
+
+@runtime_checkable
+class Batches(Protocol):
+  """A stream of batches [b, T] that knows its position."""
+
+  def __iter__(self) -> Iterator[Batch]: ...
+  def __next__(self) -> Batch: ...
+  def state(self) -> Mapping[str, bytes]:
+    """Returns the position, to be saved beside the parameters."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """What the loop works with.
+
+  Attributes:
+    options: How many steps, and how often the rest happens.
+    step: The compiled training step: (state, batch [A, B, T]) -> (state, metrics).
+    batches: This process's rows of the training data.
+    accumulate: A, micro-batches of a step.
+    mesh: The devices.
+    held_out: Parameters -> the record of an evaluation; None for no evaluation.
+    summarise: (metrics of consecutive steps, their seconds) -> the record that is logged.
+    meta: What is saved with every step, beside its number and the state of the random numbers.
+    watch: What is done about steps that are not finite.
+    checkpoints: Where steps are saved.
+    logger: Where records go.
+    profiler: Which steps are traced.
+    stop: Whether the run was asked to stop.
+  """
+
+  options: LoopOptions
+  step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+  batches: Batches
+  accumulate: int
+  mesh: Mesh
+  held_out: Callable[[Params], dict[str, float]] | None
+  summarise: Callable[[Sequence[StepMetrics], float], dict[str, float]]
+  meta: Mapping[str, Any]
+  watch: NonFiniteWatch
+  checkpoints: RunCheckpoints
+  logger: Logger
+  profiler: Profiler
+  stop: StopRequest
+
+  def run(self, state: TrainState) -> tuple[TrainState, bool]:
+    """Trains from where the state stands to the last step.
+
+    Returns:
+      The state at the end, and whether that is the last step. If not, the run was asked to stop
+      and has saved the step that it had reached. If it was asked at the last step, it has reached
+      that step without evaluating it.
+
+    Raises:
+      FloatingPointError: too many steps in a row were not finite.
+      OSError: a step could not be saved.
+    """
+    options, step = self.options, int(state.step)
+    rng = np.asarray(state.rng).tolist()
+    saving = SaveSchedule(
+      options.total_steps,
+      every_steps=options.save_model_freq,
+      every_minutes=options.save_model_minutes,
+    )
+    under_way: tuple[int, StepMetrics, Batch] | None = None
+    pending: list[StepMetrics] = []
+    since = time.perf_counter()
+
+    def due(freq: int) -> bool:
+      return step == options.total_steps or bool(freq and step % freq == 0)
+
+    def finish(made: int, made_metrics: StepMetrics, rows: Batch) -> None:
+      self.watch.look(made, made_metrics, rows)  # which waits for the step
+      self.logger.advance(made)
+
+    def log() -> None:
+      nonlocal pending, since
+      seconds = time.perf_counter() - since
+      self.logger.log(step, self.summarise(jax.device_get(pending), seconds))
+      self.logger.advance(step)
+      pending, since = [], time.perf_counter()
+
+    def save() -> None:
+      self.logger.flush()
+      saving.restart()
+      self.checkpoints.save(
+        step,
+        params=state.params,
+        opt_state=state.opt_state,
+        meta=dict(self.meta) | {"step": step, "rng": rng},
+        dataset=self.batches.state(),
+      )
+
+    # Also at the step that the run resumes from, if it was asked to stop before it was evaluated.
+    evaluates_first = step == 0 or due(options.eval_freq)
+    if self.held_out and evaluates_first and not self.logger.has(step, "eval_loss"):
+      self.logger.log(step, self.held_out(state.params))
+    self.stop.defer()
+    while step < options.total_steps:
+      with self.profiler.step(step + 1):
+        batch = stack_micro_steps(self.batches, self.accumulate)
+        state, step_metrics = self.step(state, to_devices(batch, self.mesh))
+        if under_way:  # one step is always under way while the next batch is read
+          finish(*under_way)
+      step += 1
+      self.profiler.finish(step, step_metrics)
+      under_way = (step, step_metrics, batch)
+      pending.append(step_metrics)
+      self.checkpoints.check()
+      try:
+        self.stop.check(step)
+        if due(options.log_freq):
+          log()
+        pause = time.perf_counter()
+        if self.held_out and due(options.eval_freq):
+          self.logger.log(step, self.held_out(state.params))
+        if saving.due(step):
+          save()
+        since += time.perf_counter() - pause  # tokens/s is the training's
+      except Stopped:
+        if pending:
+          log()
+        save()
+        if self.held_out and step == options.total_steps:
+          self.logger.say("asked to stop: the last evaluation is left out; ll3m.evaluate makes it")
+        break
+    if under_way:
+      finish(*under_way)
+    return state, step >= options.total_steps
