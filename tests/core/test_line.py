@@ -28,7 +28,7 @@ def test_two_with_one_number_are_told(free_port):
     thread.start()
   for thread in threads:
     thread.join(timeout=30)
-  assert heard == ["two processes were started with --jax_distributed.process_id=1"] * 3
+  assert heard == ["two processes were started with `jax_distributed.process_id`=1"] * 3
 
 
 @pytest.mark.parametrize(

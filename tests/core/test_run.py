@@ -247,5 +247,5 @@ def test_nested_names_round_trip():
   nested = checkpoint_items.nest(PARAMS)
   assert nested["layers"]["attention"]["query"]["w"] is PARAMS["layers/attention/query"]["w"]
   assert checkpoint_items.flatten(nested) == PARAMS
-  with pytest.raises(ValueError, match="max_to_keep must be at least 1"):
+  with pytest.raises(ValueError, match="`max_to_keep` must be at least 1"):
     CheckpointerConfig(max_to_keep=0)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ll3m.core import flags, storage
+from ll3m.core import storage
+from ll3m.core.flags import Flags
 
 BODY = json.dumps({"error": {"code": 403, "message": "you may not"}}, indent=1)
 HTTP = "Error executing an HTTP request: HTTP response code"
@@ -21,12 +22,12 @@ HTTP = "Error executing an HTTP request: HTTP response code"
   ],
 )  # fmt: skip
 def test_an_answer_becomes_a_sentence(text, sentence):
-  assert flags.sentence(RuntimeError(text)) == f"Google Cloud Storage {sentence}"
+  assert Flags({}, []).sentence(RuntimeError(text)) == f"Google Cloud Storage {sentence}"
 
 
 def test_other_errors_stay_as_they_are():
   assert storage.explain("HTTP response code 403") is None
-  assert flags.sentence(ValueError("no  such\nthing")) == "no such thing"
+  assert Flags({}, []).sentence(ValueError("no  such\nthing")) == "no such thing"
 
 
 @pytest.mark.parametrize("path", ["gs://b/x", "s3://b/x"])

@@ -193,7 +193,7 @@ def test_bad_lines_are_skipped_counted_and_the_first_are_named(tmp_path, tokeniz
   named = "; ".join(f"{path}:{n}: {r}" for n, r in zip((3, 4, 5), BAD.values(), strict=False))
   assert f"{path}: 4 usable lines, skipped 8: not JSON (2), " in caplog.text
   assert f"; the first: {named}\n" in caplog.text
-  with pytest.raises(ValueError, match=f"^{path}:3: not JSON \\(--strict\\)$"):
+  with pytest.raises(ValueError, match=f"^{path}:3: not JSON \\(`strict`\\)$"):
     open_dataset(config, tokenizer, rows=[0], strict=True)
   wanted = json_config(str(path), "prompt")
   with pytest.raises(ValueError, match=r"no usable line: skipped 12: no field 'prompt' \(8\)"):

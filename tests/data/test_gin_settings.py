@@ -46,7 +46,7 @@ def test_files_come_before_bindings(tmp_path):
 
 
 def test_bindings_that_gin_refuses():
-  with pytest.raises(ValueError, match="needs --tokenizer.extra_tokens"):
+  with pytest.raises(ValueError, match="needs `tokenizer.extra_tokens"):
     bound(f"{EXTRA}=True")
   with pytest.raises(ValueError, match="gin settings .*get_default_vocab.*No configurable"):
     bound('data.data_utils.get_default_vocab.tokenizer_type="llama"')
@@ -54,5 +54,5 @@ def test_bindings_that_gin_refuses():
     bound(f'{TYPE}="llama')
   with pytest.raises(ValueError, match="gin settings .*config"):
     bound("data.data_utils.get_default_vocabulary.config=1")
-  with pytest.raises(FileNotFoundError, match="--gin_config"):
+  with pytest.raises(FileNotFoundError, match="^`gin_config`: "):
     bound(files=("nowhere.gin",))

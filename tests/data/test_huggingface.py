@@ -119,7 +119,7 @@ def test_strict_stops_at_a_row_that_cannot_be_used(source, tokenizer, streaming)
   stream = open_dataset(
     config(source, streaming=streaming), tokenizer, rows=range(3), repeat=False, strict=True
   )
-  with pytest.raises(ValueError, match=rf"{source}: field 'prompt' is not text \(--strict\)$"):
+  with pytest.raises(ValueError, match=rf"{source}: field 'prompt' is not text \(`strict`\)$"):
     list(stream)
 
 

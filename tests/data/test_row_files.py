@@ -75,7 +75,7 @@ def test_prompts_of_every_kind_plain_and_compressed(tmp_path, ending, encode):
   packed = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[encode]
   file = tmp_path / f"prompts.{ending}{packed}"
   file.write_bytes(encode(WRITERS[ending](ROWS)))
-  prompts = read_prompts(str(file), "--prompt_file")
+  prompts = read_prompts(str(file), "prompt_file")
   assert [text for _, text in prompts] == [row["prompt"] for row in ROWS]
   assert all(place.startswith(str(file)) for place, _ in prompts)
 
@@ -201,13 +201,13 @@ def test_files_that_are_damaged_are_one_sentence(tmp_path, name, content, messag
 def test_rows_that_are_no_prompt_are_named(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError) as caught:
-    read_prompts(str(tmp_path / name), "--prompt_file")
+    read_prompts(str(tmp_path / name), "prompt_file")
   assert str(caught.value).startswith(f"{tmp_path / name}{message}")
 
 
 def test_a_prompt_file_that_is_missing():
-  with pytest.raises(FileNotFoundError, match="^--prompt_file: no file matches '/nowhere'$"):
-    read_prompts("/nowhere", "--prompt_file")
+  with pytest.raises(FileNotFoundError, match="^`prompt_file`: no file matches '/nowhere'$"):
+    read_prompts("/nowhere", "prompt_file")
 
 
 @pytest.mark.parametrize(

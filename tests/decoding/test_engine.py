@@ -130,8 +130,8 @@ def test_a_new_prompt_of_like_length_compiles_nothing(mistral):
   [
     ([], 1, "expected at least one prompt, got none"),
     ([[1], []], 1, "prompt 2 is empty"),
-    ([[1]], 0, "max_new_tokens must be at least 1, got 0"),
-    ([[1]], -3, "max_new_tokens must be at least 1, got -3"),
+    ([[1]], 0, "`max_new_tokens` must be at least 1, got 0"),
+    ([[1]], -3, "`max_new_tokens` must be at least 1, got -3"),
     ([[1] * 60], 5, "60 tokens, which with 5 new ones is more than the 64 positions"),
     ([[1]], 10**12, "more than the 64 positions"),
     ([[1, 61]], 1, "vocabulary is 0..60"),

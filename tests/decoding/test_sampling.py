@@ -105,15 +105,15 @@ def test_draws_depend_on_seed_and_position_alone():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"temperature": float("nan")}, "temperature must be a finite number"),
-    ({"temperature": float("inf")}, "temperature must be a finite number"),
-    ({"temperature": -1.0}, "temperature must be a finite number"),
-    ({"temperature": 1.0, "top_k": -1}, "top_k must be at least 0"),
-    ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0"),
+    ({"temperature": float("nan")}, "`temperature` must be a finite number"),
+    ({"temperature": float("inf")}, "`temperature` must be a finite number"),
+    ({"temperature": -1.0}, "`temperature` must be a finite number"),
+    ({"temperature": 1.0, "top_k": -1}, "`top_k` must be at least 0"),
+    ({"temperature": 1.0, "top_p": 0.0}, "`top_p` must be above 0"),
     ({"temperature": 1.0, "top_p": 1.5}, "at most 1, got 1.5"),
-    ({"temperature": 1.0, "top_p": float("nan")}, "top_p must be above 0"),
-    ({"top_k": 5}, "give a temperature above 0"),
-    ({"top_p": 0.5}, "give a temperature above 0"),
+    ({"temperature": 1.0, "top_p": float("nan")}, "`top_p` must be above 0"),
+    ({"top_k": 5}, "give one above 0"),
+    ({"top_p": 0.5}, "give one above 0"),
   ],
 )
 def test_refuses(options, message):

@@ -53,14 +53,14 @@ def advice(changed_fits, state=10, **options):
 
 def test_the_cheapest_change_is_advised():
   assert advice(lambda j: j.options.remat in ("attention", "full")) == (
-    "it fits with --remat=attention"
+    "it fits with `remat`=attention"
   )
   assert advice(lambda j: j.rows == 4 and j.steps == 4 and j.options.remat == "full") == (
-    "it fits with --remat=full --train_dataset.seqio_dataset.batch_size=4 "
-    "--optimizer.accumulate_gradient_steps=4"
+    "it fits with `remat`=full `train_dataset.seqio_dataset.batch_size`=4 "
+    "`optimizer.accumulate_gradient_steps`=4"
   )
   assert advice(lambda j: j.options.mesh_dim == "1,4,2") == (
-    "it fits with --mesh_dim=1,4,2 --remat=nothing"
+    "it fits with `mesh_dim`=1,4,2 `remat`=nothing"
   )
 
 
@@ -71,7 +71,7 @@ def test_a_state_that_is_too_large_is_not_cured_by_fewer_activations():
     tried.append(changed.options.mesh_dim)
     return changed.options.mesh_dim == "2,2,2"
 
-  assert advice(fits, state=40).startswith("it fits with --mesh_dim=2,2,2")
+  assert advice(fits, state=40).startswith("it fits with `mesh_dim`=2,2,2")
   assert tried == ["2,2,2"]
 
 

@@ -39,7 +39,7 @@ def test_decay_ends_with_the_run_by_default():
 def test_the_last_learning_rate_is_a_tenth_unless_given():
   schedule = optimizer.make_schedule(AdamWConfig(lr=3e-6), total_steps=20)
   assert float(schedule(19)) == pytest.approx(3e-7, rel=1e-5)
-  with pytest.raises(ValueError, match=r"end_lr \(0.1\) must not be above lr \(0.01\)"):
+  with pytest.raises(ValueError, match=r"`end_lr` \(0.1\) must not be above `lr` \(0.01\)"):
     AdamWConfig(lr=0.01, end_lr=0.1)
 
 
@@ -211,9 +211,9 @@ def test_state_is_sharded_like_its_parameter():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"lr": -1.0}, "lr must not be negative, got -1.0"),
-    ({"lr": float("nan")}, "lr must not be negative, got nan"),
-    ({"lr_warmup_steps": 5, "lr_decay_steps": 5}, "must be larger than lr_warmup_steps"),
+    ({"lr": -1.0}, "`lr` must not be negative, got -1.0"),
+    ({"lr": float("nan")}, "`lr` must not be negative, got nan"),
+    ({"lr_warmup_steps": 5, "lr_decay_steps": 5}, "must be larger than `lr_warmup_steps`"),
   ],
 )
 def test_bad_options(changes, message):

@@ -32,7 +32,7 @@ def test_a_resumed_run_traces_what_is_left(tmp_path):
 def test_nothing_is_left_to_trace(tmp_path, capsys):
   run(tmp_path, range(2, 5), made=4)
   assert not (tmp_path / "profile").exists()
-  said = "nothing to trace: step 4 is made, --profile_steps ends at 4\n"
+  said = "nothing to trace: step 4 is made, profile_steps ends at 4\n"
   assert capsys.readouterr().err == said
 
 
@@ -49,5 +49,5 @@ def test_an_error_does_not_lose_the_trace(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "3", "0:2", "3:2", "2:11", "a:b", "1:2:3", "-1:2", "1:٢"])
 def test_what_are_no_steps_of_the_run(text):
-  with pytest.raises(ValueError, match=r"--profile_steps must be FIRST:LAST, both within 1..10 "):
+  with pytest.raises(ValueError, match=r"`profile_steps` must be FIRST:LAST, both within 1..10 "):
     parse_steps(text, total_steps=10)

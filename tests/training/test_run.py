@@ -68,6 +68,7 @@ def leave(source, config, output):
       tokenizer=tokenizer,
       tokenizer_config=config,
       mesh=sharding.make_mesh("-1,1,1"),
+      settings={},
     )
   )
   return tokenizer

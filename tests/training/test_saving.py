@@ -60,5 +60,5 @@ def test_of_several_processes_the_first_ones_clock_decides(clock, monkeypatch):
 
 def test_by_default_every_quarter_of_an_hour():
   assert TrainOptions().save_model_minutes == 15
-  with pytest.raises(ValueError, match="--save_model_minutes must be at least 0, got -1"):
+  with pytest.raises(ValueError, match="`save_model_minutes` must be at least 0, got -1"):
     TrainOptions(save_model_minutes=-1.0)

@@ -49,7 +49,7 @@ def test_another_model_is_refused(options, message):
 
 
 def test_something_must_say_what_the_model_is():
-  with pytest.raises(ValueError, match="--load_model_config must be given"):
+  with pytest.raises(ValueError, match="`load_model_config` must be given"):
     choose_model(ModelOptions())
 
 
