@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ll3m.core import flags, processes, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.data import gin_settings
+from ll3m.data.batches import open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   GinConfig,
@@ -17,6 +18,7 @@ from ll3m.data.config import (
   refuse_strict,
   refuse_unread,
 )
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
@@ -73,7 +75,15 @@ def measure(
   """
   refuse_unread(dataset, "eval_dataset")
   refuse_strict(dataset)
-  dataset.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
+  data = resolve(
+    dataset,
+    split_default="validation",
+    repeat=False,
+    seed=options.seed,
+    strict=options.strict,
+    data_dir=options.data_dir,
+    prefix="--eval_dataset.",
+  )
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
   check_length(dataset.seqio_dataset.length, config)
@@ -86,18 +96,7 @@ def measure(
     family=family.name,
     embedding_size=config.vocab_size,
   )
-  from ll3m.data.batches import open_dataset  # loads TensorFlow
-
-  batches = open_dataset(
-    dataset,
-    tokenizer,
-    rows=rows,
-    data_dir=options.data_dir,
-    seed=options.seed,
-    split_default="validation",
-    repeat=False,
-    strict=options.strict,
-  )
+  batches = open_dataset(data, tokenizer, rows=rows)
   model = build_model(config, mesh, dtype=options.dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   params = source.load_params(

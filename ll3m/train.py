@@ -22,6 +22,7 @@ from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, TokenizerConfig, refuse_strict, refuse_unread
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.planning.remedies import advising
@@ -253,8 +254,11 @@ def read_run() -> Run:
   kind, _, path = (options.load_checkpoint or "").partition("::")
   mesh = sharding.make_mesh(options.mesh_dim)
   sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
-  train_dataset.check(data_dir=options.data_dir, prefix="--train_dataset.")
+  of_run = {"seed": options.seed, "strict": options.strict, "data_dir": options.data_dir}
+  train_data, eval_data = resolve(train_dataset, prefix="--train_dataset.", **of_run), None
   if options.eval_steps:
+    held_out = {"split_default": "validation", "repeat": False, "prefix": "--eval_dataset."}
+    eval_data = resolve(eval_dataset, **held_out, **of_run)
     sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
   settings = fixed_settings(options, optimizer, train_dataset)
   resumed = source = None
@@ -293,8 +297,9 @@ def read_run() -> Run:
     optimizer=optimizer,
     checkpointer=flags.read("checkpointer", CheckpointerConfig),
     logger=logger,
-    train_dataset=train_dataset,
+    train_data=train_data,
     eval_dataset=eval_dataset,
+    eval_data=eval_data,
     load_kind=kind or None,
     source=source,
     resumed=resumed,
@@ -315,7 +320,6 @@ def read_eval_dataset(options: TrainOptions) -> DatasetConfig:
 
   Raises:
     ValueError: the options make no sense, or have no effect.
-    FileNotFoundError: files are missing.
   """
   if not options.eval_steps:
     for name in ("eval_dataset", "eval_freq"):
@@ -339,7 +343,6 @@ def read_eval_dataset(options: TrainOptions) -> DatasetConfig:
         "--eval_dataset.json_dataset.path must be given: held-out text is read from files of its "
         "own"
       )
-    config.check(data_dir=options.data_dir, split_default="validation", prefix="--eval_dataset.")
   return config
 
 

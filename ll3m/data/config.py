@@ -7,9 +7,6 @@ import dataclasses
 import re
 
 from ll3m.core import flags
-from ll3m.core.config import did_you_mean
-from ll3m.data import mixtures
-from ll3m.data.files import SPLITS, list_files, text_shards
 
 TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
 
@@ -131,46 +128,6 @@ class DatasetConfig:
   json_dataset: JsonDatasetConfig = flags.group(JsonDatasetConfig)
   huggingface_dataset: HuggingFaceDatasetConfig = flags.group(HuggingFaceDatasetConfig)
   text_processor: TextProcessorConfig = flags.group(TextProcessorConfig)
-
-  def check(self, *, data_dir: str | None, split_default: str = "train", prefix: str = "") -> None:
-    """Checks that what is to be read exists, without reading it.
-
-    Args:
-      data_dir: folder of the text shards; None for `default_data_dir()`.
-      split_default: the split where none was chosen.
-      prefix: what messages put before the options' names, e.g. "--train_dataset.".
-
-    Raises:
-      ValueError: for an unknown mixture or split, or an option that is missing.
-      FileNotFoundError: for files that are missing.
-    """
-    if self.type == "json":
-      self._require(f"{prefix}json_dataset.path", self.json_dataset.path)
-      list_files(self.json_dataset.path, f"{prefix}json_dataset.path")
-    elif self.type == "huggingface":
-      self._require(f"{prefix}huggingface_dataset.path", self.huggingface_dataset.path)
-    else:
-      name = self.seqio_dataset.mixture_or_task_name
-      self._require(f"{prefix}seqio_dataset.mixture_or_task_name", name)
-      self._check_mixture(data_dir, self.seqio_dataset.split or split_default)
-
-  def _require(self, name: str, value: str | None) -> None:
-    if not value:
-      raise ValueError(f"{name} must be given for a dataset of type {self.type}")
-
-  def _check_mixture(self, data_dir: str | None, split: str) -> None:
-    name, known = self.seqio_dataset.mixture_or_task_name, mixtures.known_names()
-    if name not in known:
-      if self.seqio_dataset.module:
-        return  # that module's own, which it checks itself
-      raise ValueError(
-        f"unknown mixture or task {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-      )
-    if split not in SPLITS:
-      raise ValueError(f"{name} has the splits {', '.join(SPLITS)}, got {split!r}")
-    for source in mixtures.sources_of(name):
-      if source in mixtures.TEXT_SOURCES:
-        text_shards(data_dir, source, split)
 
 
 @dataclasses.dataclass(frozen=True)
