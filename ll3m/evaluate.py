@@ -12,12 +12,14 @@ from ll3m.core import flags, processes, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.options import option, require
 from ll3m.data import gin_settings
+from ll3m.data.batches import open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   GinConfig,
   StrictConfig,
   TokenizerConfig,
 )
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.sources import open_source
 from ll3m.training.evaluation import evaluate
@@ -73,7 +75,14 @@ def _evaluate(given: flags.Flags) -> None:
   if dataset.type == "seqio":
     given.refuse({"strict": "on datasets of type seqio"})
   with given.within("eval_dataset"):
-    dataset.check(data_dir=options.data_dir, split_default="validation")
+    data = resolve(
+      dataset,
+      split_default="validation",
+      repeat=False,
+      seed=options.seed,
+      strict=options.strict,
+      data_dir=options.data_dir,
+    )
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
   with given.within("eval_dataset.seqio_dataset"):
@@ -88,18 +97,7 @@ def _evaluate(given: flags.Flags) -> None:
     family=family.name,
     embedding_size=config.vocab_size,
   )
-  from ll3m.data.batches import open_dataset  # loads TensorFlow
-
-  batches = open_dataset(
-    dataset,
-    tokenizer,
-    rows=rows,
-    data_dir=options.data_dir,
-    seed=options.seed,
-    split_default="validation",
-    repeat=False,
-    strict=options.strict,
-  )
+  batches = open_dataset(data, tokenizer, rows=rows)
   model = build_model(config, mesh, dtype=options.dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   params = source.load_params(

@@ -19,6 +19,7 @@ from ll3m.core.options import require
 from ll3m.core.run import RunCheckpoints
 from ll3m.core.storage import require_bucket
 from ll3m.data import gin_settings
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.planning.remedies import advising
 from ll3m.planning.training import job_of
@@ -160,10 +161,11 @@ def read_run(given: flags.Flags) -> Run:
   if all(dataset.type == "seqio" for dataset in read):
     given.refuse({"strict": "on datasets of type seqio"})
   mesh = sharding.make_mesh(options.mesh_dim)
+  of_run = {"seed": options.seed, "strict": options.strict, "data_dir": options.data_dir}
   with given.within("train_dataset.seqio_dataset"):
     sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
   with given.within("train_dataset"):
-    train_dataset.check(data_dir=options.data_dir)
+    train_data, eval_data = resolve(train_dataset, **of_run), None
   if options.eval_steps:
     with given.within("eval_dataset.seqio_dataset"):
       sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
@@ -173,7 +175,7 @@ def read_run(given: flags.Flags) -> Run:
         "own"
       )
     with given.within("eval_dataset"):
-      eval_dataset.check(data_dir=options.data_dir, split_default="validation")
+      eval_data = resolve(eval_dataset, split_default="validation", repeat=False, **of_run)
   settings = fixed_settings(options, optimizer, train_dataset)
   start = find_start(options, logger.output_dir, settings)
   resumed, source = start.resumed, start.source
@@ -199,8 +201,9 @@ def read_run(given: flags.Flags) -> Run:
     optimizer=optimizer,
     checkpointer=given["checkpointer"],
     logger=logger,
-    train_dataset=train_dataset,
+    train_data=train_data,
     eval_dataset=eval_dataset,
+    eval_data=eval_data,
     **start._asdict(),
     family=family,
     config=config,

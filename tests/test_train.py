@@ -62,7 +62,7 @@ def finished(arguments, run_command, tmp_path_factory) -> Path:
 
 def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
   """The batches that a run would read after a step."""
-  from ll3m.data.batches import open_dataset
+  from tests.data.opening import open_dataset
 
   dataset = DatasetConfig(
     seqio_dataset=SeqioDatasetConfig(

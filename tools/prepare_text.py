@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ll3m.core import flags, options, stderr
 from ll3m.core.storage import require_bucket
 from ll3m.data.files import SPLITS, list_files
-from ll3m.data.row_files import KINDS, is_array, kind_of, open_rows, parse_json
+from ll3m.data.row_files import KINDS, as_row, is_array, kind_of, open_rows
 from ll3m.data.text_files import HEAD, open_stream, require_utf8, split_lines
 from ll3m.data.unusable import Skipped, Unusable, require_unicode
 
@@ -241,7 +241,7 @@ def _row_blocks(file: str) -> Iterator[Block]:
   rows, waiting, size = open_rows(file), [], 0
   for number, start, end in rows.positions:
     waiting.append((number, rows.read(start, end)))
-    size += len(waiting[-1][1])
+    size += len(str(waiting[-1][1]))
     if size >= _BLOCK:
       yield Block(file, "rows", 1, waiting)
       waiting, size = [], 0
@@ -256,7 +256,7 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
     try:
       identity, text = f"{os.path.basename(block.file)}:{line}", None
       if block.kind in ("json", "rows"):
-        found = parse_json(piece)
+        found = as_row(piece)
         if text_field not in found:
           raise Unusable(f"no field {text_field!r}")
         text = found[text_field]

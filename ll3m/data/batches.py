@@ -15,16 +15,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from ll3m.core import stderr
 from ll3m.core.options import to_dict
+from ll3m.data import row_corpus
 from ll3m.data.batch import Batch
-from ll3m.data.config import DatasetConfig
+from ll3m.data.config import SeqioDatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.packing import Packer, Row, make_row
+from ll3m.data.spec import DataSpec
 from ll3m.data.tokenizer import Tokenizer
 
-# A stream that repeats and yields this many unusable documents in a row has no usable one.
+# A shard that repeats and yields this many unusable documents in a row has no usable one, if it is
+# not known to have fewer: then all of them were read in two passes.
 _PATIENCE = 10_000
 # What may differ when a saved position is taken up again: how documents are cut into rows and
 # batches, and where they are found. All else decides which document comes next.
@@ -35,12 +39,20 @@ _MAY_CHANGE = {
 
 
 class _Shard:
-  """One of the stream's pipelines: documents in, rows out."""
+  """One of the stream's pipelines: documents in, rows out.
+
+  Attributes:
+    exhausted: Whether the documents have ended.
+    num_read: Number of usable documents that were read since the shard was opened.
+    has_target: Whether any of them has a token that is trained.
+  """
 
   def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, repeat: bool):
     self._documents, self._packer, self._corpus = documents, packer, corpus
     self._repeat = repeat
-    self.exhausted = False
+    self._patience = min(_PATIENCE, 2 * (corpus.num_examples or _PATIENCE))
+    self.exhausted = self.has_target = False
+    self.num_read = 0
 
   def next_row(self) -> Row | None:
     """Returns the next row, or None at the end of a stream that does not repeat."""
@@ -51,8 +63,10 @@ class _Shard:
         self.exhausted = True
       elif len(document.tokens):
         self._packer.add(document)
+        self.num_read += 1
+        self.has_target = self.has_target or bool(document.loss[1:].any())
       idle = 0 if document is not None and len(document.tokens) else idle + 1
-      if self._repeat and (self.exhausted or idle > _PATIENCE):
+      if self._repeat and (self.exhausted or idle > self._patience):
         why = self._corpus.skipped.describe()
         raise ValueError(
           f"{self._corpus.label}: a shard has no usable document; "
@@ -85,14 +99,13 @@ class BatchIterator:
   def __init__(
     self,
     corpus: Corpus,
-    config: DatasetConfig,
+    options: SeqioDatasetConfig,
     *,
     rows: Sequence[int],
     repeat: bool,
     definition: Mapping[str, Any],
   ):
     """Starts at the beginning; pipelines are built when first needed."""
-    options = config.seqio_dataset
     if not rows or not all(0 <= r < options.batch_size for r in rows):
       raise ValueError(f"rows must lie in a batch of {options.batch_size}, got {list(rows)}")
     self._corpus, self._options = corpus, options
@@ -100,6 +113,7 @@ class BatchIterator:
     self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
     self._next_row = 0
     self._shards: dict[int, _Shard] = {}
+    self._is_first = True
 
   def __iter__(self) -> "BatchIterator":
     return self
@@ -122,6 +136,9 @@ class BatchIterator:
           mine[r] = row or make_row([], self._options.length)
     if not found and all(self._shard(index).exhausted for index in own):
       raise StopIteration
+    if self._is_first:
+      self._is_first = False
+      self._warn_if_untrained()
     self._next_row += self._options.batch_size
     return Batch(*(np.stack(field) for field in zip(*(mine[r] for r in self._rows), strict=True)))
 
@@ -175,6 +192,20 @@ class BatchIterator:
         )
       self._shard(index).set_state(loaded[_entry(index)])
 
+  def _warn_if_untrained(self) -> None:
+    """Reports a stream whose documents, as far as they were read, are trained nowhere.
+
+    Rows are not what is asked: one that lies within a long prompt has no target either.
+    """
+    read = sum(shard.num_read for shard in self._shards.values())
+    if read and not any(shard.has_target for shard in self._shards.values()):
+      logging.warning(
+        "%s: none of the first %d documents has a token to train on: their loss masks are 0 "
+        "everywhere (`show_batches` prints them), so that training changes nothing",
+        self._corpus.label,
+        read,
+      )
+
   def _own_shards(self) -> set[int]:
     """The shards that this process's rows come from, in this batch or a later one."""
     step = math.gcd(self._options.batch_size, self.num_shards)
@@ -206,56 +237,31 @@ def _entry(shard: int) -> str:
   return f"shard_{shard:05d}"
 
 
-def open_dataset(
-  config: DatasetConfig,
-  tokenizer: Tokenizer,
-  *,
-  rows: Sequence[int],
-  data_dir: str | None = None,
-  seed: int = 0,
-  split_default: str = "train",
-  repeat: bool = True,
-  strict: bool = False,
-) -> BatchIterator:
+def open_dataset(spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int]) -> BatchIterator:
   """Opens a dataset as a stream of batches.
 
   Args:
-    config: what to read and how to cut it.
-    tokenizer: of the run.
-    rows: which rows of every batch this process wants, in [0, batch_size).
-    data_dir: folder of the text shards; None for $LL3M_DATA_DIR, else ./data.
-    seed: of shuffling and mixing.
-    split_default: the split where the config leaves it open.
-    repeat: start anew at the end, for ever.
-    strict: an example of a json or huggingface dataset that cannot be used is an error.
+    spec: The dataset.
+    tokenizer: The run's tokenizer.
+    rows: The rows of every batch that this process reads, in [0, batch_size).
 
   Raises:
-    ValueError: for options that do not fit, before anything is read.
-    FileNotFoundError: for missing files.
+    ValueError: if the data is not what `spec` says.
   """
-  config.check(data_dir=data_dir, split_default=split_default)
-  with stderr.tensorflow_import():
-    if config.type == "huggingface" and config.huggingface_dataset.streaming:
-      from ll3m.data.hf_stream import open_corpus
-    else:
-      from ll3m.data.documents import open_corpus
-  corpus = open_corpus(
-    config,
-    tokenizer,
-    data_dir=data_dir,
-    seed=seed,
-    split_default=split_default,
-    repeat=repeat,
-    strict=strict,
-  )
-  options = config.seqio_dataset
-  definition = {k: v for k, v in to_dict(config).items() if k not in _MAY_CHANGE} | {
-    "seqio_dataset.split": options.split or split_default,
-    "seqio_dataset.shuffle": repeat if options.shuffle is None else options.shuffle,
+  if spec.config.type == "seqio":
+    with stderr.tensorflow_import():
+      from ll3m.data import seqio_corpus
+    corpus = seqio_corpus.open_corpus(spec, tokenizer)
+  else:
+    corpus = row_corpus.open_corpus(spec, tokenizer)
+  options = spec.config.seqio_dataset
+  definition = {k: v for k, v in to_dict(spec.config).items() if k not in _MAY_CHANGE} | {
+    "seqio_dataset.split": options.split or spec.split_default,
+    "seqio_dataset.shuffle": spec.shuffle,
     "seqio_dataset.num_shards": corpus.num_shards,
     "number of examples": corpus.num_examples,
     "tokenizer": tokenizer.fingerprint,
-    "seed": seed,
-    "repeat": repeat,
+    "seed": spec.seed,
+    "repeat": spec.repeat,
   }
-  return BatchIterator(corpus, config, rows=rows, repeat=repeat, definition=definition)
+  return BatchIterator(corpus, options, rows=rows, repeat=spec.repeat, definition=definition)

@@ -7,9 +7,6 @@ import dataclasses
 import re
 
 from ll3m.core import options
-from ll3m.core.config import did_you_mean
-from ll3m.data import mixtures
-from ll3m.data.files import SPLITS, list_files, text_shards
 
 TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
 
@@ -137,48 +134,6 @@ class DatasetConfig:
     return {
       name: f"with `type`={self.type}" for name, types in _READ_BY.items() if self.type not in types
     }
-
-  def check(self, *, data_dir: str | None, split_default: str = "train") -> None:
-    """Checks that what is to be read exists, without reading it.
-
-    Args:
-      data_dir: folder of the text shards; None for `default_data_dir()`.
-      split_default: the split where none was chosen.
-
-    Raises:
-      ValueError: for an unknown mixture or split, or an option that is missing.
-      FileNotFoundError: for files that are missing.
-    """
-    if self.type == "json":
-      self._require("json_dataset.path", self.json_dataset.path)
-      list_files(self.json_dataset.path, "json_dataset.path")
-    elif self.type == "huggingface":
-      self._require("huggingface_dataset.path", self.huggingface_dataset.path)
-    else:
-      name = self.seqio_dataset.mixture_or_task_name
-      self._require("seqio_dataset.mixture_or_task_name", name)
-      self._check_mixture(data_dir, self.seqio_dataset.split or split_default)
-
-  def _require(self, name: str, value: str | None) -> None:
-    if not value:
-      raise ValueError(f"`{name}` must be given for a dataset of type {self.type}")
-
-  def _check_mixture(self, data_dir: str | None, split: str) -> None:
-    name, known = self.seqio_dataset.mixture_or_task_name, mixtures.known_names()
-    if name not in known:
-      if self.seqio_dataset.module:
-        return  # that module's own, which it checks itself
-      raise ValueError(
-        f"`seqio_dataset.mixture_or_task_name`: unknown mixture or task {name!r}"
-        f"{did_you_mean(name, known)}; known: {', '.join(known)}"
-      )
-    if split not in SPLITS:
-      raise ValueError(
-        f"`seqio_dataset.split`: {name} has the splits {', '.join(SPLITS)}, got {split!r}"
-      )
-    for source in mixtures.sources_of(name):
-      if source in mixtures.TEXT_SOURCES:
-        text_shards(data_dir, source, split)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,6 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
     FileNotFoundError: if the folder or any shard of the set is missing.
   """
   root = epath.Path(data_dir or default_data_dir())
-  if not root.exists():
-    raise FileNotFoundError(
-      f"`data_dir` {root} does not exist: give `data_dir` or LL3M_DATA_DIR (docs/dataset.md)"
-    )
   found = {}
   for path in (root / source).glob(f"{split}-*-of-*.tfrecord"):
     if match := re.fullmatch(rf"{split}-(\d+)-of-(\d+)\.tfrecord", path.name):
@@ -38,6 +34,10 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
   expected = max(counts, default=32)
   missing = [number for number in range(expected) if (number, expected) not in found]
   if missing or len(found) != expected:
+    if not found and not root.exists():
+      raise FileNotFoundError(
+        f"`data_dir` {root} does not exist: give `data_dir` or LL3M_DATA_DIR (docs/dataset.md)"
+      )
     first = f", {missing[0]:05d} is missing" if found and missing else ""
     raise FileNotFoundError(
       f"expected {expected} shards {root / source}/{split}-00000-of-{expected:05d}.tfrecord ..., "

@@ -15,6 +15,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import Tokenizer
 
 
@@ -162,12 +163,5 @@ def _open(
       **(seqio or {}),
     ),
   )
-  return open_dataset(
-    config,
-    tokenizer,
-    rows=range(batch_size) if rows is None else rows,
-    data_dir=data_dir,
-    seed=seed,
-    repeat=repeat,
-    strict=strict,
-  )
+  spec = resolve(config, data_dir=data_dir, seed=seed, repeat=repeat, strict=strict)
+  return open_dataset(spec, tokenizer, rows=range(batch_size) if rows is None else rows)

@@ -33,13 +33,14 @@ class RowFile(NamedTuple):
     file: Name of the file.
     kind: One of the values of `KINDS`.
     positions: Number (of the line, or of the row of a table), start and end of each; iterated once.
-    read: Function from a start and an end to what lies there: text, or a JSON object.
+    read: Function from a start and an end to what lies there: the bytes of a line or of a JSON
+      object, or a row of a table.
   """
 
   file: str
   kind: str
   positions: Iterable[tuple[int, int, int]]
-  read: Callable[[int, int], bytes]
+  read: Callable[[int, int], bytes | dict[str, Any]]
 
   def place(self, number: int) -> str:
     """Returns how messages name a position."""
@@ -141,7 +142,7 @@ def _table(file: str, kind: str, read: Callable[[str, Any], Any], data: Any) -> 
     file,
     kind,
     ((row + 1, row, row + 1) for row in range(len(rows))),
-    lambda start, _: row_to_json(rows[start]),
+    lambda start, _: rows[start],
   )
 
 
@@ -165,9 +166,15 @@ def _csv(kind: str, source: Any) -> Any:
   return csv.read_csv(source, read_options=read, parse_options=parse, convert_options=convert)
 
 
-def row_to_json(row: dict[str, Any]) -> bytes:
-  """Returns a row of a table as a JSON object; what JSON does not have becomes text."""
-  return json.dumps(row, default=str).encode()
+def as_row(data: bytes | dict[str, Any]) -> dict[str, Any]:
+  """Returns what `RowFile.read` gave as a dict.
+
+  A row of a table keeps its values: a date, bytes or a decimal is not text, and is not made text.
+
+  Raises:
+    Unusable: if it is not a JSON object.
+  """
+  return parse_json(data) if isinstance(data, bytes) else data
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def read_prompts(path: str, flag: str) -> list[tuple[str, str]]:
     rows = open_rows(file)
     for number, start, end in rows.positions:
       data = rows.read(start, end)
-      if data.strip():
+      if isinstance(data, dict) or data.strip():
         place = rows.place(number)
         prompts.append((place, _prompt(data, place, rows.kind)))
   if not prompts:
@@ -211,17 +218,18 @@ def read_prompts(path: str, flag: str) -> list[tuple[str, str]]:
   return prompts
 
 
-def _prompt(data: bytes, place: str, kind: str) -> str:
+def _prompt(data: bytes | dict[str, Any], place: str, kind: str) -> str:
   if kind == "text":
     try:
       return data.decode()
     except UnicodeDecodeError as error:
       raise ValueError(f"{place}: not UTF-8 text: {error}") from error
   try:
-    prompt = parse_json(data).get("prompt")
+    prompt = as_row(data).get("prompt")
   except Unusable:
     prompt = None
   if not isinstance(prompt, str):
-    given = data[:80].decode(errors="replace")
+    text = data if isinstance(data, bytes) else json.dumps(data, default=repr).encode()
+    given = text[:80].decode(errors="replace")
     raise ValueError(f'{place}: expected {{"prompt": "..."}}, got {given}')
   return prompt

@@ -8,18 +8,37 @@ is built, so that the same definitions serve every run.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from ll3m.data.files import text_shards
 from ll3m.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-  """The settings of the run for which a pipeline is being built."""
+  """The settings of the run for which a pipeline is being built.
+
+  Attributes:
+    tokenizer: The run's tokenizer.
+    data_dir: Folder of the text shards; None for the default.
+    shard: Which of the stream's shards.
+    files: The text shards that were listed, by source and split; what is missing is added.
+  """
 
   tokenizer: Tokenizer
   data_dir: str | None = None
-  shard: int = 0  # which of the stream's shards
+  shard: int = 0
+  files: dict[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
+
+  def text_shards(self, source: str, split: str) -> Sequence[str]:
+    """Returns the text shards of a source; lists them at most once in a run.
+
+    Raises:
+      FileNotFoundError: if any is missing.
+    """
+    if (source, split) not in self.files:
+      self.files[source, split] = text_shards(self.data_dir, source, split)
+    return self.files[source, split]
 
 
 _CURRENT: contextvars.ContextVar[RunContext] = contextvars.ContextVar("run_context")

@@ -12,10 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from ll3m.data import run_context
-from ll3m.data.files import SPLITS, list_files, text_shards
-from ll3m.data.row_files import open_rows, parse_json
-from ll3m.data.text_processor import TextProcessor
-from ll3m.data.unusable import Skipped, Unusable
+from ll3m.data.files import SPLITS
 from ll3m.data.vocabularies import map_graph, python_op
 
 # One in this many of the built-in documents is held out for validation.
@@ -40,7 +37,7 @@ class TextShardSource(seqio.DataSource):
 
   @override
   def list_shards(self, split: str) -> Sequence[str]:
-    return text_shards(run_context.current().data_dir, self._name, split)
+    return run_context.current().text_shards(self._name, split)
 
   @override
   def get_dataset(
@@ -105,20 +102,17 @@ class IndexedSource(seqio.DataSource):
 
   def __init__(
     self,
-    load: Callable[[str], Sequence[str | bytes]],
+    load: Callable[[str], Sequence[str]],
     splits: Sequence[str] = SPLITS,
-    feature: str = "text",
   ):
     """Remembers how to load.
 
     Args:
       load: returns the examples of a split; called when the first pipeline is built.
       splits: what `load` accepts.
-      feature: the name under which an example is yielded.
     """
     super().__init__(splits=splits, performs_internal_shuffling=True)
     self._load = functools.cache(load)
-    self._feature = feature
 
   @override
   def list_shards(self, split: str) -> Sequence[str]:
@@ -149,13 +143,12 @@ class IndexedSource(seqio.DataSource):
       dataset = dataset.shuffle(_INDEX_BUFFER, seed=seed)
 
     def fetch(i: SupportsInt) -> bytes:
-      example = examples[int(i)]
-      return example.encode("utf-8", errors="replace") if isinstance(example, str) else example
+      return examples[int(i)].encode("utf-8", errors="replace")
 
     def to_features(i: tf.Tensor) -> dict[str, tf.Tensor]:
       text = python_op(fetch, [i], tf.string)
       text.set_shape([])
-      return {self._feature: text}
+      return {"text": text}
 
     return map_graph(dataset, to_features)
 
@@ -181,54 +174,3 @@ def package_descriptions(split: str) -> list[str]:
 def _is_held_out(name: str) -> bool:
   """By name, so that a document stays in its split whatever else is installed."""
   return zlib.crc32(name.encode()) % _HELD_OUT == 0
-
-
-class RowFiles(Sequence[bytes]):
-  """The usable rows of files of rows as JSON objects, by number."""
-
-  def __init__(self, path: str, processor: TextProcessor, skipped: Skipped):
-    """Scans the files once.
-
-    Args:
-      path: File or glob; each file may be of any kind that `row_files` reads.
-      processor: Judge of which examples are usable.
-      skipped: Counts of the others.
-
-    Raises:
-      ValueError: if no row is usable, or one is not and none may be skipped.
-    """
-    self._readers, found = [], []
-    for number, file in enumerate(list_files(path, "json_dataset.path")):
-      rows = open_rows(file)
-      read = rows.read
-      self._readers.append(read)
-      for line, start, end in rows.positions:
-        reason = _problem(read(start, end), processor)
-        if reason is None:
-          found.append((number, start, end))
-        elif reason:
-          skipped.add(rows.place(line), reason)
-    self._rows = np.array(found, np.int64).reshape(-1, 3)
-    if not found:
-      raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
-    if skipped.counts:
-      logging.warning("%s: %d usable lines, %s", path, len(found), skipped.describe())
-      skipped.mark_reported()
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index: int) -> bytes:
-    number, start, end = self._rows[index].tolist()
-    return self._readers[number](start, end)
-
-
-def _problem(line: bytes, processor: TextProcessor) -> str | None:
-  """Returns why a line is unusable, "" for a blank one, None for a usable one."""
-  if not line.strip():
-    return ""
-  try:
-    processor.check(parse_json(line))
-  except Unusable as error:
-    return str(error)
-  return None

@@ -18,6 +18,7 @@ from ll3m.core.dtypes import DTYPES
 from ll3m.core.run import CheckpointerConfig
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.spec import DataSpec
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.hf.family import Family
 from ll3m.hf.sources import ModelOnDisk, open_source
@@ -40,6 +41,8 @@ class Run:
     load_kind: one of `options.LOAD_KINDS`, if `--load_checkpoint` is used.
     source: what it names; None for random parameters, and where the run is resumed.
     resumed: the step of output_dir that the run goes on from, if there is one.
+    train_data: The training data, checked.
+    eval_data: The evaluation data, checked; None if there is no evaluation.
     dataset_state: the position in the data to begin at; {} for its beginning.
     settings: The value of every option, for the record; see `flags.Flags.settings`.
     unfinished: The steps in output_dir whose save an earlier job began only.
@@ -49,8 +52,9 @@ class Run:
   optimizer: OptimizerConfig
   checkpointer: CheckpointerConfig
   logger: LoggerConfig
-  train_dataset: DatasetConfig
+  train_data: DataSpec
   eval_dataset: DatasetConfig
+  eval_data: DataSpec | None
   load_kind: str | None
   source: ModelOnDisk | None
   resumed: folders.Checkpoint | None
@@ -62,6 +66,11 @@ class Run:
   mesh: Mesh
   settings: Mapping[str, Any]
   unfinished: Sequence[int] = ()
+
+  @property
+  def train_dataset(self) -> DatasetConfig:
+    """The options of the training data."""
+    return self.train_data.config
 
   def rows(self, dataset: DatasetConfig) -> list[int]:
     """Returns which rows of a dataset's batches this process reads."""
@@ -206,23 +215,14 @@ def initial_state(run: Run, plan: StatePlan) -> TrainState:
 
 
 def open_batches(run: Run) -> Any:
-  """Opens the training data where the run begins; loads TensorFlow.
+  """Opens the training data where the run begins; loads TensorFlow for mixtures.
 
   Raises:
     ValueError: the data is not what the flags say, or the saved position is of other data.
   """
   from ll3m.data.batches import open_dataset
 
-  batches = open_dataset(
-    run.train_dataset,
-    run.tokenizer,
-    rows=run.rows(run.train_dataset),
-    data_dir=run.options.data_dir,
-    seed=run.options.seed,
-    split_default="train",
-    repeat=True,
-    strict=run.options.strict,
-  )
+  batches = open_dataset(run.train_data, run.tokenizer, rows=run.rows(run.train_dataset))
   if run.dataset_state:
     batches.set_state(run.dataset_state)
   return batches
@@ -249,18 +249,9 @@ def open_held_out(run: Run) -> Any:
   """
   from ll3m.data.batches import open_dataset
 
-  if not run.options.eval_steps:
+  if run.eval_data is None:
     return None
-  return open_dataset(
-    run.eval_dataset,
-    run.tokenizer,
-    rows=run.rows(run.eval_dataset),
-    data_dir=run.options.data_dir,
-    seed=run.options.seed,
-    split_default="validation",
-    repeat=False,
-    strict=run.options.strict,
-  )
+  return open_dataset(run.eval_data, run.tokenizer, rows=run.rows(run.eval_dataset))
 
 
 def held_out_evaluation(

@@ -11,9 +11,9 @@ import pytest
 
 import ll3m
 from ll3m import families
-from ll3m.data.batches import open_dataset
 from ll3m.data.config import DatasetConfig, JsonDatasetConfig, SeqioDatasetConfig
 from ll3m.hf import mapping
+from tests.data.opening import open_dataset
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 

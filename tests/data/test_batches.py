@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from ll3m.data.batch import Batch
-from ll3m.data.batches import open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   JsonDatasetConfig,
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
+from tests.data.opening import open_dataset
 
 LENGTH = 24
 

@@ -8,6 +8,7 @@ import pytest
 
 from ll3m.data import config, mixtures
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TextField, parse_fields
+from ll3m.data.spec import resolve
 
 
 @pytest.mark.parametrize(
@@ -59,30 +60,30 @@ def test_mixtures_are_those_of_the_recipe():
 )
 def test_what_cannot_be_read_is_refused(dataset, message):
   with pytest.raises(ValueError, match=message):
-    dataset.check(data_dir=None)
+    resolve(dataset)
 
 
 def test_missing_files_are_named(tmp_path, monkeypatch):
   wiki = seqio_dataset("wiki")
   with pytest.raises(FileNotFoundError, match="`data_dir` .*nowhere does not exist"):
-    wiki.check(data_dir=str(tmp_path / "nowhere"))
+    resolve(wiki, data_dir=str(tmp_path / "nowhere"))
   monkeypatch.setenv("LL3M_DATA_DIR", str(tmp_path))
   with pytest.raises(FileNotFoundError, match=r"expected 32 shards .*wiki/train-.*found 0"):
-    wiki.check(data_dir=None)
+    resolve(wiki)
   (tmp_path / "wiki").mkdir()
   for i in (0, 2):
     (tmp_path / "wiki" / f"train-{i:05d}-of-00003.tfrecord").touch()
   with pytest.raises(FileNotFoundError, match="expected 3 shards .*found 2, 00001 is missing"):
-    wiki.check(data_dir=None)
+    resolve(wiki)
   (tmp_path / "wiki" / "train-00001-of-00003.tfrecord").touch()
-  wiki.check(data_dir=None)
+  resolve(wiki)
   with pytest.raises(FileNotFoundError, match="validation-00000"):
-    wiki.check(data_dir=None, split_default="validation")
+    resolve(wiki, split_default="validation")
   json_lines = DatasetConfig(
     type="json", json_dataset=config.JsonDatasetConfig(path=str(tmp_path / "*.jsonl"))
   )
   with pytest.raises(FileNotFoundError, match=r"^`json_dataset.path`: no file matches .*\*.jsonl"):
-    json_lines.check(data_dir=None)
+    resolve(json_lines)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import zstandard
 
-from ll3m.data.batches import open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   HuggingFaceDatasetConfig,
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
-from ll3m.data.hf_rows import load_huggingface
+from ll3m.data.rows import load_huggingface
 from ll3m.data.unusable import Skipped
+from tests.data.opening import open_dataset
 
 EXAMPLES = [
   {"prompt": None if i % 9 == 4 else f"q{i}", "answer": f"a{i} " * (i % 5 + 1)} for i in range(60)

@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ll3m.data.row_files import is_array, kind_of, open_rows, parse_json, read_prompts
+from ll3m.data.row_files import as_row, is_array, kind_of, open_rows, parse_json, read_prompts
 from ll3m.data.unusable import Unusable
 
 BOM = b"\xef\xbb\xbf"
@@ -22,7 +22,7 @@ ROWS = [{"prompt": "say\u2028Hello", "n": 1}, {"prompt": 'a "quoted", \x85 one',
 def rows_of(path):
   """Every row as its place and its object."""
   rows = open_rows(str(path))
-  return [(rows.place(n), json.loads(rows.read(a, b))) for n, a, b in rows.positions]
+  return [(rows.place(n), as_row(rows.read(a, b))) for n, a, b in rows.positions]
 
 
 def write_json_lines(rows):

@@ -10,10 +10,10 @@ import pytest
 import seqio
 
 from ll3m.data import run_context, tasks
-from ll3m.data.batches import open_dataset
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.data.vocabularies import RUN_VOCABULARY
+from tests.data.opening import open_dataset
 
 
 def write_shards(data_dir, source, split, documents, num_files):

@@ -12,7 +12,8 @@ import pytest
 from ll3m import families
 from ll3m.core import sharding
 from ll3m.core.run import CheckpointerConfig
-from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
+from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
@@ -57,8 +58,9 @@ def leave(source, config, output):
       optimizer=OptimizerConfig(),
       checkpointer=CheckpointerConfig(),
       logger=LoggerConfig(str(output)),
-      train_dataset=DatasetConfig(),
+      train_data=resolve(DatasetConfig(seqio_dataset=SeqioDatasetConfig("python_mixture"))),
       eval_dataset=DatasetConfig(),
+      eval_data=None,
       load_kind=None,
       source=source,
       resumed=None,

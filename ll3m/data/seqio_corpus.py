@@ -1,26 +1,22 @@
-"""Documents of one shard of a stream, read by tf.data, with a position that can be saved."""
+"""Documents of a seqio mixture or task, read by tf.data, with a position that can be saved."""
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import override
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
 from ll3m.data import run_context, tasks
-from ll3m.data.config import DatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
-from ll3m.data.hf_rows import HuggingFaceRows, load_huggingface
 from ll3m.data.packing import Document
-from ll3m.data.row_files import parse_json
-from ll3m.data.sources import IndexedSource, RowFiles, TextShardSource, find_damaged
+from ll3m.data.sources import TextShardSource, find_damaged
+from ll3m.data.spec import DataSpec
 from ll3m.data.tasks import LOSS_SUFFIX
-from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Skipped, Unusable
-from ll3m.data.vocabularies import RUN_VOCABULARY, map_graph, python_op
+from ll3m.data.unusable import Skipped
+from ll3m.data.vocabularies import map_graph
 
 # Every shard has a pipeline of its own; a few threads each are plenty.
 _THREADS = 2
@@ -29,29 +25,20 @@ _THREADS = 2
 class SeqioCorpus(Corpus):
   """A seqio task or mixture, to be read in shards."""
 
-  def __init__(
-    self,
-    provider: seqio.Task | seqio.Mixture,
-    config: DatasetConfig,
-    context: run_context.RunContext,
-    *,
-    split: str,
-    shuffle: bool,
-    seed: int,
-    repeat: bool,
-    num_shards: int,
-    num_examples: int | None,
-    skipped: Skipped,
-  ):
-    """Binds a provider to a run; nothing is read yet."""
-    self._provider, self._context = provider, context
-    # json and huggingface datasets have a task of their own, with this one feature.
-    fields = config.seqio_dataset.task_feature_field
-    self._fields = fields if config.type == "seqio" else ("targets",)
-    self._arguments = {"split": split, "shuffle": shuffle, "seed": seed}
-    self._repeat = repeat
-    self.num_shards, self.num_examples = num_shards, num_examples
-    self.skipped = skipped
+  def __init__(self, provider: seqio.Task | seqio.Mixture, spec: DataSpec, tokenizer: Tokenizer):
+    """Binds a provider to a run; nothing is read yet.
+
+    Raises:
+      ValueError: if the provider lacks a feature.
+    """
+    options = spec.config.seqio_dataset
+    files = {(source, spec.split): files for source, files in spec.files.items()}
+    self._provider, self._fields = provider, options.task_feature_field
+    self._context = run_context.RunContext(tokenizer, spec.data_dir, files=files)
+    self._arguments = {"split": spec.split, "shuffle": spec.shuffle, "seed": spec.seed}
+    self._repeat = spec.repeat
+    self.num_shards, self.num_examples = options.num_shards, None
+    self.skipped = Skipped()
     self.label = provider.name
     missing = [name for name in self._fields if name not in provider.output_features]
     if missing:
@@ -147,87 +134,16 @@ def _sentence(error: tf.errors.OpError) -> str:
   return _AROUND.sub("", str(error.message).strip().splitlines()[0])
 
 
-def open_corpus(
-  config: DatasetConfig,
-  tokenizer: Tokenizer,
-  *,
-  data_dir: str | None,
-  seed: int,
-  split_default: str,
-  repeat: bool,
-  strict: bool,
-) -> SeqioCorpus:
-  """Finds what `config` names and binds it to the run.
+def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> SeqioCorpus:
+  """Finds the mixture or task that `spec` names and binds it to the run.
 
   Raises:
-    ValueError: for an unknown mixture, split or feature, a file without a usable line, or, if
-      `strict`, one with a line that is not.
+    ValueError: for an unknown mixture, split or feature.
   """
-  options = config.seqio_dataset
-  split = options.split or split_default
-  num_shards, num_examples, skipped = options.num_shards, None, Skipped(strict=strict)
-  if config.type == "seqio":
-    provider = tasks.find(options.mixture_or_task_name, options.module)
-    if split not in provider.splits:
-      raise ValueError(
-        f"{provider.name} has the splits {', '.join(sorted(provider.splits))}, got {split!r}"
-      )
-  else:
-    processor = TextProcessor(config.text_processor, tokenizer)
-    if config.type == "json":
-      examples = RowFiles(config.json_dataset.path, processor, skipped)
-    else:
-      examples = HuggingFaceRows(load_huggingface(config.huggingface_dataset, split_default))
-    if not len(examples):
-      raise ValueError(f"{config.huggingface_dataset.path} has no examples")
-    provider = _example_task(config, examples, processor, skipped)
-    split = "train"  # the only one that this task has
-    num_examples = len(examples)
-    num_shards = min(num_shards, num_examples)
-  return SeqioCorpus(
-    provider,
-    config,
-    run_context.RunContext(tokenizer, data_dir),
-    split=split,
-    shuffle=repeat if options.shuffle is None else options.shuffle,
-    seed=seed,
-    repeat=repeat,
-    num_shards=num_shards,
-    num_examples=num_examples,
-    skipped=skipped,
-  )
-
-
-def _example_task(
-  config: DatasetConfig,
-  examples: RowFiles | HuggingFaceRows,
-  processor: TextProcessor,
-  skipped: Skipped,
-) -> seqio.Task:
-  """Makes a seqio task of numbered JSON objects; it is not registered."""
-
-  path = config.json_dataset.path if config.type == "json" else config.huggingface_dataset.path
-
-  def process(line: bytes) -> tuple[np.ndarray, np.ndarray]:
-    try:
-      return tuple(processor(parse_json(line)))
-    except Unusable as error:  # counted here, left out where documents become rows
-      skipped.warn_and_add(path, str(error))
-      return np.zeros(0, np.int32), np.zeros(0, np.int32)
-
-  def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    def to_features(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-      tokens, loss = python_op(process, [example["example"]], (tf.int32, tf.int32))
-      return {"targets": tf.ensure_shape(tokens, [None]),
-              "targets" + LOSS_SUFFIX: tf.ensure_shape(loss, [None])}  # fmt: skip
-
-    return map_graph(dataset, to_features, parallel=True)
-
-  feature = seqio.Feature(vocabulary=RUN_VOCABULARY, add_eos=False)
-  return seqio.Task(
-    "".join(c if c.isalnum() else "_" for c in f"{config.type}_{path}"),  # seqio allows only \w
-    source=IndexedSource(lambda _: examples, splits=("train",), feature="example"),
-    preprocessors=[preprocess],
-    output_features={"targets": feature, "targets" + LOSS_SUFFIX: feature},
-    shuffle_buffer_size=None,  # the source shuffles by itself
-  )
+  options = spec.config.seqio_dataset
+  provider = tasks.find(options.mixture_or_task_name, options.module)
+  if spec.split not in provider.splits:
+    raise ValueError(
+      f"{provider.name} has the splits {', '.join(sorted(provider.splits))}, got {spec.split!r}"
+    )
+  return SeqioCorpus(provider, spec, tokenizer)

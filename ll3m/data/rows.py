@@ -1,0 +1,166 @@
+"""Rows as dicts: fetched by number or streamed, with a position that can be saved."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, override
+
+import numpy as np
+from absl import logging
+
+from ll3m.data.config import HuggingFaceDatasetConfig
+from ll3m.data.order import NumberOrder
+from ll3m.data.row_files import as_row, open_rows
+from ll3m.data.text_processor import TextProcessor
+from ll3m.data.unusable import Skipped, Unusable
+
+
+class Rows(abc.ABC):
+  """The rows of one shard, in the order in which they are read."""
+
+  @abc.abstractmethod
+  def __next__(self) -> dict[str, Any]:
+    """Returns the next row.
+
+    Raises:
+      StopIteration: at the end of rows that do not repeat.
+      Unusable: if it is not a row.
+    """
+
+  @abc.abstractmethod
+  def state(self) -> dict[str, Any]:
+    """Returns the position, as JSON can hold it."""
+
+  @abc.abstractmethod
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Moves to a position that `state()` gave."""
+
+
+class NumberedRows(Rows):
+  """Rows that are fetched by their number, in a given order."""
+
+  def __init__(self, rows: Any, order: NumberOrder):
+    """Reads `rows[number]`, of a `RowFiles` or a `datasets.Dataset`, for each number."""
+    self._rows, self._order = rows, order
+
+  def __next__(self) -> dict[str, Any]:
+    return self._rows[next(self._order)]
+
+  @override
+  def state(self) -> dict[str, Any]:
+    return self._order.state()
+
+  @override
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    self._order.set_state(state)
+
+
+class StreamedRows(Rows):
+  """Rows of a `datasets.IterableDataset`, whose own state is the position."""
+
+  def __init__(self, open_rows: Callable[[], Any], *, repeat: bool):
+    # Opened anew for every pass: one that was moved to a position returns there at its end.
+    self._open_rows, self._repeat = open_rows, repeat
+    self._start(open_rows())
+
+  def __next__(self) -> dict[str, Any]:
+    row = next(self._iterator, None)
+    if row is None and self._repeat:
+      self._start(self._open_rows())
+      row = next(self._iterator, None)
+    if row is None:
+      raise StopIteration
+    return row
+
+  @override
+  def state(self) -> dict[str, Any]:
+    return self._rows.state_dict()
+
+  @override
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    rows = self._open_rows()
+    rows.load_state_dict(state)
+    self._start(rows)
+
+  def _start(self, rows: Any) -> None:
+    self._rows, self._iterator = rows, iter(rows)
+
+
+class RowFiles(Sequence[dict[str, Any]]):
+  """The usable rows of files of rows, by number; only their positions are kept in memory."""
+
+  def __init__(self, path: str, files: Sequence[str], processor: TextProcessor, skipped: Skipped):
+    """Scans the files once.
+
+    Args:
+      path: What the user gave, for messages.
+      files: Names of the files; each may be of any kind that `row_files` reads.
+      processor: Judge of which examples are usable.
+      skipped: Counts of the others.
+
+    Raises:
+      ValueError: if no row is usable, or one is not and none may be skipped.
+    """
+    self._readers, found = [], []
+    for number, file in enumerate(files):
+      rows = open_rows(file)
+      read = rows.read
+      self._readers.append(read)
+      for line, start, end in rows.positions:
+        reason = _problem(read(start, end), processor)
+        if reason is None:
+          found.append((number, start, end))
+        elif reason:
+          skipped.add(rows.place(line), reason)
+    self._rows = np.array(found, np.int64).reshape(-1, 3)
+    if not found:
+      raise ValueError(f"{path} has no usable line: {skipped.describe() or 'it is empty'}")
+    if skipped.counts:
+      logging.warning("%s: %d usable lines, %s", path, len(found), skipped.describe())
+      skipped.mark_reported()
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    number, start, end = self._rows[index].tolist()
+    return as_row(self._readers[number](start, end))
+
+
+def _problem(data: bytes | dict[str, Any], processor: TextProcessor) -> str | None:
+  """Returns why a row is unusable, "" for a blank line, None for a usable row."""
+  if isinstance(data, bytes) and not data.strip():
+    return ""
+  try:
+    processor.check(as_row(data))
+  except Unusable as error:
+    return str(error)
+  return None
+
+
+def load_huggingface(options: HuggingFaceDatasetConfig, split: str) -> Any:
+  """Opens a dataset, downloading it first unless it is streamed.
+
+  Args:
+    options: The dataset.
+    split: The split.
+
+  Returns:
+    A `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
+
+  Raises:
+    ValueError: if it cannot be opened or is empty.
+  """
+  import datasets
+
+  try:
+    rows = datasets.load_dataset(
+      options.path, options.name, split=split, streaming=options.streaming
+    )
+  except Exception as error:  # of the many libraries below `datasets`
+    raise ValueError(
+      f"huggingface dataset {options.path!r} (name {options.name!r}, split {split!r}) "
+      f"cannot be loaded: {error}"
+    ) from error
+  if not options.streaming and not len(rows):
+    raise ValueError(f"{options.path} has no examples")
+  return rows
