@@ -251,7 +251,7 @@ class Trainer:
     return record
 
   def _summarise(
-    self, steps: Sequence[StepMetrics], seconds: float, *, length: int
+    self, steps: Sequence[StepMetrics], *, seconds: float, length: int
   ) -> dict[str, float]:
     record = metrics.summarise(steps, seconds=seconds, config=self._model.config, length=length)
     unknown = ("accuracy", "z_loss") if self._has_own_loss else ()

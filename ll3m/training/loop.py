@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -44,7 +44,7 @@ class Loop:
     accumulate: A, micro-batches of a step.
     mesh: The devices.
     held_out: Parameters -> the record of an evaluation; None for no evaluation.
-    summarise: (metrics of consecutive steps, their seconds) -> the record that is logged.
+    summarise: (metrics of consecutive steps, seconds=) -> the record that is logged.
     meta: What is saved with every step, beside its number and the state of the random numbers.
     watch: What is done about steps that are not finite.
     checkpoints: Where steps are saved.
@@ -59,7 +59,7 @@ class Loop:
   accumulate: int
   mesh: Mesh
   held_out: Callable[[Params], dict[str, float]] | None
-  summarise: Callable[[Sequence[StepMetrics], float], dict[str, float]]
+  summarise: Callable[..., dict[str, float]]
   meta: Mapping[str, Any]
   watch: NonFiniteWatch
   checkpoints: RunCheckpoints
@@ -100,7 +100,7 @@ class Loop:
     def log() -> None:
       nonlocal pending, since
       seconds = time.perf_counter() - since
-      self.logger.log(step, self.summarise(jax.device_get(pending), seconds))
+      self.logger.log(step, self.summarise(jax.device_get(pending), seconds=seconds))
       self.logger.advance(step)
       pending, since = [], time.perf_counter()
 

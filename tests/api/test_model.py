@@ -59,7 +59,7 @@ def test_generating_in_every_form(model):
   assert len(drawn) > 1
   for bad, message in (
     ({"stream": True, "prompt": ["go"]}, "a single prompt"),
-    ({"prompt": "go", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ({"prompt": "go", "max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
     ({"prompt": "go", "temperature": -1.0}, "temperature"),
   ):
     with pytest.raises(ValueError, match=message):
