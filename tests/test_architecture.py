@@ -1,7 +1,9 @@
 """The dependency rules of the rooms, read off the imports."""
 
 import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,38 @@ def test_nothing_imports_a_command():
   assert {"convert", "train", "evaluate", "generate", "export", "plan"} <= VERBS
   for path in [*(ROOT / "ll3m").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
     assert not rooms_of(imports(path)) & VERBS, path
+
+
+def library_files() -> list[Path]:
+  """The files of the libraries, but for the layer of the flags itself."""
+  flag_layer = {"flags.py", "flag_types.py", "library_logs.py", "config_files.py"}
+  return [
+    path
+    for library in LIBRARIES
+    for path in sorted((ROOT / "ll3m" / library).rglob("*.py"))
+    if not (library == "core" and path.name in flag_layer)
+  ]
+
+
+def messages(tree: ast.Module) -> Iterator[str]:
+  """Yields the strings of a file that are no documentation; X stands for what f-strings insert."""
+  skipped = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.JoinedStr):
+      texts = [part for part in node.values if isinstance(part, ast.Constant)]
+      skipped |= {id(part) for part in texts}  # walked after their parent
+      yield "X".join(part.value for part in texts)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+      yield node.value
+
+
+def test_libraries_know_no_flags():
+  """They name options in backticks; a command line that a message suggests names its program."""
+  for path in library_files():
+    assert not {n for n in imports(path) if n.startswith(("ll3m.core.flags", "absl.flags"))}, path
+    for text in messages(ast.parse(path.read_text())):
+      named = re.search(r"(?<![\w-])--[a-z]", text)
+      assert not named or "python -m ll3m" in text or "gguf_new_metadata" in text, (path, text)
 
 
 def test_kernels_stand_alone():

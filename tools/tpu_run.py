@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   return flags.call(_run, FLAG_GROUPS, argv, doc=__doc__)
 
 
-def _run(given: flags.Flags) -> None:
-  """Does what the flags ask for."""
+def _run(given: flags.Flags) -> int:
+  """Does what the flags ask for; returns the exit code of the script, where it waits for it."""
   options = given[""]
   tpu = Tpu(options)
   workers = range(tpu.count_workers())
@@ -214,9 +214,8 @@ def _run(given: flags.Flags) -> None:
     with tempfile.TemporaryDirectory() as folder:
       tpu.send(pack(Path(folder) / "code.tgz", options.script))
     scripts = [_start_script(options, worker, len(workers)) for worker in workers]
-    code = run_all(tpu, scripts, options)
-    if code:
-      sys.exit(code)
+    return run_all(tpu, scripts, options)
+  return 0
 
 
 def pack(archive: Path, script: str) -> Path:

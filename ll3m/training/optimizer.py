@@ -118,11 +118,11 @@ class OptimizerConfig:
   )
   bf16_update: str = options.option(
     "nearest",
-    "How an update reaches parameters of --param_dtype=bf16. nearest: it is rounded, and lost "
+    "How an update reaches parameters of param_dtype=bf16. nearest: it is rounded, and lost "
     "where it is less than half a unit in the last place. stochastic: it is rounded up or down at "
     "random, with the exact mean; takes no memory. master: it goes to a float32 copy, with moments "
     "in float32; takes 4 bytes per parameter for the copy and 2 more for each moment. Parameters "
-    "and AdamW's state take 6, 6 and 14 bytes per parameter; with --param_dtype=f32, 12.",
+    "and AdamW's state take 6, 6 and 14 bytes per parameter; with param_dtype=f32, 12.",
     choices=UPDATES,
   )
   adamw_optimizer: AdamWConfig = options.group(AdamWConfig)

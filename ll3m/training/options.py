@@ -95,7 +95,7 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
   show_batches: int = options.option(
     0,
     "Print this many batches as text before the first step: their documents, tokens, and which of "
-    "these are trained. Also with --dry_run.",
+    "these are trained. Also with dry_run.",
   )
 
   def __post_init__(self):
