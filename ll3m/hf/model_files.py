@@ -177,7 +177,7 @@ def _resolve(
     if wanted[name] != given[name]
   ]
   if differing:
-    raise ValueError(f"{path} is not the model that `model` names: {', '.join(differing)}")
+    raise ValueError(f"`model`: {path} holds another model: {', '.join(differing)}")
   return found
 
 

@@ -79,14 +79,14 @@ def test_index_and_shards_must_agree(make_tiny):
 
 def test_a_preset_must_be_what_the_config_says(make_tiny):
   tiny = make_tiny()
-  with pytest.raises(ValueError, match=r"--model names: .*vocab_size \(expected 32000, got 37\)"):
+  with pytest.raises(ValueError, match=r"^`model`: .*: vocab_size \(expected 32000, got 37\)"):
     open_model(tiny.folder, preset="llama2_7b")
   with pytest.raises(ValueError, match=r"family \(expected mistral, got llama\)"):
     open_model(tiny.folder, preset="mistral_7b")
   with pytest.raises(ValueError, match="unknown model 'llama3'"):
     open_model(tiny.folder, preset="llama3")
   (tiny.folder / "config.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"has no config.json; give --model"):
+  with pytest.raises(FileNotFoundError, match=r"has no config.json; give `model`"):
     open_model(tiny.folder)
   with pytest.raises(ValueError, match=r"does not fit its llama config of 32 layers: missing"):
     open_model(tiny.folder, preset="llama2_7b")
