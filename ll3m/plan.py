@@ -67,7 +67,8 @@ def _plan(given: flags.Flags) -> None:
     )
     return tried
 
-  plan = make_plan(job)
+  with given.within("train_dataset.seqio_dataset"):
+    plan = make_plan(job)
   if not plan.fits and wanted.mode == "train":
     plan = dataclasses.replace(plan, advice=given.spell(remedies.advise(job, plan, try_job)))
   if wanted.search_batch:

@@ -1,19 +1,18 @@
 """The command, as it is typed; what it converts to is tests/hf/test_conversion.py's."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.calling import call
+
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 
 
-def convert(*arguments) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "ll3m.convert", *map(str, arguments)]
-  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+convert = functools.partial(call, "convert")
 
 
 def test_converts_and_says_what_it_ignored(tmp_path):
@@ -49,7 +48,7 @@ def test_an_error_is_one_sentence_and_nothing_is_written(broken, tmp_path):
 
 def test_two_output_folders_are_refused(broken):
   done = convert(f"--checkpoint_dir={broken}", "--output_dir=a", "--output_file=b")
-  assert done.returncode == 1
+  assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
     "error: --output_dir=a and --output_file=b name two folders"
   )

@@ -1,7 +1,6 @@
 """The command, as it is typed; what it exports is tests/hf/test_exporting.py's."""
 
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import ml_dtypes  # registers bfloat16, which safetensors looks up by name
@@ -10,13 +9,12 @@ from safetensors.numpy import load_file
 
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
+from tests.calling import call
 
 FIXTURE = Path(__file__).parent / "fixtures" / "parity" / "llama2_modern"
 
 
-def export(*arguments) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "ll3m.export", *map(str, arguments)]
-  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+export = functools.partial(call, "export")
 
 
 def test_exports_shards_in_another_type(tmp_path):
@@ -48,7 +46,7 @@ def test_an_unfinished_checkpoint_is_refused(tmp_path):
 
 def test_a_published_folder_needs_no_export(tmp_path):
   done = export(f"--checkpoint=hf::{FIXTURE}", f"--output_dir={tmp_path / 'exported'}")
-  assert done.returncode == 1
+  assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
     f"error: --checkpoint must be a converted folder or a run, got hf::{FIXTURE}, which is a "
     "Hugging Face folder already"

@@ -10,6 +10,7 @@ import pytest
 
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
+from tests.calling import call
 from tests.faults.causing import PARITY
 
 USING = {
@@ -44,40 +45,38 @@ def too_large(tmp_path_factory, byte_tokenizer):
 
 
 @pytest.mark.parametrize("verb", USING)
-def test_without_one_text_cannot_be_read(without, too_large, run_command, verb):
+def test_without_one_text_cannot_be_read(without, too_large, verb):
   for folder, sentence in (
     (without, "error: a tokenizer is needed and no checkpoint brings one: give --tokenizer.path"),
     (too_large, f"error: {TOO_LARGE}"),
   ):
-    done = run_command(verb, f"--checkpoint={folder / 'converted'}", *USING[verb])
+    done = call(verb, f"--checkpoint={folder / 'converted'}", *USING[verb])
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.splitlines()[-1].startswith(sentence), done.stderr
 
 
-def test_converting_and_exporting_say_so(too_large, without, run_command, tmp_path):
+def test_converting_and_exporting_say_so(too_large, without, tmp_path):
   for verb, place, wanted in (
     ("convert", "checkpoint_dir", f"{TOO_LARGE}; --tokenizer.path has to name another"),
     ("export", "checkpoint", f"the tokenizer was exported as it is: {TOO_LARGE}"),
   ):
     source = {"convert": "published", "export": "converted"}[verb]
-    done = run_command(verb, f"--{place}={too_large / source}", f"--output_dir={tmp_path / verb}")
+    done = call(verb, f"--{place}={too_large / source}", f"--output_dir={tmp_path / verb}")
     assert done.returncode == 0, done.stderr
     assert wanted in done.stdout
-    done = run_command(
-      verb, f"--{place}={without / source}", f"--output_dir={tmp_path / 'w' / verb}"
-    )
+    done = call(verb, f"--{place}={without / source}", f"--output_dir={tmp_path / 'w' / verb}")
     assert done.returncode == 0, done.stderr
     assert "holds no tokenizer" in done.stdout
 
 
-def test_one_that_cannot_be_read_is_exported_as_it_is(run_command, tmp_path):
+def test_one_that_cannot_be_read_is_exported_as_it_is(tmp_path):
   published = shutil.copytree(PARITY / "llama2", tmp_path / "published")
   config = json.loads((published / "config.json").read_text())
   config = {key: value for key, value in config.items() if not key.endswith("_token_id")}
   (published / "config.json").write_text(json.dumps(config))
   (published / "tokenizer.json").write_text("{}")
   convert_model(open_model(published), tmp_path / "converted")
-  done = run_command(
+  done = call(
     "export", f"--checkpoint={tmp_path / 'converted'}", f"--output_dir={tmp_path / 'exported'}"
   )
   assert done.returncode == 0, done.stderr
