@@ -17,7 +17,7 @@ from ll3m.core.checkpoint import MANIFEST, model_meta
 from ll3m.core.claim import claim
 from ll3m.core.options import require
 from ll3m.core.run import RunCheckpoints
-from ll3m.core.storage import require_bucket
+from ll3m.core.storage import require_bucket, writing
 from ll3m.data import gin_settings
 from ll3m.data.spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
@@ -77,6 +77,7 @@ def _train(given: flags.Flags) -> int:
     return 0
   say(run.describe(plan))
   with (
+    writing(run.logger.output_dir),
     claim(run.logger.output_dir),
     StopRequest() as stop,
     RunCheckpoints(

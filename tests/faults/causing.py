@@ -7,13 +7,12 @@ LL3M_FAULT_SEED repeats. `make soak` sets LL3M_SOAK and with it the number of re
 import os
 import random
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.compiled import quickly
+from tests.preloaded import Command
 
 SOAK = bool(os.environ.get("LL3M_SOAK"))
 REPETITIONS = 20 if SOAK else 4
@@ -44,16 +43,17 @@ class Job:
     self.output = output
     self._log = output.with_suffix(".log")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONUNBUFFERED"] = "1"
     if not compiles:
       environment |= quickly()
-    with self._log.open("w") as log:
-      self._process = subprocess.Popen(
-        [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"],
-        env=environment,
-        stdout=log,
-        stderr=log,
-      )
+    self._log.write_text("")
+    self._process = Command(
+      "train",
+      *arguments,
+      f"--logger.output_dir={output}",
+      env=environment,
+      log=self._log,
+      compiles=compiles,
+    )
     limits = {resource.RLIMIT_FSIZE: file_limit, resource.RLIMIT_AS: memory_limit}
     for what, most in limits.items():
       if most is not None:

@@ -1,0 +1,132 @@
+"""Processes that begin with everything imported: forks of a server that has only imported.
+
+A command spends half of a tiny run importing. The server of `multiprocessing` imports once, before
+any backend of jax or thread exists, and forks a child for each call. A child is a process like any
+other: it has its own environment, output, signals, limits and exit code.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+from tests.compiled import quickly
+
+_IMPORTED = (
+  "ll3m.train",
+  "ll3m.evaluate",
+  "ll3m.generate",
+  "ll3m.data.row_corpus",
+  "matplotlib.pyplot",
+  "tests.preloaded",
+)
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(list(_IMPORTED))
+  # jax reads these while it is imported. The children read XLA_FLAGS, each its own.
+  with mock.patch.dict(os.environ, quickly() | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}):
+    forkserver.ensure_running()
+  return context
+
+
+class Command:
+  """A running `python -m ll3m.VERB ARGUMENTS`, used as a `subprocess.Popen` with pipes is."""
+
+  def __init__(
+    self,
+    verb: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Path | None = None,
+    compiles: bool = False,
+  ):
+    """Starts it.
+
+    Args:
+      verb: The command.
+      *arguments: Its flags.
+      env: Its environment; that of the tests by default.
+      cwd: Where it runs.
+      log: The file that gets what it prints, on both streams; without one, `communicate` returns
+        it.
+      compiles: Whether it compiles what another process has compiled before.
+    """
+    self._folder = tempfile.TemporaryDirectory() if log is None else None
+    names = ("stdout", "stderr")
+    paths = [log or Path(self._folder.name) / name for name in names]
+    for path in paths:
+      path.touch()
+    self._paths = paths
+    self._process = _server().Process(
+      target=_run,
+      args=(verb, arguments, dict(os.environ if env is None else env), cwd, *paths, compiles),
+    )
+    self._process.start()
+    self.args = [verb, *arguments]
+    self.pid = self._process.pid
+
+  @property
+  def returncode(self) -> int | None:
+    return self._process.exitcode
+
+  def poll(self) -> int | None:
+    return self._process.exitcode
+
+  def wait(self, timeout: float | None = None) -> int:
+    self._process.join(timeout)
+    if self._process.exitcode is None:
+      raise subprocess.TimeoutExpired(self.args, timeout)
+    return self._process.exitcode
+
+  def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    self.wait(timeout)
+    return tuple(path.read_text() for path in self._paths)
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+
+
+def _run(
+  verb: str,
+  arguments: tuple[str, ...],
+  env: dict[str, str],
+  cwd: Path | None,
+  out: Path,
+  err: Path,
+  compiles: bool,
+) -> None:
+  """Becomes the command, in the child."""
+  for stream, number, path in ((sys.stdout, 1, out), (sys.stderr, 2, err)):
+    with path.open("ab") as file:
+      os.dup2(file.fileno(), number)
+    stream.reconfigure(line_buffering=True)
+  os.environ.clear()
+  os.environ.update(env)
+  if cwd is not None:
+    os.chdir(cwd)
+  import importlib
+
+  import jax
+
+  if compiles:
+    jax.config.update("jax_compilation_cache_dir", None)
+  sys.argv = [f"ll3m.{verb}", *arguments]
+  code = importlib.import_module(f"ll3m.{verb}").main()
+  atexit._run_exitfuncs()  # which multiprocessing leaves out: jax's processes leave together
+  sys.exit(code)
