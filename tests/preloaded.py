@@ -20,6 +20,7 @@ from unittest import mock
 
 from tests.compiled import quickly
 
+_folder = tempfile.TemporaryDirectory(prefix="ll3m-printed-")
 _IMPORTED = (
   "ll3m.train",
   "ll3m.evaluate",
@@ -63,9 +64,8 @@ class Command:
         it.
       compiles: Whether it compiles what another process has compiled before.
     """
-    self._folder = tempfile.TemporaryDirectory() if log is None else None
-    names = ("stdout", "stderr")
-    paths = [log or Path(self._folder.name) / name for name in names]
+    folder = None if log else Path(tempfile.mkdtemp(dir=_folder.name))
+    paths = [log or folder / name for name in ("stdout", "stderr")]
     for path in paths:
       path.touch()
     self._paths = paths

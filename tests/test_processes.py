@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from ll3m.training.logger import METRICS, read_metrics
 from ll3m.training.stopping import EXIT_CODE, INTERRUPTED
 from tests import tiny_runs
 from tests.compiled import quickly
+from tests.preloaded import Command
 from tests.waiting import wait_for
 
 STEPS = 10
@@ -49,15 +48,8 @@ def streamed(arguments, tmp_path_factory) -> list[str]:
 
 def start(
   *arguments: str, devices: int, folder: Path | None = None, command: str = "train"
-) -> subprocess.Popen:
-  return subprocess.Popen(
-    [sys.executable, "-m", f"ll3m.{command}", *arguments],
-    env=os.environ | quickly(devices),
-    cwd=folder,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+) -> Command:
+  return Command(command, *arguments, env=os.environ | quickly(devices), cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def start_two(free_port):
     others: list[str] | None = None,
     folders: list[Path] | None = None,
     command: str = "train",
-  ) -> list[subprocess.Popen]:
+  ) -> list[Command]:
     """Args: flags; those that the second process has besides; where each is started; which."""
     joined = [
       f"--jax_distributed.coordinator_address=localhost:{free_port()}",
@@ -92,7 +84,7 @@ def start_two(free_port):
   return start_both
 
 
-def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[tuple[int, str]]:
+def finish(*processes: Command, seconds: float = 240) -> list[tuple[int, str]]:
   """Waits for all; returns exit codes and last lines of stderr."""
   results = []
   try:
@@ -159,7 +151,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
   assert losses(output) == pytest.approx(losses(alone), abs=2e-5)
 
 
-def printed(*processes: subprocess.Popen) -> list[list[dict]]:
+def printed(*processes: Command) -> list[list[dict]]:
   """Returns the lines of JSON that each wrote to standard output, once all have ended well."""
   results = [process.communicate(timeout=240) for process in processes]
   assert not any(process.returncode for process in processes), results
