@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before jax is imported anywhere: tests run on eight CPU devices, whatever the machine has.
+# Unoptimised, because most of a test's time is XLA compiling a program that runs once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import jax

@@ -206,30 +206,32 @@ def _tile(problem: Problem, most_queries: int, most_keys: int) -> tuple[int, int
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
   """Cuts blocks down to the lengths that there are."""
-
-  def cut(queries: int, keys: int) -> int:
-    # Whole squares, which the mask's edges are known in, may reach beyond the end: see `walk.cuts`.
-    is_square = queries % keys == 0 and queries <= up(problem.queries, keys)
-    return queries if is_square else min(queries, problem.queries)
-
-  def resident(most_tiles: int, queries: int, keys: int) -> int:
-    count = -(-problem.keys // keys)
-    if queries % keys == 0 and keys % LANES == 0:
-      count = up(count, queries // keys)
-    return keys * min(most_tiles, count)
-
   keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
-  queries, queries_backward = cut(blocks.queries, keys), cut(blocks.queries_backward, keys_backward)
+  queries = _cut(problem, blocks.queries, keys)
+  queries_backward = _cut(problem, blocks.queries_backward, keys_backward)
   most_tiles = blocks.keys_resident // blocks.keys
   most_tiles_backward = blocks.keys_resident_backward // blocks.keys_backward
   return BlockSizes(
     queries=queries,
     keys=keys,
-    keys_resident=resident(most_tiles, queries, keys),
+    keys_resident=_resident(problem, most_tiles, queries, keys),
     queries_backward=queries_backward,
     keys_backward=keys_backward,
-    keys_resident_backward=resident(most_tiles_backward, queries_backward, keys_backward),
+    keys_resident_backward=_resident(problem, most_tiles_backward, queries_backward, keys_backward),
   )
+
+
+def _cut(problem: Problem, queries: int, keys: int) -> int:
+  # Whole squares, which the mask's edges are known in, may reach beyond the end: see `walk.cuts`.
+  is_square = queries % keys == 0 and queries <= up(problem.queries, keys)
+  return queries if is_square else min(queries, problem.queries)
+
+
+def _resident(problem: Problem, most_tiles: int, queries: int, keys: int) -> int:
+  count = -(-problem.keys // keys)
+  if queries % keys == 0 and keys % LANES == 0:
+    count = up(count, queries // keys)
+  return keys * min(most_tiles, count)
 
 
 def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:

@@ -183,9 +183,29 @@ def run(implementation, arrays, **options):
   return jax.jit(both)(*inputs)
 
 
+@functools.cache
+def drawn(case, dtype=jnp.float32):
+  """Returns the arrays of a case, and what is right for them: once for all tests of the case."""
+  shape, options = CASES[case]
+  arrays = draw(shape, dtype)
+  return arrays, right(arrays, options)
+
+
+@functools.cache
+def plain_bfloat16(case):
+  """Returns what plain jnp gives for a case in bfloat16: the bound of every generation."""
+  return run("xla", drawn(case, jnp.bfloat16)[0], **CASES[case][1])
+
+
+def right(arrays, options):
+  return oracle.attention(*arrays, **{k: v for k, v in options.items() if k != "block_sizes"})
+
+
 def compare(actual, arrays, dtype, xla=None, **options):
-  options.pop("block_sizes", None)
-  expected = oracle.attention(*arrays, **options)
+  hold(actual, right(arrays, options), dtype, xla)
+
+
+def hold(actual, expected, dtype, xla=None):
   for i, name in enumerate(oracle.Attended._fields):
     assert_close(actual[i], expected[i], dtype, None if xla is None else xla[i], name)
   nowhere = expected.log_sum_exp == oracle.UNSEEN
@@ -194,17 +214,17 @@ def compare(actual, arrays, dtype, xla=None, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_xla(case):
-  shape, options = CASES[case]
-  arrays = draw(shape)
-  compare(run("xla", arrays, **options), arrays, jnp.float32, **options)
+  options = CASES[case][1]
+  arrays, expected = drawn(case)
+  hold(run("xla", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel(case):
-  shape, options = CASES[case]
-  arrays = draw(shape)
+  options = CASES[case][1]
+  arrays, expected = drawn(case)
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
-    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+    hold(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +236,10 @@ def test_kernel(case):
 )  # fmt: skip
 def test_kernel_where_values_are_not_turned(case):
   """On v6e, and on all with a head dim of 128 or more."""
-  shape, options = CASES[case]
-  arrays = draw(shape)
+  options = CASES[case][1]
+  arrays, expected = drawn(case)
   with kernels.target("v6e"), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
-    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+    hold(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -229,20 +249,20 @@ def test_kernel_where_values_are_not_turned(case):
   ],
 )  # fmt: skip
 def test_kernel_has_no_races_in_any_order(case):
-  shape, options = CASES[case]
-  arrays = draw(shape)
+  options = CASES[case][1]
+  arrays, expected = drawn(case)
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["races_and_shuffled"]):
-    compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+    hold(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
   "case", ["tails", "causal_window", "segments_of_both", "odd_heads", "nothing_seen", "few_queries"]
 )
 def test_kernel_in_plain_interpret_mode(case, monkeypatch):
-  shape, options = CASES[case]
-  arrays = draw(shape)
+  options = CASES[case][1]
+  arrays, expected = drawn(case)
   monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-  compare(run("pallas", arrays, **options), arrays, jnp.float32, **options)
+  hold(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
@@ -251,13 +271,13 @@ def test_kernel_in_plain_interpret_mode(case, monkeypatch):
 )
 def test_bfloat16(case, generation):
   """On v6e the matrix unit is deep enough for queries of two halves, on v5e it is not."""
-  shape, options = CASES[case]
-  arrays = draw(shape, jnp.bfloat16)
-  xla = run("xla", arrays, **options)
+  options = CASES[case][1]
+  arrays, expected = drawn(case, jnp.bfloat16)
+  xla = plain_bfloat16(case)
   with kernels.target(generation), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
     actual = run("pallas", arrays, **options)
   assert [x.dtype for x in actual] == [x.dtype for x in xla]
-  compare(actual, arrays, jnp.bfloat16, xla, **options)
+  hold(actual, expected, jnp.bfloat16, xla)
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v6e"])

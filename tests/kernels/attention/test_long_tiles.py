@@ -27,10 +27,13 @@ def test_values_and_gradients(generation, mask):
   q, k, v, bar = (jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4))
 
   def both(implementation):
-    output, vjp = jax.vjp(
-      lambda *x: flash_attention(*x, **options, implementation=implementation), q, k, v
-    )
-    return output, *vjp(bar)
+    def run(*arrays):
+      output, vjp = jax.vjp(
+        lambda *x: flash_attention(*x, **options, implementation=implementation), *arrays
+      )
+      return output, *vjp(bar)
+
+    return jax.jit(run)(q, k, v)
 
   with target(generation):
     said = explain(flash_attention, q, k, v, **options)

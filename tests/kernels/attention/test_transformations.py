@@ -1,14 +1,13 @@
 """What jax does to functions, done to attention; and what is refused."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
@@ -86,36 +85,32 @@ def test_second_derivatives_are_refused(implementation):
     jax.grad(lambda *x: jnp.sum(jax.grad(function)(*x)))(*arrays)
 
 
-X64 = """
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from jax.experimental.pallas import tpu as pltpu
-import ll3m_kernels as kernels
-from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
-rng = np.random.default_rng(0)
-q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
-ids = jnp.asarray(np.arange(300)[None] // 90)
-blocks = BlockSizes(128, 128, 256, 128, 128, 256)
-def run(implementation, **options):
-  options |= {"is_causal": True, "segment_ids": ids, "local_window_size": (99, 3)}
-  f = lambda *x: jnp.sum(flash_attention(*x, implementation=implementation, **options) ** 2)
-  return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
-theirs = run("xla")
-with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-  ours = run("pallas", block_sizes=blocks)
-for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-  assert a.dtype == b.dtype == np.float32
-  np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
-lowered = jax.jit(lambda *x: flash_attention(*x, is_causal=True))
-jax.export.export(lowered, platforms=["tpu"])(q, k, v)
-wide = [x.astype(jnp.float64) for x in (q, k, v)]
-assert flash_attention(*wide).dtype == np.float64
-"""
+@jax.enable_x64(True)
+def test_x64(monkeypatch):
+  monkeypatch.undo()  # kernels run as on a TPU
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
+  ids = jnp.asarray(np.arange(300)[None] // 90)
+  blocks = BlockSizes(128, 128, 256, 128, 128, 256)
 
+  def run(implementation, **options):
+    options |= {"is_causal": True, "segment_ids": ids, "local_window_size": (99, 3)}
 
-def test_x64():
-  done = subprocess.run([sys.executable, "-c", X64], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+    def f(*x):
+      return jnp.sum(flash_attention(*x, implementation=implementation, **options) ** 2)
+
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
+
+  theirs = run("xla")
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    ours = run("pallas", block_sizes=blocks)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert a.dtype == b.dtype == np.float32
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+  lowered = jax.jit(lambda *x: flash_attention(*x, is_causal=True))
+  jax.export.export(lowered, platforms=["tpu"])(q, k, v)
+  wide = [x.astype(jnp.float64) for x in (q, k, v)]
+  assert flash_attention(*wide).dtype == np.float64
 
 
 @pytest.mark.parametrize(

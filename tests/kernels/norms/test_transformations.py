@@ -1,14 +1,13 @@
 """What jax does to functions, done to the norms; norms on a mesh; and what is refused."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from ll3m_kernels import (
@@ -117,39 +116,34 @@ def test_second_derivatives_are_refused(implementation):
       jax.grad(lambda *a, once=once: jnp.sum(once(*a)))(*arrays)
 
 
-X64 = """
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from jax.experimental.pallas import tpu as pltpu
-from ll3m_kernels import add_layer_norm, dispatch, rms_norm
-rng = np.random.default_rng(0)
-x, r, d = (jnp.asarray(rng.normal(size=(3, 50, 72)), jnp.float32) for _ in range(3))
-s, b = (jnp.asarray(rng.normal(size=72), jnp.float32) for _ in range(2))
-def run(implementation):
-  def f(x, r, s, b):
-    normed, total = add_layer_norm(x, r, s, b, implementation=implementation)
-    return rms_norm(normed, s, epsilon=np.float64(1e-6), implementation=implementation), total
-  def both(*arrays):
-    results, vjp = jax.vjp(f, *arrays)
-    return results, vjp((d, d))
-  return jax.jit(both)
-theirs = run("xla")(x, r, s, b)
-for generation in ("v5e", "v5p"):
-  with dispatch.target(generation), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-    ours = run("pallas")(x, r, s, b)
-  for a, b_ in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-    assert a.dtype == b_.dtype == np.float32
-    np.testing.assert_allclose(a, b_, rtol=2e-5, atol=2e-5 * np.abs(b_).max())
-  with dispatch.target(generation):
-    text = jax.export.export(run(None), platforms=["tpu"])(x, r, s, b).mlir_module()
-  assert text.count("tpu_custom_call") == 4
-assert rms_norm(x.astype(jnp.float64), s).dtype == np.float64
-"""
-
-
+@jax.enable_x64(True)
 def test_x64():
-  done = subprocess.run([sys.executable, "-c", X64], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  rng = np.random.default_rng(0)
+  x, r, d = (jnp.asarray(rng.normal(size=(3, 50, 72)), jnp.float32) for _ in range(3))
+  s, b = (jnp.asarray(rng.normal(size=72), jnp.float32) for _ in range(2))
+
+  def run(implementation):
+    def f(x, r, s, b):
+      normed, total = add_layer_norm(x, r, s, b, implementation=implementation)
+      return rms_norm(normed, s, epsilon=np.float64(1e-6), implementation=implementation), total
+
+    def both(*arrays):
+      results, vjp = jax.vjp(f, *arrays)
+      return results, vjp((d, d))
+
+    return jax.jit(both)
+
+  theirs = run("xla")(x, r, s, b)
+  for generation in ("v5e", "v5p"):
+    with dispatch.target(generation), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+      ours = run("pallas")(x, r, s, b)
+    for a, b_ in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      assert a.dtype == b_.dtype == np.float32
+      np.testing.assert_allclose(a, b_, rtol=2e-5, atol=2e-5 * np.abs(b_).max())
+    with dispatch.target(generation):
+      text = jax.export.export(run(None), platforms=["tpu"])(x, r, s, b).mlir_module()
+    assert text.count("tpu_custom_call") == 4
+  assert rms_norm(x.astype(jnp.float64), s).dtype == np.float64
 
 
 def make_mesh(*sizes):

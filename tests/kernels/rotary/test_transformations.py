@@ -1,13 +1,12 @@
 """What jax does to functions, done to rotary embeddings; and what is refused."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from ll3m_kernels import explain, rotary_embedding
 from ll3m_kernels.rotary import kernel
@@ -117,38 +116,33 @@ def test_only_positions_are_kept(interpreted, implementation):
   assert [(x.shape, x.dtype) for x in kept] == [((1, 20), np.int32)]
 
 
-X64 = """
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from jax.experimental.pallas import tpu as pltpu
-from ll3m_kernels import rotary_embedding
-from ll3m_kernels.rotary import kernel
-kernel._BLOCK_BYTES, kernel._TOKENS, kernel._BLOCKS_OF_POSITIONS = 2**14, 128, 2
-rng = np.random.default_rng(0)
-q, k = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (3, 2))
-positions = jnp.asarray(rng.integers(0, 2**20, (1, 300)))
-assert positions.dtype == np.int64
-def run(implementation):
-  def f(*x):
-    q, k = rotary_embedding(*x, positions, implementation=implementation)
-    return jnp.sum(q**3) + jnp.sum(k**3)
-  return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(q, k)
-theirs = run("xla")
-with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-  ours = run("pallas")
-for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-  assert a.dtype == b.dtype == np.float32
-  np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
-lowered = jax.export.export(jax.jit(rotary_embedding), platforms=["tpu"])(q, k, positions)
-assert "tpu_custom_call" in lowered.mlir_module()
-wide = [x.astype(jnp.float64) for x in (q, k)]
-assert rotary_embedding(*wide, positions)[0].dtype == np.float64
-"""
+@jax.enable_x64(True)
+def test_x64(monkeypatch):
+  monkeypatch.setattr(kernel, "_BLOCK_BYTES", 2**14)
+  monkeypatch.setattr(kernel, "_TOKENS", 128)
+  monkeypatch.setattr(kernel, "_BLOCKS_OF_POSITIONS", 2)
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (3, 2))
+  positions = jnp.asarray(rng.integers(0, 2**20, (1, 300)))
+  assert positions.dtype == np.int64
 
+  def run(implementation):
+    def f(*x):
+      q, k = rotary_embedding(*x, positions, implementation=implementation)
+      return jnp.sum(q**3) + jnp.sum(k**3)
 
-def test_x64():
-  done = subprocess.run([sys.executable, "-c", X64], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(q, k)
+
+  theirs = run("xla")
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    ours = run("pallas")
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert a.dtype == b.dtype == np.float32
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+  lowered = jax.export.export(jax.jit(rotary_embedding), platforms=["tpu"])(q, k, positions)
+  assert "tpu_custom_call" in lowered.mlir_module()
+  wide = [x.astype(jnp.float64) for x in (q, k)]
+  assert rotary_embedding(*wide, positions)[0].dtype == np.float64
 
 
 def test_the_platform_of_lowering_chooses():
