@@ -9,12 +9,14 @@ the compiler's module says it gave to blocks and scratch. Exits with 1 if anythi
 
 import dataclasses
 import os
+import sys
 import time
+from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: libtpu must not look for chips
 
 from benchmarks import tpu_cases
-from ll3m.core import flags
+from ll3m.core import flags, options
 from ll3m_kernels import dispatch
 from ll3m_kernels.dispatch import MIB
 
@@ -23,32 +25,37 @@ from ll3m_kernels.dispatch import MIB
 class CheckConfig:
   """What to compile."""
 
-  generations: str = flags.option(
+  generations: str = options.option(
     ",".join(dispatch.GENERATIONS), "Generations to compile for, separated by commas."
   )
-  kernels: str = flags.option("", "Operations to compile, separated by commas; all by default.")
-  quick: bool = flags.option(False, "Only a few shapes, the ones that the test suite compiles.")
+  kernels: str = options.option("", "Operations to compile, separated by commas; all by default.")
+  quick: bool = options.option(False, "Only a few shapes, the ones that the test suite compiles.")
 
   def __post_init__(self):
     for name in self.generations.split(","):
       if name not in dispatch.GENERATIONS:
         raise ValueError(
-          f"--generations expects any of {', '.join(dispatch.GENERATIONS)}, got {name!r}"
+          f"`generations` expects any of {', '.join(dispatch.GENERATIONS)}, got {name!r}"
         )
 
 
-flags.define("", CheckConfig)
+FLAG_GROUPS = {"": CheckConfig}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Compiles case by case; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_check, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _check(given: flags.Flags) -> None:
   """Compiles case by case."""
   from ll3m_kernels.tpu_compiler import compile_for, vmem_bytes
 
-  config = flags.read("", CheckConfig)
+  config = given[""]
   cases = list(tpu_cases.slice_of_cases() if config.quick else tpu_cases.all_cases())
   chosen = set(filter(None, config.kernels.split(","))) or {case.kernel for case in cases}
   if unknown := chosen - {case.kernel for case in cases}:
-    raise ValueError(f"--kernels: there are no cases of {', '.join(sorted(unknown))}")
+    raise ValueError(f"`kernels`: there are no cases of {', '.join(sorted(unknown))}")
   print(
     f"{'operation':20} {'shape':30} {'dtype':5} {'TPU':6} {'seconds':>7} {'temp MiB':>8}  "
     "MiB of vector memory"
@@ -88,4 +95,4 @@ def _text(memory: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,24 +22,24 @@ from benchmarks import cycle_report
 from benchmarks.cycle_rows import Peer, Row, rows
 from benchmarks.tuning.estimates import CHIPS
 from benchmarks.tuning.ledger import Ledger, Task
-from ll3m.core import flags
+from ll3m.core import flags, options
 
 
 @dataclasses.dataclass(frozen=True)
 class CyclesConfig:
   """What to price."""
 
-  generations: str = flags.option("", "TPU generations, separated by commas; all by default.")
-  rows: str = flags.option("", "A regular expression that the names of rows have to match.")
-  quick: bool = flags.option(False, "Few rows, on v5e and v6e, in less than ten minutes.")
-  output_dir: str = flags.option("runs/cycles", "Folder of the results.")
-  workers: int = flags.option(2, "How many kernels are compiled at a time.")
-  seconds: float = flags.option(600.0, "Seconds after which an estimate is given up.")
+  generations: str = options.option("", "TPU generations, separated by commas; all by default.")
+  rows: str = options.option("", "A regular expression that the names of rows have to match.")
+  quick: bool = options.option(False, "Few rows, on v5e and v6e, in less than ten minutes.")
+  output_dir: str = options.option("runs/cycles", "Folder of the results.")
+  workers: int = options.option(2, "How many kernels are compiled at a time.")
+  seconds: float = options.option(600.0, "Seconds after which an estimate is given up.")
 
   def __post_init__(self):
     for name in filter(None, self.generations.split(",")):
       if name not in CHIPS:
-        raise ValueError(f"--generations expects any of {', '.join(CHIPS)}, got {name!r}")
+        raise ValueError(f"`generations` expects any of {', '.join(CHIPS)}, got {name!r}")
     try:
       re.compile(self.rows)
     except re.error as error:
@@ -61,19 +62,24 @@ class CyclesConfig:
       if (row.is_quick or not self.quick) and re.search(self.rows, f"{row.group} {row.name}")
     ]
     if not found:
-      raise ValueError(f"--rows: none of the rows matches {self.rows!r}")
+      raise ValueError(f"`rows`: none of the rows matches {self.rows!r}")
     return found
 
 
-flags.define("", CyclesConfig)
+FLAG_GROUPS = {"": CyclesConfig}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prices and reports; see `flags.call` for `argv` and the exit code that it returns."""
+  return flags.call(_price, FLAG_GROUPS, argv, doc=__doc__)
+
+
+def _price(given: flags.Flags) -> None:
   """Prices and reports."""
   from tqdm import tqdm
 
-  config = flags.read("", CyclesConfig)
+  config = given[""]
   # By row, so that the generations of a shape stand together.
   chosen = [
     (generation, row.on(generation))
@@ -150,4 +156,4 @@ def _task(generation, row, changes, whole_program=False) -> Task:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  sys.exit(main())

@@ -49,9 +49,13 @@ FLAG_GROUPS = TRAIN_GROUPS | {"": PlanOptions}
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Plans a run; see `flags.call` for `argv` and the exit code that it returns."""
-  # The compiler is wanted, not a chip that is here; jax has not looked for one yet.
+  platforms = jax.config.jax_platforms
+  # The compiler is wanted, not a chip that is here, where jax has not looked for one yet.
   jax.config.update("jax_platforms", "cpu")
-  return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
+  try:
+    return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
+  finally:
+    jax.config.update("jax_platforms", platforms)
 
 
 def _plan(given: flags.Flags) -> None:

@@ -1,13 +1,12 @@
 """Where generation ends and what it shows, on models whose next tokens are fixed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from tests.calling import call
 from tests.data.tokenizer_folders import MARKERS
 from tests.successor_model import write_successor_model
 
@@ -103,20 +102,14 @@ def said(tmp_path_factory):
   }
   for name, case in cases.items():
     case["config"]["checkpoint"] = f"hf::{root / case.pop('model', name)}"
-    case["config"] |= {"json": True, "max_new_tokens": 12}
-  program = (
-    "import json, sys; from ll3m import generate as g\n"
-    "for case in json.loads(sys.argv[1]):\n"
-    "  g.generate(g.GenerateConfig(**case['config']),\n"
-    "             g.TokenizerConfig(**case.get('tokenizer', {})))\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", program, json.dumps(list(cases.values()))],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  records = map(json.loads, done.stdout.splitlines())
-  return root, dict(zip(cases, records, strict=True))
+  records = {}
+  for name, case in cases.items():
+    flags = case["config"] | {f"tokenizer.{k}": v for k, v in case.get("tokenizer", {}).items()}
+    done = call("generate", *(f"--{k}={v}" for k, v in flags.items()), "--json",
+                "--max_new_tokens=12")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records[name] = json.loads(done.stdout)
+  return root, records
 
 
 def test_a_token_without_visible_text_ends_nothing(said):

@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(given: flags.Flags) -> None:
   """Reads the flags, writes the shards, says what was skipped."""
   config = given[""]
+  options.require(config, "input", "output_dir")
   files = [file for pattern in config.input for file in list_files(pattern, "input")]
   kinds = {file: _kind(file, config.plain_text) for file in files}
   target = epath.Path(config.output_dir)

@@ -104,7 +104,7 @@ class RunOptions:
   def __post_init__(self):
     options.require(self, "tpu")
     if sum((self.detach, self.status, self.stop)) > 1:
-      raise ValueError("give at most one of --detach, --status and --stop")
+      raise ValueError("give at most one of `detach`, `status` and `stop`")
     if not (self.status or self.stop):
       options.require(self, "script")
       if not Path(self.script).is_file():

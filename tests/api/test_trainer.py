@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -130,6 +131,7 @@ def test_a_signal_saves_the_step_and_the_program_resumes(
     for count, batch in enumerate(batches):
       if count == 2:
         os.kill(os.getpid(), number)
+        time.sleep(0.5)  # until the thread that listens has heard it
       yield batch
 
   before = signal.getsignal(number)

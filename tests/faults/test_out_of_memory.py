@@ -49,15 +49,15 @@ def test_a_step_that_the_compiler_refuses():
   assert f"parameters and optimizer take {held / GIB:.2f} GiB of each, the training step " in said
   wanted = ", or ".join(
     [
-      "--remat=dots",
-      "--remat=attention",
-      "--remat=full",
-      "--remat=full --train_dataset.seqio_dataset.batch_size=512 "
-      "--optimizer.accumulate_gradient_steps=2",
-      "--mesh_dim=2,2,1 --remat=nothing",
-      "--mesh_dim=2,2,1 --remat=full",
-      "--mesh_dim=1,4,1 --remat=nothing",
-      "--mesh_dim=1,4,1 --remat=full",
+      "`remat`=dots",
+      "`remat`=attention",
+      "`remat`=full",
+      "`remat`=full `train_dataset.seqio_dataset.batch_size`=512 "
+      "`optimizer.accumulate_gradient_steps`=2",
+      "`mesh_dim`=2,2,1 `remat`=nothing",
+      "`mesh_dim`=2,2,1 `remat`=full",
+      "`mesh_dim`=1,4,1 `remat`=nothing",
+      "`mesh_dim`=1,4,1 `remat`=full",
     ]
   )
   assert f"less is needed with {wanted} (ll3m.plan tries them); RESOURCE_EXHAUSTED: " in said

@@ -125,7 +125,7 @@ def test_paragraphs_may_be_documents_and_shards_are_never_overwritten(corpus, tm
 )
 def test_bad_input_is_one_sentence(tmp_path, flags, message):
   done = prepare(*flags, f"--output_dir={tmp_path}/x")
-  assert done.returncode == 1 and not (tmp_path / "x").exists()
+  assert done.returncode == 2 and not (tmp_path / "x").exists()
   assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
 
 
@@ -143,12 +143,10 @@ def test_one_document_cannot_be_split_and_leaves_no_shards(corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def tool():
-  """The module of the tool, whose flags are defined once in a process."""
+  """The module of the tool."""
   spec = importlib.util.spec_from_file_location("prepare_text", ROOT / "tools" / "prepare_text.py")
   module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("ll3m.core.flags.define", lambda *_: None)
-    spec.loader.exec_module(module)
+  spec.loader.exec_module(module)
   return module
 
 

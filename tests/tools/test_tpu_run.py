@@ -244,7 +244,7 @@ echo done $LL3M_WORKER"""
 )
 def test_mistakes_are_told_before_anything_is_sent(pod, arguments, message):
   code, _, stderr = pod.run(*arguments)
-  assert code == 1 and stderr == f"error: {message}\n"
+  assert code == 2 and stderr == f"error: {message}\n"
   assert not (pod.workers / "calls").exists()
 
 
