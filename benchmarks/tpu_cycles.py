@@ -43,11 +43,11 @@ class CyclesConfig:
     try:
       re.compile(self.rows)
     except re.error as error:
-      raise ValueError(f"--rows is not a regular expression: {error}") from error
+      raise ValueError(f"`rows` is not a regular expression: {error}") from error
     if self.workers < 1:
-      raise ValueError(f"--workers must be at least 1, got {self.workers}")
+      raise ValueError(f"`workers` must be at least 1, got {self.workers}")
     if not self.seconds > 0:
-      raise ValueError(f"--seconds must be positive, got {self.seconds}")
+      raise ValueError(f"`seconds` must be positive, got {self.seconds}")
 
   def chosen_generations(self) -> tuple[str, ...]:
     """Returns what to price for."""

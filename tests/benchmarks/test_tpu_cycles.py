@@ -140,9 +140,9 @@ def test_quick_is_a_part_of_the_whole():
   "options, message",
   [
     ({"generations": "v5e,v9"}, "`generations` expects any of v5e, v5p, v6e, got 'v9'"),
-    ({"rows": "("}, "--rows is not a regular expression"),
-    ({"workers": 0}, "--workers must be at least 1, got 0"),
-    ({"seconds": 0.0}, "--seconds must be positive"),
+    ({"rows": "("}, "`rows` is not a regular expression"),
+    ({"workers": 0}, "`workers` must be at least 1, got 0"),
+    ({"seconds": 0.0}, "`seconds` must be positive"),
   ],
 )
 def test_bad_options_are_refused(options, message):
