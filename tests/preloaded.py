@@ -71,7 +71,15 @@ class Command:
     self._paths = paths
     self._process = _server().Process(
       target=_run,
-      args=(verb, arguments, dict(os.environ if env is None else env), cwd, *paths, compiles),
+      args=(
+        verb,
+        arguments,
+        dict(os.environ if env is None else env),
+        cwd,
+        *paths,
+        compiles,
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+      ),
     )
     self._process.start()
     self.args = [verb, *arguments]
@@ -110,8 +118,10 @@ def _run(
   out: Path,
   err: Path,
   compiles: bool,
+  ignores_interrupts: bool,
 ) -> None:
-  """Becomes the command, in the child."""
+  """Becomes the command, in the child; SIGINT does there what it does in the tests' process."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupts else signal.default_int_handler)
   for stream, number, path in ((sys.stdout, 1, out), (sys.stderr, 2, err)):
     with path.open("ab") as file:
       os.dup2(file.fileno(), number)
