@@ -34,7 +34,7 @@ class HfModel:
     specs: what each of its tensors is, by the name in the checkpoint.
     tensors: exactly the tensors that the architecture needs.
     ignored: names of tensors that are not needed.
-    config_files: contents of config.json and generation_config.json, as far as there are any.
+    config_files: The contents of config.json and generation_config.json, where the folder has them.
     tokenizer_files: writers of the tokenizer's files, by file name.
     step: None, as for every model that is no step of a training run.
   """
