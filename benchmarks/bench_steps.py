@@ -9,10 +9,10 @@ from benchmarks import small_models
 from benchmarks.measuring import Work, dtype, implementation, is_accelerated, time_and_record
 from ll3m.core import sharding
 from ll3m.decoding.engine import Engine
-from ll3m.training.inputs import to_devices
 from ll3m.training.metrics import flops_per_token
+from ll3m.training.model_choice import build_model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from ll3m.training.setup import build_model
+from ll3m.training.sharded_batches import to_devices
 from ll3m.training.step import init_state, make_train_step
 
 ROWS, LENGTH = 2, 128

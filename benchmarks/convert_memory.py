@@ -69,8 +69,8 @@ def make_checkpoint(directory: Path, layers: int) -> None:
   import numpy as np
 
   from ll3m import families
-  from ll3m.hf.mapping import expected_tensors
-  from ll3m.hf.weights import SafetensorsWriter, TensorInfo
+  from ll3m.families.tensor_rules import expected_tensors
+  from ll3m.hf.safetensors_io import SafetensorsWriter, TensorInfo
 
   family, config = families.get_preset("tiny_llama_1b")
   config = config.replace(num_layers=layers)

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from benchmarks import tpu_cases
+from ll3m_kernels.block_arithmetic import LANES, up
 from ll3m_kernels.dispatch import MIB
-from ll3m_kernels.tiling import LANES, up
 
 
 def attention(

@@ -5,7 +5,7 @@ They are read off the presets; what several models share stands once, under the 
 
 from typing import NamedTuple
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.families import PRESETS
 
 

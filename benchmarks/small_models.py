@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from benchmarks.validation import largest_error, mode_of
 from ll3m import families
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
+from ll3m.decoding.decode_params import unstack
 from ll3m.decoding.decoder import make_decoder
-from ll3m.decoding.weights import unstack
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import Model, Params, make_model
 from ll3m.training.loss import token_sums

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, too
 
 from benchmarks import cycle_report
 from benchmarks.cycle_rows import Peer, Row, rows
+from benchmarks.tuning.cache import Ledger, Task
 from benchmarks.tuning.estimates import CHIPS
-from benchmarks.tuning.ledger import Ledger, Task
 from ll3m.core import flags, options
 
 

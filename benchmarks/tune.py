@@ -15,11 +15,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: it must not look for chips
 
+from benchmarks.tuning.cache import Ledger
 from benchmarks.tuning.estimates import CHIPS
-from benchmarks.tuning.ledger import Ledger
-from benchmarks.tuning.operations import DTYPES, OPERATIONS, Operation, Shape
 from benchmarks.tuning.search import Search
-from ll3m_kernels import tables
+from benchmarks.tuning.search_space import DTYPES, OPERATIONS, Operation, Shape
+from ll3m_kernels import block_tables
 from ll3m_kernels.attention.api import MAX_HEAD_DIM
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
   operation, output = OPERATIONS[options.op], options.output
   try:
     shapes = [_shape(text, operation) for text in options.shape] or list(operation.shapes)
-    entries = tables.read(output) if output.exists() else {}
+    entries = block_tables.read(output) if output.exists() else {}
   except ValueError as error:
     print(f"tune: {error}", file=sys.stderr)
     return 2
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
       for failure in found.failures:
         bar.write(f"tune: not priced: {failure}", file=sys.stderr)
       entries[found.key] = {"limits": found.limits, "cycles": found.cycles}
-      tables.write(output, entries)
+      block_tables.write(output, entries)
       gains = ", ".join(
         f"{kernel} {c['tuned']:,} cycles ({c['tuned'] / c['rule']:.3f} of the rule's)"
         for kernel, c in found.cycles.items()

@@ -8,24 +8,24 @@ from collections.abc import Sequence
 import jax
 from tqdm import tqdm
 
-from ll3m.core import flags, processes, sharding
+from ll3m.core import distributed, flags, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.options import option, require
 from ll3m.data import gin_settings
-from ll3m.data.batches import open_dataset
+from ll3m.data.batching import open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   GinConfig,
   StrictConfig,
   TokenizerConfig,
 )
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
 from ll3m.training.evaluation import evaluate
-from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import say
-from ll3m.training.setup import ModelOptions, build_model, check_length, choose_model
+from ll3m.training.model_choice import ModelOptions, build_model, check_length, choose_model
+from ll3m.training.sharded_batches import batch_shapes, in_step
 from ll3m.training.step import make_eval_step
 
 
@@ -53,7 +53,7 @@ FLAG_GROUPS = {
   "": EvaluateOptions,
   "tokenizer": TokenizerConfig,
   "eval_dataset": DatasetConfig,
-  "jax_distributed": processes.ProcessesConfig,
+  "jax_distributed": distributed.DistributedConfig,
 }
 
 

@@ -42,10 +42,10 @@ def _export(given: flags.Flags) -> None:
   """Exports a model, and reports what was done."""
   config = given[""]
 
-  from ll3m.core.storage import writing
+  from ll3m.core.object_store import writing
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.exporting import export_checkpoint, parse_size
-  from ll3m.hf.sources import open_converted
+  from ll3m.hf.model_source import open_converted
 
   if config.checkpoint.startswith("hf::"):
     raise ValueError(

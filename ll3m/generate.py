@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ll3m.core import flags, options, processes, sharding
-from ll3m.core.config import ModelConfig
+from ll3m.core import distributed, flags, options, sharding
 from ll3m.core.dtypes import COMPUTED, DTYPES
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.row_files import read_prompts
-from ll3m.data.unusable import Unusable, require_unicode
+from ll3m.data.skipped_examples import Unusable, require_unicode
 from ll3m.models.transformer import make_model
 from ll3m.training.logger import say
 
@@ -76,7 +76,7 @@ class GenerateConfig(options.VerifyConfig):
 FLAG_GROUPS = {
   "": GenerateConfig,
   "tokenizer": TokenizerConfig,
-  "jax_distributed": processes.ProcessesConfig,
+  "jax_distributed": distributed.DistributedConfig,
 }
 
 
@@ -98,7 +98,7 @@ def _generate(given: flags.Flags) -> None:
   from ll3m.decoding.engine import Engine, check_request
   from ll3m.decoding.generation import complete
   from ll3m.decoding.sampling import Sampling
-  from ll3m.hf.sources import open_source
+  from ll3m.hf.model_source import open_source
 
   config = given[""]
   sampling = Sampling(config.temperature, config.top_k, config.top_p)

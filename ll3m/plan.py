@@ -15,12 +15,12 @@ import jax
 from ll3m.core import flags
 from ll3m.core.options import option, require
 from ll3m.data import gin_settings
-from ll3m.hf.sources import open_source
-from ll3m.planning import decoding, remedies, report, topology, training
-from ll3m.planning.plan import Plan
-from ll3m.training.options import FALLBACKS, TrainOptions, without_effect
-from ll3m.training.options import FLAG_GROUPS as TRAIN_GROUPS
-from ll3m.training.setup import check_length, choose_model
+from ll3m.hf.model_source import open_source
+from ll3m.planning import decoding_plan, plan_table, remedies, topology, training_plan
+from ll3m.planning.program_plan import Plan
+from ll3m.training.config import FALLBACKS, TrainOptions, without_effect
+from ll3m.training.config import FLAG_GROUPS as TRAIN_GROUPS
+from ll3m.training.model_choice import check_length, choose_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(given: flags.Flags) -> None:
   wanted, job = given[""], read_job(given)
-  make_plan = training.plan_training if wanted.mode == "train" else decoding.plan_decoding
+  make_plan = training_plan.plan_training if wanted.mode == "train" else decoding_plan.plan_decoding
 
-  def try_job(changed: training.TrainingJob) -> Plan:
+  def try_job(changed: training_plan.TrainingJob) -> Plan:
     tried = make_plan(changed)
     print(
       f"tried batch_size={changed.rows} x {changed.steps}, mesh {changed.options.mesh_dim}, remat "
@@ -76,11 +76,11 @@ def _plan(given: flags.Flags) -> None:
   if not plan.fits and wanted.mode == "train":
     plan = dataclasses.replace(plan, advice=given.spell(remedies.advise(job, plan, try_job)))
   if wanted.search_batch:
-    plan = dataclasses.replace(plan, largest_batch=training.largest_batch(job, try_job))
-  print(json.dumps(plan.to_json()) if wanted.json else report.table(plan))
+    plan = dataclasses.replace(plan, largest_batch=training_plan.largest_batch(job, try_job))
+  print(json.dumps(plan.to_json()) if wanted.json else plan_table.table(plan))
 
 
-def read_job(given: flags.Flags) -> training.TrainingJob:
+def read_job(given: flags.Flags) -> training_plan.TrainingJob:
   """Checks the flags of training, but for what they would read from disk.
 
   Raises:
@@ -98,7 +98,7 @@ def read_job(given: flags.Flags) -> training.TrainingJob:
   preset = choose_model(options, source)
   with given.within("train_dataset.seqio_dataset"):
     check_length(rows.length, preset.config)
-  return training.TrainingJob(
+  return training_plan.TrainingJob(
     options=options,
     optimizer=optimizer,
     preset=preset,

@@ -14,20 +14,22 @@ from etils import epath
 
 from ll3m.core import flags, sharding
 from ll3m.core.checkpoint import MANIFEST, model_meta
-from ll3m.core.claim import claim
+from ll3m.core.checkpoint_manager import RunCheckpoints
+from ll3m.core.object_store import require_bucket, writing
 from ll3m.core.options import require
-from ll3m.core.run import RunCheckpoints
-from ll3m.core.storage import require_bucket, writing
+from ll3m.core.output_lock import claim
 from ll3m.data import gin_settings
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.planning.remedies import advising
-from ll3m.planning.training import job_of
+from ll3m.planning.training_plan import job_of
 from ll3m.training import metrics
+from ll3m.training.config import FALLBACKS, FLAG_GROUPS, without_effect
 from ll3m.training.logger import Logger, say
 from ll3m.training.loop import Loop
+from ll3m.training.model_choice import check_length, check_same_model, choose_model
 from ll3m.training.nonfinite import NonFiniteWatch
-from ll3m.training.options import FALLBACKS, FLAG_GROUPS, without_effect
+from ll3m.training.preemption import INTERRUPTED, StopRequest
 from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
@@ -41,9 +43,7 @@ from ll3m.training.run import (
   show_batches,
   write_companions,
 )
-from ll3m.training.setup import check_length, check_same_model, choose_model
 from ll3m.training.step import make_eval_step
-from ll3m.training.stopping import INTERRUPTED, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

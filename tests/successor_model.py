@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ll3m.families import get_preset
-from ll3m.hf.mapping import expected_tensors
+from ll3m.families.tensor_rules import expected_tensors
 
 FAMILY, PRESET = get_preset("llama2_7b")
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ll3m import families
-from ll3m.hf.mapping import expected_tensors
+from ll3m.families.tensor_rules import expected_tensors
 from tests.compiled import quickly
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from ll3m.data.tokenizer import load_tokenizer
 from ll3m.decoding.engine import Engine
 from ll3m.decoding.sampling import Sampling
 from ll3m.families import get_preset
-from ll3m.hf.mapping import expected_tensors
-from ll3m.hf.sources import open_source
+from ll3m.families.tensor_rules import expected_tensors
+from ll3m.hf.model_source import open_source
 from tests.calling import call
 
 FAMILY, PRESET = get_preset("mistral_7b")

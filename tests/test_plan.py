@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from ll3m import families
-from ll3m.core import digests
+from ll3m.core import checksums
 from ll3m.core.checkpoint import MANIFEST, PARAMS, model_meta
 from ll3m.training.metrics import flops_per_token
 
@@ -181,7 +181,7 @@ def test_a_converted_models_weights_are_not_read(run_command, tmp_path, config):
   (tmp_path / PARAMS).mkdir()
   weights = tmp_path / PARAMS / "weights"
   weights.write_bytes(bytes(8))
-  digests.write(epath.Path(tmp_path))
+  checksums.write(epath.Path(tmp_path))
   weights.unlink()
   done = run_command("plan", f"--load_checkpoint=params::{tmp_path}", "--topology=v9:2x2")
   assert done.returncode == 2

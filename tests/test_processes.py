@@ -13,7 +13,7 @@ import pytest
 
 from ll3m.core import checkpoint
 from ll3m.training.logger import METRICS, read_metrics
-from ll3m.training.stopping import EXIT_CODE, INTERRUPTED
+from ll3m.training.preemption import EXIT_CODE, INTERRUPTED
 from tests import tiny_runs
 from tests.compiled import quickly
 from tests.preloaded import Command

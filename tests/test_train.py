@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ll3m.core import checkpoint
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer

@@ -83,7 +83,7 @@ def _write(given: flags.Flags) -> None:
 
   import jax
 
-  from ll3m.hf.sources import open_source
+  from ll3m.hf.model_source import open_source
   from ll3m.models.transformer import make_model
 
   source = open_source(options.checkpoint)

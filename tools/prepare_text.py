@@ -23,11 +23,11 @@ from etils import epath
 from tqdm import tqdm
 
 from ll3m.core import flags, options, stderr
-from ll3m.core.storage import require_bucket
-from ll3m.data.files import SPLITS, list_files
+from ll3m.core.object_store import require_bucket
 from ll3m.data.row_files import KINDS, as_row, is_array, kind_of, open_rows
+from ll3m.data.shard_files import SPLITS, list_files
+from ll3m.data.skipped_examples import Skipped, Unusable, require_unicode
 from ll3m.data.text_files import HEAD, open_stream, require_utf8, split_lines
-from ll3m.data.unusable import Skipped, Unusable, require_unicode
 
 _BLOCK = 1 << 23  # bytes that a worker parses at a time
 

@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ll3m_kernels
-from benchmarks.tuning import operations
-from benchmarks.tuning.ledger import Ledger, Task
-from benchmarks.tuning.operations import OPERATIONS, Shape
-from ll3m_kernels import tables
+from benchmarks.tuning import search_space
+from benchmarks.tuning.cache import Ledger, Task
+from benchmarks.tuning.search_space import OPERATIONS, Shape
+from ll3m_kernels import block_tables
 from ll3m_kernels.dispatch import GENERATIONS
 
-_BUILDER = "benchmarks.tuning.operations:build"
+_BUILDER = "benchmarks.tuning.search_space:build"
 _KERNELS = Path(ll3m_kernels.__file__).parent
 _SOURCES = tuple(
   str(path)
   for path in (
-    *(_KERNELS / name for name in ("attention", "norms", "dispatch.py", "tiling.py")),
-    Path(operations.__file__),
+    *(_KERNELS / name for name in ("attention", "norms", "dispatch.py", "block_arithmetic.py")),
+    Path(search_space.__file__),
   )
 )
 # Of the cycles: a smaller gain is not worth other blocks, nor what they take of the memory.
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     failures: why some could not be priced.
   """
 
-  key: tables.Key
+  key: block_tables.Key
   limits: dict[str, int]
   cycles: dict[str, dict[str, int]]
   failures: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.tuning.control_flow import follows_data, kernel_calls
+from benchmarks.tuning.data_dependence import follows_data, kernel_calls
 from ll3m_kernels import dispatch
 from ll3m_kernels.tpu_compiler import compile_for
 

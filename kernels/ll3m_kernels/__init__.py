@@ -5,8 +5,8 @@ G = N / K, H head dim, V vocabulary.
 """
 
 from ll3m_kernels.attention.api import flash_attention
-from ll3m_kernels.attention.blocks import BlockSizes
-from ll3m_kernels.attention.operation import ATTENTION_RESIDUALS
+from ll3m_kernels.attention.block_sizes import BlockSizes
+from ll3m_kernels.attention.vjp import ATTENTION_RESIDUALS
 from ll3m_kernels.cross_entropy.api import linear_cross_entropy
 from ll3m_kernels.dispatch import target
 from ll3m_kernels.explanation import explain

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from ll3m import families
 from ll3m.api.model import Model
 from ll3m.core import sharding
-from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
 from ll3m.models import transformer
 
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ll3m.core import checkpoint
-from ll3m.core.config import ModelConfig
-from ll3m.core.saving import save_model
+from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_folder import save_model
 from ll3m.data import chat
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.decoding.engine import Engine

@@ -14,24 +14,24 @@ from jax.sharding import Mesh
 
 from ll3m.api.model import Model
 from ll3m.core import checkpoint, sharding
-from ll3m.core.claim import claim
+from ll3m.core.checkpoint_manager import CheckpointerConfig, RunCheckpoints
+from ll3m.core.model_folder import write_files
 from ll3m.core.options import to_dict
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints
-from ll3m.core.saving import write_files
+from ll3m.core.output_lock import claim
 from ll3m.data.batch import Batch
-from ll3m.data.unusable import Skipped
+from ll3m.data.skipped_examples import Skipped
 from ll3m.training import metrics, step
+from ll3m.training.config import LoopOptions
 from ll3m.training.evaluation import evaluate
-from ll3m.training.inputs import batch_shapes
 from ll3m.training.logger import Logger, LoggerConfig, say
 from ll3m.training.loop import Loop
 from ll3m.training.nonfinite import NonFiniteWatch
-from ll3m.training.options import LoopOptions
+from ll3m.training.preemption import EXIT_CODE, StopRequest
 from ll3m.training.profiling import Profiler
 from ll3m.training.program import jit_step
-from ll3m.training.setup import StatePlan, plan_state
+from ll3m.training.sharded_batches import batch_shapes
 from ll3m.training.step import StepMetrics, TrainState
-from ll3m.training.stopping import EXIT_CODE, StopRequest
+from ll3m.training.train_state import StatePlan, plan_state
 
 
 class Trainer:

@@ -25,10 +25,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ll3m.core import checkpoint_items, digests
+from ll3m.core import checkpoint_items, checksums
 from ll3m.core.checkpoint_items import Params, flatten, nest
-from ll3m.core.config import ModelConfig
-from ll3m.core.storage import is_remote
+from ll3m.core.model_config import ModelConfig
+from ll3m.core.object_store import is_remote
 
 FORMAT = 1
 MANIFEST = "ll3m.json"
@@ -272,7 +272,7 @@ def _open(path: epath.Path, verify: bool) -> Checkpoint:
   if not (path / PARAMS).is_dir():
     raise ValueError(f"not a complete checkpoint: {path} has no {PARAMS}/")
   if verify:
-    digests.check(path)
+    checksums.check(path)
   return Checkpoint(
     path=path,
     family=meta["family"],

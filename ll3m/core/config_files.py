@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from etils import epath
 
-from ll3m.core.config import did_you_mean
+from ll3m.core.model_config import did_you_mean
 
 _NULL = "tag:yaml.org,2002:null"
 

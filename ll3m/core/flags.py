@@ -25,7 +25,7 @@ from typing import Any
 
 import absl.flags
 
-from ll3m.core import config_files, library_logs, storage
+from ll3m.core import config_files, library_logs, object_store
 from ll3m.core.flag_types import HEADING, TupleParser, define, names
 from ll3m.core.options import HELP, REPEATED, Fallback, option
 
@@ -233,7 +233,7 @@ class Flags:
 
   def sentence(self, error: Exception) -> str:
     """Returns what an error says to the person who typed, on one line, with the flags' names."""
-    if answer := storage.explain(str(error)):
+    if answer := object_store.explain(str(error)):
       return answer
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, _EXPLAINED):
@@ -287,7 +287,7 @@ def call(
     debug = flags.debug
     configs = {prefix: flags[prefix] for prefix in groups}  # which validates every flag at once
     with library_logs.shown(debug=debug):
-      storage.prepare(map(str, flags.settings().values()))
+      object_store.prepare(map(str, flags.settings().values()))
       with _processes(configs, flags, debug=debug):
         return run(flags) or 0
   except Exception as error:  # the boundary between library errors and the person who typed
@@ -300,9 +300,9 @@ def _processes(configs: Mapping[str, Any], flags: Flags, *, debug: bool) -> Any:
   """Joins the processes of a command that can run on several hosts."""
   if "jax_distributed" not in configs:
     return nullcontext()
-  from ll3m.core import processes  # imports jax
+  from ll3m.core import distributed
 
-  return processes.joined(
+  return distributed.joined(
     configs["jax_distributed"],
     flags.settings(),
     describe=flags.sentence,

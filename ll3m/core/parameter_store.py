@@ -17,8 +17,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ll3m.core import digests
-from ll3m.core.storage import is_remote
+from ll3m.core import checksums
+from ll3m.core.object_store import is_remote
 
 # A large layer is cut into chunks of about this size, so that converting needs little memory.
 CHUNK_BYTES = 64 * 2**20
@@ -56,7 +56,7 @@ class ParameterWriter:
     self._stacked = dict(stacked)
     self._rows: dict[str, int] = {}
     self._arrays: dict[str, ts.TensorStore] = {}
-    self.digests: dict[str, digests.Digest] = {}
+    self.digests: dict[str, checksums.Digest] = {}
     for path, shape in shapes.items():
       layer_shape = shape[1:] if stacked[path] else shape
       row_bytes = math.prod(layer_shape[1:]) * dtypes[path].itemsize
@@ -116,7 +116,7 @@ class ParameterWriter:
     with chunk.open("wb") as file:
       file.write(bytes(data) if self._remote else data)  # remote files take nothing but bytes
       file.write(padding)
-    self.digests[f"{chunk.parent.name}/{chunk.name}"] = digests.of((data, padding))
+    self.digests[f"{chunk.parent.name}/{chunk.name}"] = checksums.of((data, padding))
 
   def finish(self) -> None:
     """Writes the metadata that lets Orbax restore the arrays as a nested dict."""

@@ -1,7 +1,7 @@
 """Text in, batches out: tokenizers, seqio tasks and mixtures, packing, resumable streams.
 
 `jsonl`, `huggingface` and `mixture` open a stream of batches (`ll3m.data.loaders`); `show` prints a
-batch as text (`ll3m.data.showing`).
+batch as text (`ll3m.data.preview`).
 """
 
 import importlib
@@ -11,7 +11,7 @@ _HOMES = {
   "huggingface": "ll3m.data.loaders",
   "jsonl": "ll3m.data.loaders",
   "mixture": "ll3m.data.loaders",
-  "show": "ll3m.data.showing",
+  "show": "ll3m.data.preview",
 }
 
 __all__ = [*_HOMES]

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from ll3m.data.chat_template import CLOSE, OPEN, apply_template
+from ll3m.data.skipped_examples import require_unicode
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import require_unicode
 
 
 class Rendered(NamedTuple):

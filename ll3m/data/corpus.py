@@ -3,7 +3,7 @@
 import abc
 
 from ll3m.data.packing import Document
-from ll3m.data.unusable import Skipped
+from ll3m.data.skipped_examples import Skipped
 
 
 class DocumentIterator(abc.ABC):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ll3m.data.batches import BatchIterator, open_dataset
+from ll3m.data.batching import BatchIterator, open_dataset
 from ll3m.data.config import (
   DatasetConfig,
   HuggingFaceDatasetConfig,
@@ -15,7 +15,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import Tokenizer
 
 

@@ -10,13 +10,13 @@ from typing import Any, override
 import numpy as np
 
 from ll3m.data.corpus import Corpus, DocumentIterator
-from ll3m.data.order import NumberOrder
+from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Document
 from ll3m.data.rows import NumberedRows, RowFiles, Rows, StreamedRows, load_huggingface
-from ll3m.data.spec import DataSpec
+from ll3m.data.shuffling import NumberOrder
+from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Skipped, Unusable
 
 # Documents of a stream that wait in a shard while a random one of them is taken; they are saved.
 _BUFFER = 128

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ll3m.data.files import list_files
+from ll3m.data.shard_files import list_files
+from ll3m.data.skipped_examples import Unusable
 from ll3m.data.text_files import COMPRESSIONS, HEAD, read_bytes, require_utf8, split_lines
-from ll3m.data.unusable import Unusable
 
 # What a file holds, by the ending of its name, which .gz or .zst may follow.
 KINDS = {

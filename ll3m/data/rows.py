@@ -8,10 +8,10 @@ import numpy as np
 from absl import logging
 
 from ll3m.data.config import HuggingFaceDatasetConfig
-from ll3m.data.order import NumberOrder
 from ll3m.data.row_files import as_row, open_rows
+from ll3m.data.shuffling import NumberOrder
+from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
-from ll3m.data.unusable import Skipped, Unusable
 
 
 class Rows(abc.ABC):

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from ll3m.data.files import text_shards
+from ll3m.data.shard_files import text_shards
 from ll3m.data.tokenizer import Tokenizer
 
 

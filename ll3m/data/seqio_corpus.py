@@ -8,15 +8,15 @@ from typing import override
 import seqio
 import tensorflow as tf
 
-from ll3m.data import run_context, tasks
+from ll3m.data import run_context, seqio_tasks
 from ll3m.data.corpus import Corpus, DocumentIterator
+from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Document
-from ll3m.data.sources import TextShardSource, find_damaged
-from ll3m.data.spec import DataSpec
-from ll3m.data.tasks import LOSS_SUFFIX
+from ll3m.data.seqio_sources import TextShardSource, find_damaged
+from ll3m.data.seqio_tasks import LOSS_SUFFIX
+from ll3m.data.seqio_vocabulary import map_graph
+from ll3m.data.skipped_examples import Skipped
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Skipped
-from ll3m.data.vocabularies import map_graph
 
 # Every shard has a pipeline of its own; a few threads each are plenty.
 _THREADS = 2
@@ -141,7 +141,7 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> SeqioCorpus:
     ValueError: for an unknown mixture, split or feature.
   """
   options = spec.config.seqio_dataset
-  provider = tasks.find(options.mixture_or_task_name, options.module)
+  provider = seqio_tasks.find(options.mixture_or_task_name, options.module)
   if spec.split not in provider.splits:
     raise ValueError(
       f"{provider.name} has the splits {', '.join(sorted(provider.splits))}, got {spec.split!r}"

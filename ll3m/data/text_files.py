@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, override
 import zstandard
 from etils import epath
 
-from ll3m.core.storage import is_remote
+from ll3m.core.object_store import is_remote
 
 # Endings of names, and how the files begin.
 COMPRESSIONS = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("Zstandard", b"\x28\xb5\x2f\xfd")}

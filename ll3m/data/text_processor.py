@@ -10,8 +10,8 @@ from jaxtyping import Int32
 from ll3m.data import chat
 from ll3m.data.config import TextField, TextProcessorConfig, parse_fields
 from ll3m.data.packing import Document
+from ll3m.data.skipped_examples import Unusable, require_unicode
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.data.unusable import Unusable, require_unicode
 
 _MESSAGES = "messages"
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from ll3m.core.config import ModelConfig
-from ll3m.decoding.weights import joins
+from ll3m.core.model_config import ModelConfig
+from ll3m.decoding.decode_params import joins
 from ll3m.models.attention import Attend, causal_attention
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import Norm

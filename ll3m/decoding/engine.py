@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.core.sharding import replicated
+from ll3m.decoding.decode_params import joins, place_weights, unstack
 from ll3m.decoding.decoder import make_decoder
 from ll3m.decoding.sampling import Sampling, sample
-from ll3m.decoding.weights import joins, place_weights, unstack
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.transformer import Params
 

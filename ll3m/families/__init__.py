@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ll3m.core.config import ModelConfig, did_you_mean
+from ll3m.core.model_config import ModelConfig, did_you_mean
 from ll3m.families import gemma, llama, mistral, phi
-from ll3m.hf.family import Family
+from ll3m.families.family import Family
 
 FAMILIES = {f.name: f for f in (llama.FAMILY, mistral.FAMILY, gemma.FAMILY, phi.FAMILY)}
 

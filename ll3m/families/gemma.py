@@ -1,8 +1,8 @@
 """Gemma (Gemma Team, 2024): GeGLU, (1 + w) norms, scaled and tied embeddings, 256-wide heads."""
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.families import llama
-from ll3m.hf.family import Family, Key
+from ll3m.families.family import Family, Key
 
 _SWITCHES = {"norm_scale_offset": 1.0, "scale_embeddings": True}
 

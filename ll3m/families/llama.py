@@ -1,8 +1,8 @@
 """Llama 2 (Touvron et al., 2023), OpenLLaMA v2, TinyLlama and SmolLM2: one architecture."""
 
-from ll3m.core.config import ModelConfig
-from ll3m.hf.family import Family, Key
-from ll3m.hf.mapping import Rule
+from ll3m.core.model_config import ModelConfig
+from ll3m.families.family import Family, Key
+from ll3m.families.tensor_rules import Rule
 
 _LAYER = "model.layers.{layer}"
 

@@ -1,8 +1,8 @@
 """Mistral 7B v0.1 (Jiang et al., 2023): GQA and a sliding window."""
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.families import llama
-from ll3m.hf.family import Family, Key
+from ll3m.families.family import Family, Key
 
 FAMILY = Family(
   name="mistral",

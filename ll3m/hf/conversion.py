@@ -14,11 +14,11 @@ import numpy as np
 from etils import epath
 
 from ll3m.core import checkpoint, parameter_store
+from ll3m.core.model_folder import finish_output, prepare_output
 from ll3m.core.progress import byte_bar
-from ll3m.core.saving import finish_output, prepare_output
-from ll3m.hf.matching import listing
+from ll3m.hf.lazy_tensor import all_finite, read_part
 from ll3m.hf.published_model import HfModel
-from ll3m.hf.tensors import all_finite, read_part
+from ll3m.hf.validation import listing
 
 # Each thread holds one piece in memory; two keep reading, transposing and writing busy.
 _THREADS = 2

@@ -17,19 +17,19 @@ from absl import logging
 from ll3m import families
 from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
+from ll3m.core.object_store import is_remote
 from ll3m.core.parameter_store import read_slices
 from ll3m.core.progress import byte_bar
-from ll3m.core.storage import is_remote
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer, load_tokenizer
 from ll3m.data.tokenizer_files import ENCODER, SENTENCEPIECE
-from ll3m.hf.mapping import TensorSpec, expected_tensors
-from ll3m.hf.matching import check_parameters
+from ll3m.families.tensor_rules import TensorSpec, expected_tensors
+from ll3m.hf.lazy_tensor import arrange
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
-from ll3m.hf.tensors import arrange
+from ll3m.hf.safetensors_io import SafetensorsWriter, TensorInfo
 from ll3m.hf.token_settings import TOKEN_KEYS, token_ids
-from ll3m.hf.weights import SafetensorsWriter, TensorInfo
+from ll3m.hf.validation import check_parameters
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

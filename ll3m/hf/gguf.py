@@ -19,7 +19,7 @@ from gguf.quants import dequantize
 
 from ll3m.hf.gguf_metadata import Metadata
 from ll3m.hf.gguf_tokenizer import generation_config, token_ids, tokenizer_files
-from ll3m.hf.tensors import Index, LazyTensor, describe_wrong_file
+from ll3m.hf.lazy_tensor import Index, LazyTensor, describe_wrong_file
 
 _NAMES = {
   "token_embd.weight": "model.embed_tokens.weight",

@@ -13,7 +13,7 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from ll3m.core.config import did_you_mean
+from ll3m.core.model_config import did_you_mean
 
 # What the readers of the model and of the tokenizer use.
 _USED = frozenset(

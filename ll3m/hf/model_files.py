@@ -6,12 +6,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ll3m import families
-from ll3m.core.storage import is_remote
-from ll3m.hf import folders, torch_bin, weights
-from ll3m.hf.matching import listing, match_tensors
+from ll3m.core.object_store import is_remote
+from ll3m.hf import folder_contents, safetensors_io, torch_bin
+from ll3m.hf.lazy_tensor import LazyTensor
 from ll3m.hf.published_model import HfModel
-from ll3m.hf.quantisation import refuse_quantised_tensors
-from ll3m.hf.tensors import LazyTensor
+from ll3m.hf.quantised_tensors import refuse_quantised_tensors
+from ll3m.hf.validation import listing, match_tensors
 
 CHECKPOINT_TYPES = ("safetensors", "pt", "gguf")
 CONFIG_NAME = "config.json"
@@ -110,7 +110,7 @@ def detect_type(path: Path) -> str:
     if path.suffix != ".gguf":
       raise ValueError(f"expected a folder or a .gguf file, got {path}")
     return "gguf"
-  if other := folders.other_kind(path):
+  if other := folder_contents.other_kind(path):
     raise NotImplementedError(other)
   for kind, pattern in zip(CHECKPOINT_TYPES, ("*.safetensors*", "*.bin*", "*.gguf"), strict=True):
     if any(path.glob(pattern)):
@@ -184,7 +184,7 @@ def _resolve(
 def _read_headers(path: Path, kind: str) -> tuple[dict[str, LazyTensor], list[str]]:
   """Describes the tensors of all files of a checkpoint, and what files and index contradict."""
   module, read, suffix = {
-    "safetensors": (weights, weights.read_safetensors, "safetensors"),
+    "safetensors": (safetensors_io, safetensors_io.read_safetensors, "safetensors"),
     "pt": (torch_bin, torch_bin.read_torch_bin, "bin"),
   }[kind]
   index = path / module.INDEX_NAME

@@ -16,9 +16,9 @@ from etils import epath
 from ll3m import families
 from ll3m.core import checkpoint
 from ll3m.core.checkpoint_items import Params
-from ll3m.core.config import ModelConfig
-from ll3m.hf.mapping import TensorSpec, parameter_shapes
-from ll3m.hf.tensors import Index, LazyTensor, read_part
+from ll3m.core.model_config import ModelConfig
+from ll3m.families.tensor_rules import TensorSpec, parameter_shapes
+from ll3m.hf.lazy_tensor import Index, LazyTensor, read_part
 from ll3m.hf.token_settings import settle_tokenizer
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ll3m.hf.tensors import Index, LazyTensor, describe_wrong_file
+from ll3m.hf.lazy_tensor import Index, LazyTensor, describe_wrong_file
 
 SINGLE_NAME = "pytorch_model.bin"
 INDEX_NAME = "pytorch_model.bin.index.json"

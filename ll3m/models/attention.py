@@ -9,7 +9,7 @@ from typing import Any
 import haiku as hk
 from jaxtyping import Array, Float, Int
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.models.kernels import Kernels
 from ll3m.models.layers import Linear, projections, residual_stddev
 from ll3m_kernels import flash_attention, rotary_embedding

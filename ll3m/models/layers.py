@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.models.kernels import Kernels
 from ll3m_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -93,7 +93,7 @@ class FeedForward(hk.Module):
   """The gated (SwiGLU, GeGLU) or plain feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, fused: bool, name: str = "mlp"):
-    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.weights`)."""
+    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.decode_params`)."""
     super().__init__(name=name)
     self._config = config
     self._fused = fused

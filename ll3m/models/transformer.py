@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.models.attention import Attend, Attention, causal_attention
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import INIT_STDDEV, FeedForward, Norm

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from ll3m.core import chips, sharding
+from ll3m.core import sharding, tpu_specs
 from ll3m.models.transformer import REMAT_POLICIES
-from ll3m.planning.attempt import needed_bytes
-from ll3m.planning.plan import Plan
-from ll3m.planning.training import TrainingJob
-from ll3m.training.setup import StatePlan, bytes_per_device
+from ll3m.planning.compile_attempt import needed_bytes
+from ll3m.planning.program_plan import Plan
+from ll3m.planning.training_plan import TrainingJob
+from ll3m.training.train_state import StatePlan, bytes_per_device
 
 _NOTHING = (
   "none of full rematerialisation, smaller micro-steps and more fsdp makes it fit: it needs more "
@@ -53,14 +53,14 @@ def advising(job: TrainingJob, state: StatePlan) -> Iterator[None]:
     if not _EXHAUSTED.search(str(error)):
       raise
     held, needed = bytes_per_device(state.state), needed_bytes(error)
-    chip = chips.of_device(job.devices[0])
+    chip = tpu_specs.of_device(job.devices[0])
     changes = _changes(job, state_fits=chip is None or held < chip.hbm_bytes)
     # Of the micro-steps, the first: smaller ones are asked for in the same way.
     texts = [text for text, changed in changes if 2 * changed.rows >= job.rows]
     raise MemoryError(
       f"the run does not fit into a device's memory: parameters and optimizer take "
-      f"{held / chips.GIB:.2f} GiB of each"
-      + (f", the training step {needed / chips.GIB:.2f} GiB" if needed else "")
+      f"{held / tpu_specs.GIB:.2f} GiB of each"
+      + (f", the training step {needed / tpu_specs.GIB:.2f} GiB" if needed else "")
       + "; "
       + (f"less is needed with {', or '.join(texts)} (ll3m.plan tries them)" if texts else _NOTHING)
       + f"; {str(error).splitlines()[0]}"

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import Mesh
 
 from ll3m.data.batch import Batch
-from ll3m.data.unusable import Skipped
+from ll3m.data.skipped_examples import Skipped
 from ll3m.models.transformer import Params
 from ll3m.training import metrics
-from ll3m.training.inputs import to_devices
 from ll3m.training.loss import Sums
+from ll3m.training.sharded_batches import to_devices
 
 
 def evaluate(

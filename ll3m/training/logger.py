@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ll3m.core import options
-from ll3m.core.storage import is_remote
+from ll3m.core.object_store import is_remote
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

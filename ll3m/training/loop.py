@@ -9,17 +9,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ll3m.core.run import RunCheckpoints
+from ll3m.core.checkpoint_manager import RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import Params
-from ll3m.training.inputs import stack_micro_steps, to_devices
+from ll3m.training.config import LoopOptions
 from ll3m.training.logger import Logger
 from ll3m.training.nonfinite import NonFiniteWatch
-from ll3m.training.options import LoopOptions
+from ll3m.training.preemption import Stopped, StopRequest
 from ll3m.training.profiling import Profiler
-from ll3m.training.saving import SaveSchedule
+from ll3m.training.save_schedule import SaveSchedule
+from ll3m.training.sharded_batches import stack_micro_steps, to_devices
 from ll3m.training.step import StepMetrics, TrainState
-from ll3m.training.stopping import Stopped, StopRequest
 
 
 @runtime_checkable

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import jax
 
-from ll3m.core import chips
-from ll3m.core.config import ModelConfig
+from ll3m.core import tpu_specs
+from ll3m.core.model_config import ModelConfig
 from ll3m.training.loss import Sums
 from ll3m.training.step import StepMetrics
 
@@ -43,7 +43,7 @@ def model_flop_utilisation(
   config: ModelConfig, length: int, tokens_per_second: float
 ) -> float | None:
   """Returns the share of the devices' peak, or None where the peak is not known."""
-  chip = chips.of_device(jax.devices()[0])
+  chip = tpu_specs.of_device(jax.devices()[0])
   if chip is None:
     return None
   peak = chip.peak_flops * jax.device_count()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ll3m.core.storage import is_remote
+from ll3m.core.object_store import is_remote
 from ll3m.training.logger import say
 
 # Below output_dir; TensorBoard and xprof look for traces in `plugins/profile` of a folder.

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from ll3m.core.config import ModelConfig
 from ll3m.core.dtypes import DTYPES
+from ll3m.core.model_config import ModelConfig
 from ll3m.models.transformer import Model
+from ll3m.training.config import TrainOptions
+from ll3m.training.model_choice import build_model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from ll3m.training.options import TrainOptions
-from ll3m.training.setup import StatePlan, build_model, plan_state
 from ll3m.training.step import make_train_step
+from ll3m.training.train_state import StatePlan, plan_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,24 +13,24 @@ from jax.sharding import Mesh
 
 from ll3m.core import checkpoint as folders
 from ll3m.core import sharding
-from ll3m.core.config import ModelConfig
+from ll3m.core.checkpoint_manager import CheckpointerConfig
 from ll3m.core.dtypes import DTYPES
-from ll3m.core.run import CheckpointerConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
 from ll3m.data.config import DatasetConfig, TokenizerConfig
-from ll3m.data.spec import DataSpec
+from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.tokenizer import Tokenizer
-from ll3m.hf.family import Family
-from ll3m.hf.sources import ModelOnDisk, open_source
+from ll3m.families.family import Family
+from ll3m.hf.model_source import ModelOnDisk, open_source
 from ll3m.hf.token_settings import retarget_settings
+from ll3m.training.config import TrainOptions
 from ll3m.training.evaluation import evaluate
-from ll3m.training.inputs import batch_shapes, in_step
 from ll3m.training.logger import LoggerConfig, say
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.options import TrainOptions
-from ll3m.training.setup import StatePlan, bytes_per_device
+from ll3m.training.preemption import StopRequest
+from ll3m.training.sharded_batches import batch_shapes, in_step
 from ll3m.training.step import TrainState
-from ll3m.training.stopping import StopRequest
+from ll3m.training.train_state import StatePlan, bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def open_batches(run: Run) -> Any:
   Raises:
     ValueError: the data is not what the flags say, or the saved position is of other data.
   """
-  from ll3m.data.batches import open_dataset
+  from ll3m.data.batching import open_dataset
 
   batches = open_dataset(run.train_data, run.tokenizer, rows=run.rows(run.train_dataset))
   if run.dataset_state:
@@ -230,7 +230,7 @@ def open_batches(run: Run) -> Any:
 
 def show_batches(run: Run, batches: Any) -> None:
   """Prints the first batches of a stream as text, and leaves the stream where it was."""
-  from ll3m.data.showing import show
+  from ll3m.data.preview import show
 
   if not run.options.show_batches or jax.process_index():
     return
@@ -247,7 +247,7 @@ def open_held_out(run: Run) -> Any:
   Raises:
     ValueError: the data is not what the flags say.
   """
-  from ll3m.data.batches import open_dataset
+  from ll3m.data.batching import open_dataset
 
   if run.eval_data is None:
     return None

@@ -12,7 +12,7 @@ import pytest
 import ll3m
 from ll3m import families
 from ll3m.data.config import DatasetConfig, JsonDatasetConfig, SeqioDatasetConfig
-from ll3m.hf import mapping
+from ll3m.families import tensor_rules
 from tests.data.opening import open_dataset
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
@@ -46,7 +46,7 @@ def test_a_step_of_sgd_follows_the_gradient_of_torch(model, expected):
   assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
   moved = jax.tree.map(np.subtract, model.params, state.params)
   norms = dict(zip(expected["gradient_names"], expected["gradient_norms"], strict=True))
-  specs = mapping.expected_tensors(families.FAMILIES["llama"].rules, model.config)
+  specs = tensor_rules.expected_tensors(families.FAMILIES["llama"].rules, model.config)
   for name, spec in specs.items():
     module, _, leaf = spec.ours.rpartition("/")
     value = moved[module][leaf] if spec.layer is None else moved[module][leaf][spec.layer]

@@ -9,7 +9,7 @@ from benchmarks import cycle_report
 from benchmarks.cycle_rows import Pass, Peer, Row, rows
 from benchmarks.tpu_cycles import CyclesConfig, all_tasks, our_task, peer_tasks
 from benchmarks.tuning.estimates import CHIPS, Kernel
-from ll3m.core import chips
+from ll3m.core import tpu_specs
 from ll3m_kernels.dispatch import GENERATIONS
 
 CHIP = CHIPS["v5e"]
@@ -158,7 +158,7 @@ def test_rows_that_are_not_there_are_refused():
 @pytest.mark.parametrize("generation", CHIPS)
 def test_the_kernels_and_the_planner_know_the_same_chips(generation):
   """FLOPs for each byte of HBM, which no clock changes."""
-  published = chips.CHIPS[GENERATIONS[generation].device_kinds[0]]
+  published = tpu_specs.CHIPS[GENERATIONS[generation].device_kinds[0]]
   ours = CHIPS[generation]
   expected = published.peak_flops / published.hbm_bandwidth
   assert ours.flops / ours.hbm_bytes == pytest.approx(expected, rel=5e-3)

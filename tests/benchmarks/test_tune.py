@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import tune
-from ll3m_kernels import tables
+from ll3m_kernels import block_tables
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_bad_options_are_refused(argument, capsys):
 def test_a_norm_is_tuned_by_the_real_compiler(tmp_path, capsys):
   """Other entries of the table stay; a second run has nothing to compile."""
   output, estimates = tmp_path / "table.json", tmp_path / "estimates.jsonl"
-  other = tables.Key("flash_attention", "v5e", "bfloat16", 128, "full", 4096)
-  tables.write(output, {other: {"limits": {"queries": 1}, "cycles": {}}})
+  other = block_tables.Key("flash_attention", "v5e", "bfloat16", 128, "full", 4096)
+  block_tables.write(output, {other: {"limits": {"queries": 1}, "cycles": {}}})
   arguments = ["--op=norm_forward", "--generation=v5e", "--shape=D=256,T=2048"]
   arguments += [f"--output={output}", f"--estimates={estimates}"]
   assert tune.main(arguments) == 0
   assert "of the rule's" in capsys.readouterr().out
-  entries = tables.read(output)
-  key = tables.Key("norm_forward", "v5e", "bfloat16", 256, "", 2048)
+  entries = block_tables.read(output)
+  key = block_tables.Key("norm_forward", "v5e", "bfloat16", 256, "", 2048)
   assert set(entries) == {other, key}
   priced = [json.loads(line) for line in estimates.read_text().splitlines()]
   cycles = [kernels[0][1] for _, kernels in priced]

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ll3m import families
-from ll3m.hf.mapping import expected_tensors
+from ll3m.families.tensor_rules import expected_tensors
 from tests.cloud.gcs_server import GcsServer
 from tests.compiled import quickly
 

@@ -22,7 +22,7 @@ from ll3m.decoding.engine import Engine
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.exporting import export_checkpoint
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
 from ll3m.training.logger import read_metrics
 from tests.faults.causing import files
 from tests.tiny_runs import arrays

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from ll3m import families
 from ll3m.core import sharding
-from ll3m.hf.mapping import parameter_shapes
+from ll3m.families.tensor_rules import parameter_shapes
 
 
 @pytest.mark.parametrize(

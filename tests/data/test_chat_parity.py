@@ -14,9 +14,9 @@ from tokenizers import AddedToken
 
 from ll3m.data import chat
 from ll3m.data.config import TextProcessorConfig, TokenizerConfig
+from ll3m.data.skipped_examples import Unusable
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import load_tokenizer
-from ll3m.data.unusable import Unusable
 from tests.data import tokenizer_folders as folders
 
 TOKENS = (

@@ -8,7 +8,7 @@ import pytest
 
 from ll3m.data import config, mixtures
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TextField, parse_fields
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_numbers_that_make_no_sense(options):
 def test_options_and_tokenizers_load_without_tensorflow():
   program = (
     "import sys; import ll3m.data.config, ll3m.data.tokenizer_files, ll3m.data.chat, "
-    "ll3m.data.gin_settings, ll3m.data.batches; "
+    "ll3m.data.gin_settings, ll3m.data.batching; "
     "assert not {'tensorflow', 'seqio', 'transformers', 'torch'} & set(sys.modules)"
   )
   subprocess.run([sys.executable, "-c", program], check=True)

@@ -16,7 +16,7 @@ from ll3m.data.config import (
   TextProcessorConfig,
 )
 from ll3m.data.rows import load_huggingface
-from ll3m.data.unusable import Skipped
+from ll3m.data.skipped_examples import Skipped
 from tests.data.opening import open_dataset
 
 EXAMPLES = [

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ll3m.core.config import ModelConfig
+from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
 from ll3m.data.packing import Document, Packer
 from ll3m.models.transformer import make_model

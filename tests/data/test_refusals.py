@@ -64,7 +64,7 @@ def test_a_value_that_is_no_text_is_not_made_text(tmp_path, tokenizer, value):
 OWN_TASK = """
 import seqio, tensorflow as tf
 from ll3m.data import sources
-from ll3m.data.vocabularies import RUN_VOCABULARY
+from ll3m.data.seqio_vocabulary import RUN_VOCABULARY
 
 def tokenize(trained):
   def preprocess(dataset, output_features):

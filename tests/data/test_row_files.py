@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ll3m.data.row_files import as_row, is_array, kind_of, open_rows, parse_json, read_prompts
-from ll3m.data.unusable import Unusable
+from ll3m.data.skipped_examples import Unusable
 
 BOM = b"\xef\xbb\xbf"
 # Characters that some readers take for ends of lines or of files, and that JSON escapes.

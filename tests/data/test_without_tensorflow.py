@@ -7,11 +7,11 @@ PROGRAM = """
 import itertools, sys
 import ll3m.data
 from ll3m.data import run_context
-from ll3m.data.batches import open_dataset
+from ll3m.data.batching import open_dataset
 from ll3m.data.config import (
   DatasetConfig, HuggingFaceDatasetConfig, JsonDatasetConfig, SeqioDatasetConfig, TokenizerConfig
 )
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 import ll3m.evaluate, ll3m.training.run
 

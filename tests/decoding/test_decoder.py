@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ll3m.decoding.decode_params import unstack
 from ll3m.decoding.decoder import make_decoder
-from ll3m.decoding.weights import unstack
 from ll3m.families import FAMILIES, get_preset
 from ll3m.models.transformer import make_model
 

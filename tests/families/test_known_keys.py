@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ll3m import families
-from ll3m.hf import known_keys, rope
+from ll3m.families import known_keys, rope
 from tests.families.test_hf_config import GEMMA, LLAMA, MISTRAL, PHI, read, without
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "phi": PhiConfig}

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from ll3m import families
-from ll3m.hf import mapping
+from ll3m.families import tensor_rules
 from ll3m.models.transformer import make_model
 
 # Parameter counts of the published checkpoints; a tied head counts once.
@@ -59,7 +59,7 @@ def test_parameters_are_the_published_ones(name):
   family, config = families.get_preset(name)
   shapes = abstract_shapes(config)
   assert sum(map(math.prod, shapes.values())) == COUNTS[name]
-  assert shapes == mapping.parameter_shapes(family.rules, config)
+  assert shapes == tensor_rules.parameter_shapes(family.rules, config)
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)

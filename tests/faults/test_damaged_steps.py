@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from ll3m.core import checkpoint, digests
+from ll3m.core import checkpoint, checksums
 from tests.faults.causing import REPETITIONS, delete, files, flip, truncate
 from tests.tiny_runs import arrays
 
@@ -26,7 +26,7 @@ def test_whichever_file_is_damaged_the_step_before_is_opened(copy, chance, caplo
       opened = checkpoint.open_checkpoint(copy)
       if name in UNREAD:
         assert opened.step == 30
-      elif name == digests.FILE and fault is delete:
+      elif name == checksums.FILE and fault is delete:
         assert opened.step == 30 and "it is taken as it is" in caplog.text
       else:
         assert opened.step == 20, name

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ll3m.data.unusable import Unusable
+from ll3m.data.skipped_examples import Unusable
+from ll3m.hf.lazy_tensor import read_part
 from ll3m.hf.model_files import open_model
-from ll3m.hf.tensors import read_part
 from tests.faults.causing import PARITY, SOAK, files
 
 INSERTED = (b"\x00", b"\xff", b'"', b"{", b"]", b"-", b"9" * 30)

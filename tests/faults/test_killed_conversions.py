@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from ll3m import families
 from ll3m.core import checkpoint
+from ll3m.families.tensor_rules import expected_tensors
 from ll3m.hf.conversion import convert_model
-from ll3m.hf.mapping import expected_tensors
 from ll3m.hf.model_files import open_model
-from ll3m.hf.weights import SafetensorsWriter, TensorInfo
+from ll3m.hf.safetensors_io import SafetensorsWriter, TensorInfo
 from tests.faults.causing import REPETITIONS, files
 
 MEBIBYTE = 2**20

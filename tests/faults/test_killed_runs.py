@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ll3m.core import checkpoint
-from ll3m.training import stopping
+from ll3m.training import preemption
 from ll3m.training.logger import read_metrics
 from tests.faults.causing import REPETITIONS, SOAK, files
 from tests.tiny_runs import arrays
@@ -81,7 +81,7 @@ def test_asked_to_stop_it_saves_once_and_comes_to_the_same_end(
     before = checkpoint.finished_steps(output)
     job.signal(signal.SIGTERM)
     asked = time.monotonic()
-    assert job.end(60) == stopping.EXIT_CODE, job.said()
+    assert job.end(60) == preemption.EXIT_CODE, job.said()
     assert time.monotonic() - asked < within
     assert "Traceback" not in job.said()
     saved = set(checkpoint.finished_steps(output)) - set(before)
@@ -148,14 +148,14 @@ def test_ctrl_c_saves_and_twice_ends_at_once(start, uninterrupted, tmp_path, for
   with start(output, *rarely, compiles=True) as job:
     job.wait_for(lambda: "compiling" in job.said())
     job.signal(signal.SIGINT)
-    assert job.end(5) == stopping.INTERRUPTED, job.said()
+    assert job.end(5) == preemption.INTERRUPTED, job.said()
   assert job.said().splitlines()[-1] == "stopped by Ctrl-C before the first step"
   assert not checkpoint.finished_steps(output)
 
   with start(output, *rarely) as job:
     job.wait_for(lambda: "step 10/" in job.said())
     job.signal(signal.SIGINT)
-    assert job.end(60) == stopping.INTERRUPTED, job.said()
+    assert job.end(60) == preemption.INTERRUPTED, job.said()
   assert "stopping after this step, which is saved; Ctrl-C again ends at once" in job.said()
   assert job.said().splitlines()[-1] == "stopped by Ctrl-C; the same command resumes from here"
   assert "Traceback" not in job.said()
@@ -167,7 +167,7 @@ def test_ctrl_c_saves_and_twice_ends_at_once(start, uninterrupted, tmp_path, for
     job.signal(signal.SIGINT)
     job.wait_for(lambda: "Ctrl-C again" in job.said())
     job.signal(signal.SIGINT)
-    assert job.end(5) == stopping.INTERRUPTED, job.said()
+    assert job.end(5) == preemption.INTERRUPTED, job.said()
   last = "ended by Ctrl-C; the steps that were saved before are complete"
   assert job.said().splitlines()[-1] == last
   assert checkpoint.finished_steps(output) == [first]

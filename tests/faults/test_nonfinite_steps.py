@@ -15,8 +15,8 @@ from ll3m.data.batch import Batch
 from ll3m.models.transformer import make_model
 from ll3m.training import metrics
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from ll3m.training.preemption import EXIT_CODE
 from ll3m.training.step import init_state, make_train_step
-from ll3m.training.stopping import EXIT_CODE
 from tests.faults.causing import files
 from tests.tiny_runs import arrays
 

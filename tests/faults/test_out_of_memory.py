@@ -12,11 +12,11 @@ COMPILE = """
 from ll3m import families
 from ll3m.core import sharding
 from ll3m.planning import remedies, topology
-from ll3m.planning.training import TrainingJob
-from ll3m.training.inputs import batch_shapes
+from ll3m.planning.training_plan import TrainingJob
+from ll3m.training.sharded_batches import batch_shapes
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.program import make_program
-from ll3m.training.options import TrainOptions
+from ll3m.training.config import TrainOptions
 
 family, config = families.get_preset("llama2_7b")
 job = TrainingJob(

@@ -15,18 +15,19 @@ from safetensors.numpy import save_file
 
 from ll3m import families
 from ll3m.core import checkpoint, sharding
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.core.checkpoint_manager import CheckpointerConfig, RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.decoding.sampling import Sampling, sample
+from ll3m.families.tensor_rules import expected_tensors
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.exporting import export_checkpoint
-from ll3m.hf.mapping import expected_tensors
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
 from ll3m.models.transformer import make_model
+from ll3m.training.model_choice import build_model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer
-from ll3m.training.setup import build_model, plan_state
 from ll3m.training.step import init_state, make_train_step
+from ll3m.training.train_state import plan_state
 from tests.faults.causing import SOAK
 
 EXAMPLES = 200 if SOAK else 20

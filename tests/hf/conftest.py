@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from ll3m import families
-from ll3m.core.config import ModelConfig
-from ll3m.hf.family import Family
-from ll3m.hf.mapping import expected_tensors
-from ll3m.hf.tensors import LazyTensor, read_part
+from ll3m.core.model_config import ModelConfig
+from ll3m.families.family import Family
+from ll3m.families.tensor_rules import expected_tensors
+from ll3m.hf.lazy_tensor import LazyTensor, read_part
 
 SIZES = {
   "vocab_size": 37,

@@ -8,10 +8,10 @@ import pytest
 import xxhash
 from etils import epath
 
-from ll3m.core import checkpoint, parameter_store, saving
+from ll3m.core import checkpoint, model_folder, parameter_store
 from ll3m.hf import conversion
+from ll3m.hf.lazy_tensor import LazyTensor
 from ll3m.hf.model_files import open_model
-from ll3m.hf.tensors import LazyTensor
 
 
 @pytest.fixture
@@ -120,5 +120,5 @@ def test_an_output_folder_with_anything_else_is_refused(make_tiny, output):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ValueError, match=r"needs 1000000000.0 GB and its disk has"):
-    saving.prepare_output(epath.Path(tmp_path / "output"), 10**18)
+    model_folder.prepare_output(epath.Path(tmp_path / "output"), 10**18)
   assert not list((tmp_path / "output").iterdir())

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig
 
 from ll3m import families
-from ll3m.core import checkpoint, parameter_store, run
+from ll3m.core import checkpoint, checkpoint_manager, parameter_store
 from ll3m.hf import conversion, exporting
 from ll3m.hf.model_files import open_model
 
@@ -88,7 +88,9 @@ def test_exports_a_training_run(make_tiny, tmp_path, output, place):
   )
   split = NamedSharding(mesh, PartitionSpec(None, None, "x"))
   params["layers/mlp/up"]["w"] = jax.device_put(params["layers/mlp/up"]["w"], split)
-  with run.RunCheckpoints(tmp_path / "run", run.CheckpointerConfig()) as checkpoints:
+  with checkpoint_manager.RunCheckpoints(
+    tmp_path / "run", checkpoint_manager.CheckpointerConfig()
+  ) as checkpoints:
     for step in (3, 7):
       checkpoints.save(
         step,

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from ll3m import families
 from ll3m.hf import gguf
+from ll3m.hf.lazy_tensor import read_part
 from ll3m.hf.model_files import open_model
-from ll3m.hf.tensors import read_part
 
 # A quarter of a block of K-quants is no multiple of anything; rows of both q and k are permuted.
 D, F, N, K, V = 512, 256, 4, 2, 45

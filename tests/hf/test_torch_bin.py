@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ll3m.hf import torch_bin
-from ll3m.hf.tensors import read_part
+from ll3m.hf.lazy_tensor import read_part
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 

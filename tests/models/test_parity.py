@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from ll3m import families
-from ll3m.core.config import ModelConfig
-from ll3m.hf import conversion, mapping
+from ll3m.core.model_config import ModelConfig
+from ll3m.families import tensor_rules
+from ll3m.hf import conversion
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
 from ll3m.models import transformer
 from ll3m_kernels import linear_cross_entropy
 
@@ -37,7 +38,7 @@ VISIBLE = 10 * LOGITS_TOLERANCE
 
 class Fixture(NamedTuple):
   config: ModelConfig
-  rules: tuple[mapping.Rule, ...]
+  rules: tuple[tensor_rules.Rule, ...]
   params: transformer.Params  # float32
   stored: transformer.Params  # the same in the checkpoint's dtypes
   tokens: np.ndarray  # [B, T]
@@ -107,7 +108,7 @@ def relative_error(actual, expected):
 
 def norms_by_tensor(fixture, gradient):
   norms = {}
-  for name, spec in mapping.expected_tensors(fixture.rules, fixture.config).items():
+  for name, spec in tensor_rules.expected_tensors(fixture.rules, fixture.config).items():
     module, _, leaf = spec.ours.rpartition("/")
     tensor = np.asarray(gradient[module][leaf], np.float64)
     norms[name] = np.linalg.norm(tensor if spec.layer is None else tensor[spec.layer])

@@ -20,10 +20,10 @@ import jax, jax.numpy as jnp
 from ll3m import families
 from ll3m.core import sharding
 from ll3m.planning import costs, hlo, topology
-from ll3m.training.inputs import batch_shapes
+from ll3m.training.sharded_batches import batch_shapes
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.program import make_program
-from ll3m.training.options import TrainOptions
+from ll3m.training.config import TrainOptions
 
 kind, length, rows, vocabulary = sys.argv[1], *map(int, sys.argv[2:])
 config = families.get_preset("mistral_7b").config.replace(

@@ -7,9 +7,9 @@ import pytest
 
 from ll3m import families
 from ll3m.planning import remedies
-from ll3m.planning.training import TrainingJob, largest_batch
+from ll3m.planning.training_plan import TrainingJob, largest_batch
+from ll3m.training.config import TrainOptions
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.options import TrainOptions
 
 
 def job(rows=8, **options):

@@ -14,10 +14,10 @@ import pytest
 import ll3m
 from ll3m import families
 from ll3m.core import checkpoint, sharding
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.core.checkpoint_manager import CheckpointerConfig, RunCheckpoints
 from ll3m.data.config import DatasetConfig
+from ll3m.training.config import TrainOptions
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.options import TrainOptions
 from ll3m.training.program import make_program
 from ll3m.training.run import Run, find_start, fixed_settings, initial_state
 

@@ -7,13 +7,13 @@ import pytest
 
 from ll3m import families
 from ll3m.core import checkpoint, sharding
-from ll3m.core.run import CheckpointerConfig, RunCheckpoints
+from ll3m.core.checkpoint_manager import CheckpointerConfig, RunCheckpoints
 from ll3m.data.batch import Batch
-from ll3m.training.inputs import to_devices
+from ll3m.training.config import TrainOptions
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.options import TrainOptions
 from ll3m.training.program import make_program
-from ll3m.training.setup import bytes_per_device
+from ll3m.training.sharded_batches import to_devices
+from ll3m.training.train_state import bytes_per_device
 
 FAMILY, PRESET = families.get_preset("llama2_7b")
 CONFIG = PRESET.replace(

@@ -11,16 +11,16 @@ import pytest
 
 from ll3m import families
 from ll3m.core import sharding
-from ll3m.core.run import CheckpointerConfig
+from ll3m.core.checkpoint_manager import CheckpointerConfig
 from ll3m.data.config import DatasetConfig, SeqioDatasetConfig, TokenizerConfig
-from ll3m.data.spec import resolve
+from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
-from ll3m.hf.sources import open_source
+from ll3m.hf.model_source import open_source
+from ll3m.training.config import TrainOptions
 from ll3m.training.logger import LoggerConfig
 from ll3m.training.optimizer import OptimizerConfig
-from ll3m.training.options import TrainOptions
 from ll3m.training.run import Run, show_batches, write_companions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "llama2"

@@ -10,7 +10,7 @@ from ll3m import families
 from ll3m.core import sharding
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import make_model
-from ll3m.training import inputs
+from ll3m.training import sharded_batches
 from ll3m.training.step import init_state, make_eval_step, make_train_step
 
 CONFIG = families.get_preset("llama2_7b").config.replace(
@@ -136,13 +136,13 @@ def test_a_sharded_step_is_the_same(model, params, mesh_dim):
   rule = optax.sgd(lambda updates: 1.0)
   alone, alone_metrics = one_step(model, params, batch, rule)
   placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
-  state, metrics = one_step(model, placed, inputs.to_devices(batch, mesh), rule)
+  state, metrics = one_step(model, placed, sharded_batches.to_devices(batch, mesh), rule)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, alone.params)
   assert float(metrics.sums.loss) == pytest.approx(float(alone_metrics.sums.loss), rel=1e-6)
 
 
 def test_stack_micro_steps_takes_them_in_order():
   batches = [make_batch(seed, 2) for seed in range(3)]
-  stacked = inputs.stack_micro_steps(iter(batches), 2)
+  stacked = sharded_batches.stack_micro_steps(iter(batches), 2)
   np.testing.assert_array_equal(stacked.inputs, np.stack([batches[0].inputs, batches[1].inputs]))
   assert stacked.mask.shape == (2, 2, LENGTH)

@@ -15,10 +15,11 @@ from ll3m import families
 from ll3m.core import sharding
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import make_model
-from ll3m.training.inputs import batch_shapes
+from ll3m.training.model_choice import build_model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from ll3m.training.setup import build_model, plan_state
+from ll3m.training.sharded_batches import batch_shapes
 from ll3m.training.step import make_train_step
+from ll3m.training.train_state import plan_state
 from ll3m_kernels import Sharding
 
 SIZES = {"vocab_size": 512, "d_model": 64, "d_ff": 128, "num_layers": 2, "max_positions": 256}

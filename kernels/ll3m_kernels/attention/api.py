@@ -6,18 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.arguments import finite_number, flag, floating, int32_ids, whole_number
 from ll3m_kernels.attention import decoding
-from ll3m_kernels.attention.blocks import (
+from ll3m_kernels.attention.block_sizes import (
   BlockSizes,
   backward_bytes,
   choose_blocks,
   forward_bytes,
   problem_of,
 )
-from ll3m_kernels.attention.operation import Heads, Static, attention
 from ll3m_kernels.attention.spec import Spec, make_span
+from ll3m_kernels.attention.vjp import Heads, Static, attention
 from ll3m_kernels.sharding import Sharding, check_sharding, laid_out_for, vary_alike
+from ll3m_kernels.validation import finite_number, flag, floating, int32_ids, whole_number
 
 MAX_HEAD_DIM = 256
 

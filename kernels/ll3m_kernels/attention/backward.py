@@ -12,8 +12,9 @@ tiles, and dK and dV stay in memory, in float32, for all query heads of their KV
 gradients do not fit are taken in parts, by one call each; dQ then goes from call to call in
 float32.
 
-Within a tile, some keys at a time meet the queries (`chunks`). Where the mask cuts a tile, which
-place that is was known beforehand (`walk.cuts`), and these keys meet only queries that see them.
+Within a tile, keys are processed in chunks (`backward_schedule`). On partially masked tiles the
+mask's offset is static (`tile_schedule.cuts`), and each chunk of keys is multiplied only by the
+queries that see it.
 """
 
 import functools
@@ -26,13 +27,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.attention import blocks as sizes
-from ll3m_kernels.attention import chunks, tiles, walk
+from ll3m_kernels.attention import backward_schedule, masking, tile_schedule
+from ll3m_kernels.attention import block_sizes as sizes
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention.tiles import LOG2_E, dot
+from ll3m_kernels.attention.layout import Ids, Layout, id_inputs
+from ll3m_kernels.attention.masking import LOG2_E, dot
+from ll3m_kernels.block_arithmetic import up, vmem_limit
 from ll3m_kernels.dispatch import Generation
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import up, vmem_limit
 
 
 def backward(
@@ -98,7 +100,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
   num_kv_heads, value_dim = value.shape[1], value.shape[3]
   group = num_heads // num_kv_heads
   generation = dispatch.generation()
-  layout = tiles.Layout(
+  layout = Layout(
     length,
     num_keys,
     blocks.queries_backward,
@@ -141,7 +143,7 @@ def _part(spec, problem, blocks, arrays, ids, first_key, num_keys, query_bar, pa
     of_keys(value_dim),
   ]
   if layout.has_segments:
-    id_arrays, id_specs = tiles.id_inputs(
+    id_arrays, id_specs = id_inputs(
       layout, *ids, lambda b, k, g, i: (b, i + first_block), lambda b, k, g, i: (b, part)
     )
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
@@ -195,7 +197,7 @@ def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *ref
   first_block, last_block = query_blocks
   query_ref, output_bar_ref, lse_ref, delta_ref, key_ref, key_columns_ref, value_ref = refs[:7]
   refs = refs[7:]
-  ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
+  ids, refs = (Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
   query_bar_in_ref, refs = (refs[0], refs[1:]) if adds else (None, refs)
   query_bar_ref, key_bar_ref, value_bar_ref, query_sum_ref, key_sum_ref, value_sum_ref = refs
   g, i = pl.program_id(2), pl.program_id(3) + first_block
@@ -210,7 +212,7 @@ def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *ref
   if layout.num_queries % layout.queries:
     # All zero, the queries beyond the end add nothing to any gradient.
     left = layout.num_queries - i * layout.queries
-    queries = [tiles.existing(array, 1, left) for array in queries]
+    queries = [masking.existing(array, 1, left) for array in queries]
   query, output_bar, log_sum_exp, delta = queries
 
   def add_product(sum_ref: Any, keys: Any, tile: Array, columns: Array) -> None:
@@ -219,22 +221,22 @@ def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *ref
     else:
       sum_ref[keys, :] += dot(tile, columns, (1, 1))
 
-  def add(chunk: chunks.Chunk, may_end: bool) -> None:
+  def add(chunk: backward_schedule.Chunk, may_end: bool) -> None:
     keys, values = key_ref[0, 0, chunk.keys, :], value_ref[0, 0, chunk.keys, :]
     key_columns = key_columns_ref[0, 0, :, chunk.keys]
     left = None
     if may_end:
       left = layout.num_keys - first_key - chunk.first
-      keys, values = tiles.existing(keys, 0, left), tiles.existing(values, 0, left)
-      key_columns = tiles.existing(key_columns, 1, left)
+      keys, values = masking.existing(keys, 0, left), masking.existing(values, 0, left)
+      key_columns = masking.existing(key_columns, 1, left)
     rows = chunk.queries
-    scores, slope = tiles.scale(spec, dot(keys, query[:, rows]))
+    scores, slope = masking.scale(spec, dot(keys, query[:, rows]))
     same = None
     if ids is not None:
-      same = (ids.queries[0, :, rows], tiles.column(ids.keys[0, :, chunk.keys])[:, :1])
-    scores = tiles.mask(spec, scores, 0, count=left, ids=same)
+      same = (ids.queries[0, :, rows], masking.column(ids.keys[0, :, chunk.keys])[:, :1])
+    scores = masking.mask(spec, scores, 0, count=left, ids=same)
     if chunk.distance is not None:
-      scores = tiles.mask_edges(spec, scores, 0, chunk.distance, chunk.whole)
+      scores = masking.mask_edges(spec, scores, 0, chunk.distance, chunk.whole)
     weights = jnp.exp2(scores - log_sum_exp[:, rows])  # [keys, queries]
     scores_bar = weights * (dot(values, output_bar[:, rows]) - delta[:, rows]) * spec.scale
     if slope is not None:
@@ -244,16 +246,16 @@ def _kernel(spec, layout, generation, first_key, query_blocks, group, adds, *ref
     add_product(key_sum_ref, chunk.keys, scores_bar, query[:, rows])
     query_sum_ref[:, rows] += dot(key_columns, scores_bar)
 
-  def add_tile(tile: Any, distance: Any, may_end: bool, _: walk.Ends) -> None:
-    for chunk in chunks.of_tile(layout, tile, distance):
+  def add_tile(tile: Any, distance: Any, may_end: bool, _: tile_schedule.Ends) -> None:
+    for chunk in backward_schedule.of_tile(layout, tile, distance):
       add(chunk, may_end)
 
-  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, _: walk.Ends) -> None:
+  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, _: tile_schedule.Ends) -> None:
     for tile, distance in squares:
-      for chunk in chunks.of_square(spec, layout, tile, distance, generation):
+      for chunk in backward_schedule.of_square(spec, layout, tile, distance, generation):
         add(chunk, may_end)
 
-  walk.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
+  tile_schedule.for_each_tile(spec, layout, i, first_key, ids, add_tile, add_squares)
   query_bar_ref[0, 0] = query_sum_ref[...].astype(query_bar_ref.dtype)
 
   @pl.when((g == group - 1) & (i == last_block - 1))

@@ -16,12 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ll3m_kernels.attention import masking
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention import tiles
-from ll3m_kernels.attention.tiles import dot
+from ll3m_kernels.attention.layout import ranges_spec
+from ll3m_kernels.attention.masking import dot
+from ll3m_kernels.block_arithmetic import LANES, even, up
 from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import LANES, even, up
 
 _LOG_2 = math.log(2.0)
 _MOST_ROWS = 128
@@ -93,8 +94,8 @@ def forward(
     in_specs += [
       pl.BlockSpec((1, rows, 1), lambda b, k, j: (b, 0, 0)),
       pl.BlockSpec((1, 1, block), lambda b, k, j: (b, 0, j)),
-      tiles.ranges_spec(query_ranges),
-      tiles.ranges_spec(key_ranges),
+      ranges_spec(query_ranges),
+      ranges_spec(key_ranges),
     ]
   output, log_sum_exp = pl.pallas_call(
     functools.partial(_kernel, spec, num_keys, block, count, query_ids is not None),
@@ -132,12 +133,12 @@ def _kernel(spec, num_keys, block, count, has_segments, query_ref, key_ref, valu
 
   def add_block():
     values = value_ref[0, 0]
-    scores, _ = tiles.scale(spec, dot(query_ref[0, 0], key_ref[0, 0], (1, 1)))  # [R, keys]
+    scores, _ = masking.scale(spec, dot(query_ref[0, 0], key_ref[0, 0], (1, 1)))  # [R, keys]
     if num_keys % block:
       left = num_keys - j * block
       key_index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
       scores = jnp.where(key_index < left, scores, specs.MASKED)
-      values = tiles.existing(values, 0, left)
+      values = masking.existing(values, 0, left)
     if ids is not None:
       scores = jnp.where(ids[0][0] == ids[1][0], scores, specs.MASKED)
     before = largest_ref[...]

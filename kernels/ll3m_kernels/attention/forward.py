@@ -5,10 +5,10 @@ in tiles, and knows from its place in the grid which of them the mask cuts, whic
 and which no query sees; tiles of other segments are skipped by the ranges of their ids.
 
 Scores are [queries, keys]: each square of K^T is loaded into the matrix unit once for all queries
-of a step, and so is V, unless it would leave columns of that empty (`blocks.is_turned`). Where the
-mask cuts a tile, which place that is was known beforehand (`walk.cuts`), and the queries, some at a
-time, meet only the keys that they see (`stairs`): those at both edges of a window at once, which
-one update of the softmax serves.
+of a step, and so is V, unless it would leave columns of that empty (`block_sizes.is_turned`). On
+partially masked tiles the mask's offset is static (`tile_schedule.cuts`), so queries are processed
+in bands, each multiplied only by the keys that it can see (`forward_schedule`). Both edges of a
+sliding window share one softmax update.
 """
 
 import enum
@@ -23,12 +23,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.attention import blocks as sizes
-from ll3m_kernels.attention import decoding, softmax, stairs, tiles, walk
+from ll3m_kernels.attention import block_sizes as sizes
+from ll3m_kernels.attention import (
+  decoding,
+  forward_schedule,
+  masking,
+  online_softmax,
+  tile_schedule,
+)
 from ll3m_kernels.attention import spec as specs
-from ll3m_kernels.attention.tiles import LOG2_E, dot
+from ll3m_kernels.attention.layout import Ids, Layout, id_inputs, keys_at
+from ll3m_kernels.attention.masking import LOG2_E, dot
+from ll3m_kernels.block_arithmetic import LANES, up, vmem_limit
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import LANES, up, vmem_limit
 
 
 def forward(
@@ -51,7 +58,7 @@ def forward(
   blocks = sizes.choose_blocks(block_sizes, problem)
   # What no query sees is not even fetched.
   _, num_keys = specs.some_see(spec.span, 0, length - 1, num_keys)
-  layout = tiles.Layout(
+  layout = Layout(
     length, num_keys, blocks.queries, blocks.keys, blocks.keys_resident, query_ids is not None
   )
   query_blocks = pl.cdiv(length, layout.queries)
@@ -99,7 +106,7 @@ def forward(
   if scaling.needs_queries:
     scratch.append((columns * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
   if layout.has_segments:
-    id_arrays, id_specs = tiles.id_inputs(
+    id_arrays, id_specs = id_inputs(
       layout, query_ids, key_ids, lambda b, n, i, j: (b, i), lambda b, n, i, j: (b, key_block(i, j))
     )
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
@@ -164,12 +171,12 @@ def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
 def _kernel(
   spec, layout, generation, key_blocks, scaling, head_dim, query_ref, key_ref, value_ref, *refs
 ):
-  ids, refs = (tiles.Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
+  ids, refs = (Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
   output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
   queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
   late = spec.scale * LOG2_E if scaling is _Scaling.EXPONENTS else 1.0
   is_turned = sizes.is_turned(output_ref.shape[3], generation)
-  known = softmax.Softmax(sum_ref, largest_ref, total_ref, is_turned, late)
+  known = online_softmax.Softmax(sum_ref, largest_ref, total_ref, is_turned, late)
 
   # Whether position hides what is beyond the last key from all queries that there are.
   right = spec.span.right
@@ -179,7 +186,7 @@ def _kernel(
   first_key = j * layout.resident if key_blocks > 1 else 0
 
   def of_head(x: Array) -> Array:
-    return tiles.existing(x, 1, head_dim) if x.shape[1] > head_dim else x
+    return masking.existing(x, 1, head_dim) if x.shape[1] > head_dim else x
 
   def start(rows: slice) -> None:
     known.start(rows)
@@ -199,39 +206,41 @@ def _kernel(
     def _():
       start(slice(0, layout.queries))
       if ids is not None:
-        scratch[-1][...] = tiles.column(ids.queries[0])
+        scratch[-1][...] = masking.column(ids.queries[0])
 
   def finish_all() -> None:
     @pl.when(j == key_blocks - 1)
     def _():
-      for rows in stairs.rows_of_steps(layout, generation):
+      for rows in forward_schedule.rows_of_steps(layout, generation):
         finish(rows)
 
-  def score(piece: stairs.Piece, may_end: bool) -> tuple[Array, Array]:
+  def score(piece: forward_schedule.Piece, may_end: bool) -> tuple[Array, Array]:
     """Returns the scores of some keys, masked but for position, and their values."""
     columns = piece.columns
     count = columns.stop - columns.start
-    index = tiles.keys_at(layout, piece.tile, columns.start, count)
+    index = keys_at(layout, piece.tile, columns.start, count)
     keys = of_head(key_ref[0, 0, index, :])
     values = value_ref[0, 0, :, index] if is_turned else value_ref[0, 0, index, :]
     if scaling is _Scaling.HALVES:
       keys = jnp.concatenate([keys, keys], axis=1)
     scores = dot(queries_ref[piece.rows, :], keys, (1, 1))
     if scaling is _Scaling.SCORES:
-      scores, _ = tiles.scale(spec, scores)
+      scores, _ = masking.scale(spec, scores)
     left = None
     if may_end:
       left = layout.num_keys - first_key - piece.tile * layout.keys - columns.start
-      values = tiles.existing(values, int(is_turned), left)
+      values = masking.existing(values, int(is_turned), left)
       if piece.distance is not None and hides_end:
         left = None
     same = None
     if ids is not None:
-      same = (softmax.widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
-    return tiles.mask(spec, scores, 1, count=left, ids=same), values
+      same = (online_softmax.widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
+    return masking.mask(spec, scores, 1, count=left, ids=same), values
 
   def add(
-    step: stairs.Step, scored: Sequence[tuple[Array, Array]], ahead: Iterator[tuple[Array, Array]]
+    step: forward_schedule.Step,
+    scored: Sequence[tuple[Array, Array]],
+    ahead: Iterator[tuple[Array, Array]],
   ) -> list[tuple[Array, Array]]:
     """Adds to some queries what some keys give: one update, of however many pieces.
 
@@ -250,7 +259,7 @@ def _kernel(
         piece = step.pieces[n]
         part = scored[n][0][_within(piece, rows)]
         scores[n] = _mask_edges(spec, part, rows, piece, whole)
-      updates.append(softmax.Update(known, rows, scores))
+      updates.append(online_softmax.Update(known, rows, scores))
     found = []
     for n, (piece, (_, values)) in enumerate(zip(step.pieces, scored, strict=True)):
       found.extend(itertools.islice(ahead, 1))
@@ -265,7 +274,9 @@ def _kernel(
       update.store()
     return [*found, *ahead]
 
-  def add_all(steps: Sequence[stairs.Step], may_end: bool, ends: walk.Ends) -> None:
+  def add_all(
+    steps: Sequence[forward_schedule.Step], may_end: bool, ends: tile_schedule.Ends
+  ) -> None:
     if ends.starts:
       start(slice(0, layout.queries))
     scored: Sequence[tuple[Array, Array]] = []
@@ -277,17 +288,19 @@ def _kernel(
       if ends.finishes:
         finish(slice(step.bands[0].rows.start, step.bands[-1].rows.stop))
 
-  def add_tile(tile: Any, distance: Any, may_end: bool, ends: walk.Ends) -> None:
-    add_all(stairs.whole(layout, tile, distance, generation), may_end, ends)
+  def add_tile(tile: Any, distance: Any, may_end: bool, ends: tile_schedule.Ends) -> None:
+    add_all(forward_schedule.whole(layout, tile, distance, generation), may_end, ends)
 
-  def add_squares(squares: Sequence[tuple[Any, int]], may_end: bool, ends: walk.Ends) -> None:
-    add_all(stairs.staircase(spec, layout, squares, generation), may_end, ends)
+  def add_squares(
+    squares: Sequence[tuple[Any, int]], may_end: bool, ends: tile_schedule.Ends
+  ) -> None:
+    add_all(forward_schedule.staircase(spec, layout, squares, generation), may_end, ends)
 
   def fit_together(squares: Sequence[tuple[Any, int]]) -> bool:
-    steps = stairs.staircase(spec, layout, squares, generation)
-    return stairs.fit_memory(layout, steps, generation)
+    steps = forward_schedule.staircase(spec, layout, squares, generation)
+    return forward_schedule.fit_memory(layout, steps, generation)
 
-  walk.for_each_tile(
+  tile_schedule.for_each_tile(
     spec,
     layout,
     i,
@@ -301,17 +314,23 @@ def _kernel(
   )
 
 
-def _within(piece: stairs.Piece, rows: slice) -> slice:
+def _within(piece: forward_schedule.Piece, rows: slice) -> slice:
   """Returns where some queries of a block stand in a piece."""
   return slice(rows.start - piece.rows.start, rows.stop - piece.rows.start)
 
 
 def _mask_edges(
-  spec: specs.Spec, scores: Float[Array, "r k"], rows: slice, piece: stairs.Piece, whole: slice
+  spec: specs.Spec,
+  scores: Float[Array, "r k"],
+  rows: slice,
+  piece: forward_schedule.Piece,
+  whole: slice,
 ) -> Float[Array, "r k"]:
   """Masks what position hides from some queries of a band, and leaves alone what all see."""
   if piece.distance is None:
     return scores
   start = piece.columns.start
   distance = piece.distance + start - rows.start
-  return tiles.mask_edges(spec, scores, 1, distance, slice(whole.start - start, whole.stop - start))
+  return masking.mask_edges(
+    spec, scores, 1, distance, slice(whole.start - start, whole.stop - start)
+  )

@@ -10,9 +10,9 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.arguments import check_array, finite_number, flag, floating, integers
 from ll3m_kernels.cross_entropy import xla
 from ll3m_kernels.sharding import Sharding, check_sharding, laid_out_for, vary_alike
+from ll3m_kernels.validation import check_array, finite_number, flag, floating, integers
 
 _REFUSAL = (
   "this operation: it has no kernel, since plain jnp is as fast on TPUs by the compiler's static "

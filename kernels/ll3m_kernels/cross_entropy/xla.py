@@ -27,9 +27,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ll3m_kernels.block_arithmetic import LANES
 from ll3m_kernels.sharding import Sharding, vary_alike
 from ll3m_kernels.soft_cap import soft_cap
-from ll3m_kernels.tiling import LANES
 
 # A chunk has at most so many columns, and logits (128 MiB of them), unless it would be too narrow
 # for the sums of the hidden states' gradient to hide behind its products.

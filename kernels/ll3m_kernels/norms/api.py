@@ -7,8 +7,8 @@ input's dtype.
 
 from jaxtyping import Array, Float
 
-from ll3m_kernels.norms.operation import add_norm, norm
 from ll3m_kernels.norms.plan import make_plan
+from ll3m_kernels.norms.vjp import add_norm, norm
 from ll3m_kernels.sharding import Sharding, vary_alike
 
 

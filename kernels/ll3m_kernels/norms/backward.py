@@ -15,11 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.norms import blocks as sizes
-from ll3m_kernels.norms import tiles
+from ll3m_kernels.block_arithmetic import SUBLANES, vmem_limit
+from ll3m_kernels.norms import block_sizes as sizes
+from ll3m_kernels.norms import row_chunks
 from ll3m_kernels.norms.spec import Spec, gradients, measure, measure_bars
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import SUBLANES, vmem_limit
 
 
 def backward(
@@ -82,7 +82,7 @@ def _kernel(spec, blocks, num_rows, steps, cores, adds, has_bias, *refs):
   scale_ref, x_bar_ref = next(refs), next(refs)
   sum_refs = [next(refs) for _ in range(1 + has_bias)]
   gain_ref = next(refs)
-  tiles.spread(scale_ref, gain_ref, spec.scale_offset)
+  row_chunks.spread(scale_ref, gain_ref, spec.scale_offset)
   step = pl.program_id(1)
   left = num_rows - (pl.program_id(0) * steps + step) * blocks.rows
   is_ragged = num_rows != cores * steps * blocks.rows
@@ -93,19 +93,19 @@ def _kernel(spec, blocks, num_rows, steps, cores, adds, has_bias, *refs):
       ref[...] = jnp.zeros_like(ref)
 
   def do(rows):
-    x, y_bar = tiles.read(x_ref, rows), tiles.read(y_bar_ref, rows)
+    x, y_bar = row_chunks.read(x_ref, rows), row_chunks.read(y_bar_ref, rows)
     found = measure(spec, x, x_ref.dtype)
-    bars = measure_bars(x, found, tiles.weight(gain_ref), y_bar)
-    for part in tiles.columns(x_ref.shape[1]):
-      x, y_bar = tiles.read(x_ref, rows, part), tiles.read(y_bar_ref, rows, part)
-      x_bar, scale_terms = gradients(x, found, bars, tiles.weight(gain_ref, part), y_bar)
+    bars = measure_bars(x, found, row_chunks.weight(gain_ref), y_bar)
+    for part in row_chunks.columns(x_ref.shape[1]):
+      x, y_bar = row_chunks.read(x_ref, rows, part), row_chunks.read(y_bar_ref, rows, part)
+      x_bar, scale_terms = gradients(x, found, bars, row_chunks.weight(gain_ref, part), y_bar)
       if adds:
-        x_bar = x_bar + tiles.read(sum_bar_ref, rows, part)
-      tiles.write(x_bar_ref, rows, part, x_bar)
+        x_bar = x_bar + row_chunks.read(sum_bar_ref, rows, part)
+      row_chunks.write(x_bar_ref, rows, part, x_bar)
       for ref, terms in zip(sum_refs, (scale_terms, y_bar), strict=False):
         if is_ragged:
           # Rows beyond the end hold anything, and what comes of it: NaN, say.
-          terms = jnp.where(tiles.exist(terms, rows, left), terms, 0.0)
+          terms = jnp.where(row_chunks.exist(terms, rows, left), terms, 0.0)
         ref[:, part] += jnp.sum(terms, axis=0)
 
-  tiles.for_each_chunk(blocks, do)
+  row_chunks.for_each_chunk(blocks, do)

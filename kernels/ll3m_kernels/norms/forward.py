@@ -9,11 +9,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.norms import blocks as sizes
-from ll3m_kernels.norms import tiles
+from ll3m_kernels.block_arithmetic import SUBLANES, vmem_limit
+from ll3m_kernels.norms import block_sizes as sizes
+from ll3m_kernels.norms import row_chunks
 from ll3m_kernels.norms.spec import Spec, measure, normalise
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import SUBLANES, vmem_limit
 
 
 def forward(
@@ -73,20 +73,22 @@ def _kernel(spec, blocks, adds, has_bias, *refs):
   y_ref = next(refs)
   sum_ref = next(refs) if adds else None
   gain_ref, bias_ref = next(refs), next(refs, None)
-  tiles.spread(weight_refs[0], gain_ref, spec.scale_offset)
+  row_chunks.spread(weight_refs[0], gain_ref, spec.scale_offset)
   if has_bias:
-    tiles.spread(weight_refs[1], bias_ref)
+    row_chunks.spread(weight_refs[1], bias_ref)
 
   def do(rows):
     if adds:
       # What is normalised is the sum as it is kept: the backward pass sees no other.
-      total = tiles.read(x_ref, rows) + tiles.read(residual_ref, rows)
-      tiles.write(sum_ref, rows, tiles.ALL, total)
+      total = row_chunks.read(x_ref, rows) + row_chunks.read(residual_ref, rows)
+      row_chunks.write(sum_ref, rows, row_chunks.ALL, total)
     source_ref = sum_ref if adds else x_ref
-    found = measure(spec, tiles.read(source_ref, rows), x_ref.dtype)
-    for part in tiles.columns(x_ref.shape[1]):
-      bias = tiles.weight(bias_ref, part) if has_bias else None
-      x = tiles.read(source_ref, rows, part)
-      tiles.write(y_ref, rows, part, normalise(x, found, tiles.weight(gain_ref, part), bias))
+    found = measure(spec, row_chunks.read(source_ref, rows), x_ref.dtype)
+    for part in row_chunks.columns(x_ref.shape[1]):
+      bias = row_chunks.weight(bias_ref, part) if has_bias else None
+      x = row_chunks.read(source_ref, rows, part)
+      row_chunks.write(
+        y_ref, rows, part, normalise(x, found, row_chunks.weight(gain_ref, part), bias)
+      )
 
-  tiles.for_each_chunk(blocks, do)
+  row_chunks.for_each_chunk(blocks, do)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.arguments import finite_number, floating
 from ll3m_kernels.norms import backward, forward
-from ll3m_kernels.norms.operation import Static, rows_spec
 from ll3m_kernels.norms.spec import Spec
+from ll3m_kernels.norms.vjp import Static, rows_spec
 from ll3m_kernels.sharding import check_sharding, laid_out_for, own_part
+from ll3m_kernels.validation import finite_number, floating
 
 
 class Plan(NamedTuple):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ll3m_kernels import dispatch
-from ll3m_kernels.arguments import finite_number, floating, int32_ids, whole_number
+from ll3m_kernels.block_arithmetic import LANES
 from ll3m_kernels.rotary import kernel, xla
 from ll3m_kernels.rotary.angles import Rotation
 from ll3m_kernels.sharding import (
@@ -21,7 +21,7 @@ from ll3m_kernels.sharding import (
   own_part,
   vary_alike,
 )
-from ll3m_kernels.tiling import LANES
+from ll3m_kernels.validation import finite_number, floating, int32_ids, whole_number
 
 MAX_HEAD_DIM = 512
 # Frequencies are then below 160 turns, which float64 holds to 2e-8 of a turn times 2**20 positions.

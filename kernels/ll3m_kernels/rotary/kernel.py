@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ll3m_kernels.block_arithmetic import LANES, even, up
 from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.rotary.angles import Rotation, cos_sin, frequencies
 from ll3m_kernels.sharding import result
-from ll3m_kernels.tiling import LANES, even, up
 
 # A grid step's queries and keys, which with two blocks in and two out fit the 16 MiB of a v4.
 # Larger ones do not pay on others either: nothing hides the first fetch and the last store.

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
+from benchmarks.tuning.cache import Ledger
 from benchmarks.tuning.estimates import Kernel
-from benchmarks.tuning.ledger import Ledger
-from benchmarks.tuning.operations import OPERATIONS, Shape
 from benchmarks.tuning.search import Search
+from benchmarks.tuning.search_space import OPERATIONS, Shape
 from ll3m_kernels.dispatch import GENERATIONS
 
 SHAPE = Shape(128, 4096, "causal")

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from ll3m_kernels import explain, flash_attention, target
-from ll3m_kernels.attention import blocks
+from ll3m_kernels.attention import block_sizes
 from ll3m_kernels.dispatch import GENERATIONS
 from tests.kernels.attention import oracle
 from tests.kernels.tolerances import assert_close
@@ -17,8 +17,8 @@ from tests.kernels.tolerances import assert_close
   "generation, mask", [("v5e", "causal"), ("v5p", "full"), ("v6e", "causal")]
 )
 def test_values_and_gradients(generation, mask):
-  problem = blocks.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask=mask)
-  limits = blocks.rule(problem, GENERATIONS[generation])._asdict()
+  problem = block_sizes.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask=mask)
+  limits = block_sizes.rule(problem, GENERATIONS[generation])._asdict()
   length = max(limits.values())  # the largest tile is whole, and cut by the mask
   options = {"is_causal": mask == "causal"}
   rng = np.random.default_rng(0)

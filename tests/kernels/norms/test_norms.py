@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from ll3m_kernels import dispatch
-from ll3m_kernels.norms import blocks
+from ll3m_kernels.norms import block_sizes
 from tests.kernels.norms import oracle
 from tests.kernels.tolerances import BFLOAT16_ROUNDING, assert_close
 
@@ -101,10 +101,10 @@ def check(operation, arrays, generation="v5e", params: dict[str, Any] | None = N
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Cuts small arrays into many blocks: of 32 rows, two tiles of a chunk each."""
-  monkeypatch.setattr(blocks, "_LEAST_BLOCK_BYTES", 1)
-  monkeypatch.setattr(blocks, "RULE", blocks.RULE._replace(block_bytes=32 * 100 * 2))
-  monkeypatch.setattr(blocks, "_MOST_ROWS", 16)
-  monkeypatch.setattr(blocks, "_STEPS", 1)
+  monkeypatch.setattr(block_sizes, "_LEAST_BLOCK_BYTES", 1)
+  monkeypatch.setattr(block_sizes, "RULE", block_sizes.RULE._replace(block_bytes=32 * 100 * 2))
+  monkeypatch.setattr(block_sizes, "_MOST_ROWS", 16)
+  monkeypatch.setattr(block_sizes, "_STEPS", 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
@@ -136,8 +136,8 @@ def test_a_bias_is_optional():
 def test_many_blocks(small_blocks, rows, generation):
   """Whole and cut off at the end; on v5p shared by two cores, of which one may have fewer."""
   arrays = draw("add_layer_norm", (rows, 100), jnp.bfloat16)
-  problem = blocks.problem_of(arrays[0], 4, 1, 2)
-  chosen = blocks.choose_blocks(problem, dispatch.GENERATIONS[generation])
+  problem = block_sizes.problem_of(arrays[0], 4, 1, 2)
+  chosen = block_sizes.choose_blocks(problem, dispatch.GENERATIONS[generation])
   assert chosen == (32, 16, 16)
   check("add_layer_norm", arrays, generation)
 

@@ -1,0 +1,129 @@
+"""How the rows of a norm are cut into pieces that fit a TPU core's vector memory.
+
+A grid step has a block of rows, [rows, D], of every array. It works on a tile of them at a time,
+and within a tile on chunks that do not depend on each other.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from ll3m_kernels import block_tables
+from ll3m_kernels.block_arithmetic import LANES, SUBLANES, up
+from ll3m_kernels.dispatch import MIB, Generation
+
+# Rows of the smallest bfloat16 tile; float32 could do with half.
+_ROWS = 16
+# A step takes about 400 cycles beside its work, which shows with smaller blocks; larger ones gain
+# nothing more.
+_BLOCK_BYTES = 2 * MIB
+# Nothing hides the first fetch and the last store, so there are at least so many steps ...
+_STEPS = 16
+# ... unless that made the blocks smaller than this.
+_LEAST_BLOCK_BYTES = MIB // 2
+# Elements of a tile: enough independent work to hide how long a sum over lanes takes.
+_TILE = 2**18
+_MOST_ROWS = 256
+_CHUNKS = 4
+
+
+class Limits(NamedTuple):
+  """How large blocks and tiles may be.
+
+  Attributes:
+    block_bytes: of a block of one array.
+    tile: elements of a tile.
+  """
+
+  block_bytes: int
+  tile: int
+
+
+# Without an entry in a table.
+RULE = Limits(_BLOCK_BYTES, _TILE)
+
+
+class Blocks(NamedTuple):
+  """Sizes in rows: `rows` is a multiple of `tile`, and that of `chunk`, and that of 16."""
+
+  rows: int
+  tile: int
+  chunk: int
+
+
+class Problem(NamedTuple):
+  """The shapes of a call, as far as memory depends on them.
+
+  Attributes:
+    num_rows: of every array.
+    size: D.
+    itemsize: bytes of an element.
+    num_arrays: [rows, D] that are read or written.
+    num_weights: [D] that are read.
+    num_sums: [8, D] in float32 that are written.
+  """
+
+  num_rows: int
+  size: int
+  itemsize: int
+  num_arrays: int
+  num_weights: int
+  num_sums: int
+
+
+def problem_of(x: Any, num_arrays: int, num_weights: int, num_sums: int) -> Problem:
+  """Describes a pass over arrays like x, [.., D]."""
+  return Problem(
+    math.prod(x.shape[:-1]), x.shape[-1], x.dtype.itemsize, num_arrays, num_weights, num_sums
+  )
+
+
+def choose_blocks(problem: Problem, generation: Generation) -> Blocks:
+  """Chooses the largest blocks that are of use and fit; 16 rows at least, fit or not."""
+  found = block_tables.find(key_of(problem, generation))
+  limits = RULE if found is None else Limits(**found)
+  tile = min(max(_power_of_two(limits.tile // problem.size), _ROWS), _MOST_ROWS)
+  tile = min(tile, up(problem.num_rows, _ROWS))
+  row_bytes = problem.size * problem.itemsize
+  wanted = max(problem.num_rows * row_bytes // _STEPS, _LEAST_BLOCK_BYTES)
+  # A power of two leaves no rest of the usual lengths, and with it nothing to mask.
+  rows = max(_power_of_two(min(wanted, limits.block_bytes) // row_bytes), tile)
+  blocks = _cut(problem, rows, tile)
+  while rows > _ROWS and vmem_bytes(problem, blocks) > 0.75 * generation.vmem_bytes:
+    rows = max(rows // 2 // _ROWS * _ROWS, _ROWS)
+    blocks = _cut(problem, rows, tile)
+  return blocks
+
+
+def key_of(problem: Problem, generation: Generation) -> block_tables.Key:
+  """Returns under what the tables have a pass over so many rows."""
+  return block_tables.Key(
+    "norm_backward" if problem.num_sums else "norm_forward",
+    generation.name,
+    {2: "bfloat16", 4: "float32"}[problem.itemsize],
+    problem.size,
+    "",
+    block_tables.length_bucket(problem.num_rows),
+  )
+
+
+def _cut(problem: Problem, rows: int, tile: int) -> Blocks:
+  """Returns blocks of at most so many rows, of about the same size all of them."""
+  tile = min(tile, rows)
+  chunk = max(tile // _CHUNKS // _ROWS, 1) * _ROWS
+  tile = tile // chunk * chunk
+  count = -(-problem.num_rows // (rows // tile * tile))
+  return Blocks(up(-(-problem.num_rows // count), tile), tile, chunk)
+
+
+def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
+  """Returns the vector memory a pass takes: blocks twice, broadcast weights and tiles once."""
+  columns = up(problem.size, LANES)
+  streamed = problem.num_arrays * blocks.rows * problem.itemsize
+  streamed += (problem.num_weights + problem.num_sums) * SUBLANES * 4
+  working = (problem.num_weights * SUBLANES + blocks.tile) * 4
+  return (2 * streamed + working) * columns
+
+
+def _power_of_two(size: int) -> int:
+  """Returns the largest power of two that is not above a size, or 1."""
+  return 1 << max(size.bit_length() - 1, 0)

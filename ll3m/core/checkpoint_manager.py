@@ -1,0 +1,205 @@
+"""The checkpoints of a training run: saved asynchronously, kept by policy, restored exactly."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ll3m.core import checkpoint as folders
+from ll3m.core import checksums, options
+from ll3m.core.checkpoint_items import BytesHandler, BytesSave, nest
+from ll3m.core.object_store import is_remote
+
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's, which it writes once more when all else is done
+DAMAGED = "damaged"  # where steps go that cannot be gone on from, beside `checkpoints/`
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointerConfig:
+  """The options of checkpointing."""
+
+  save_optimizer_state: bool = options.option(
+    True, "Save what resuming needs; False saves the parameters alone."
+  )
+  max_to_keep: int = options.option(
+    2, "How many of the latest checkpoints are kept, beside the milestones."
+  )
+
+  def __post_init__(self):
+    if self.max_to_keep < 1:
+      raise ValueError(f"`max_to_keep` must be at least 1, got {self.max_to_keep}")
+
+
+class RunCheckpoints:
+  """Saves and restores the steps of one output_dir; use as a context manager."""
+
+  def __init__(
+    self,
+    output_dir: epath.PathLike,
+    config: CheckpointerConfig,
+    *,
+    milestone_steps: int = 0,
+    unfinished: Sequence[int] = (),
+  ):
+    """Opens, and creates, output_dir/checkpoints.
+
+    Args:
+      output_dir: The folder of the run.
+      config: How to save, and how many to keep.
+      milestone_steps: Checkpoints at multiples of this are never deleted; 0 for none.
+      unfinished: The steps whose save an earlier job began only, as `list_steps` found them.
+    """
+    self._config = config
+    self._saving = 0  # the step that is, or was last, being saved
+    steps = folders.absolute(output_dir) / folders.STEPS
+    if is_remote(steps):
+      _clear_unfinished(steps, unfinished)
+    policies = [ocp.checkpoint_managers.LatestN(config.max_to_keep)]
+    if milestone_steps:
+      policies.append(ocp.checkpoint_managers.EveryNSteps(milestone_steps))
+    self._manager = ocp.CheckpointManager(
+      steps,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=not is_remote(steps),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+      ),
+      item_handlers={
+        folders.PARAMS: ocp.PyTreeCheckpointHandler(),
+        folders.OPTIMIZER: ocp.PyTreeCheckpointHandler(),
+        folders.META: ocp.JsonCheckpointHandler(),
+        folders.DATASET: BytesHandler(),
+      },
+    )
+
+  def __enter__(self) -> "RunCheckpoints":
+    return self
+
+  def __exit__(self, kind: Any, *exception: Any) -> None:
+    if kind is None:
+      with self._explaining():
+        self._manager.wait_until_finished()
+    self._manager.close()
+
+  def check(self) -> None:
+    """Demands that what is saved in the background goes well so far.
+
+    Raises:
+      OSError: it does not.
+    """
+    with self._explaining():
+      self._manager.check_for_errors()
+
+  def save(
+    self,
+    step: int,
+    *,
+    params: Any,
+    opt_state: Any,
+    meta: Mapping[str, Any],
+    dataset: Mapping[str, bytes],
+  ) -> None:
+    """Starts saving a step; returns once the arrays are copied out.
+
+    Raises:
+      OSError: it cannot be saved, or the save before, which ran in the background, went wrong.
+    """
+    items = {
+      folders.PARAMS: ocp.args.PyTreeSave(nest(params)),
+      folders.META: ocp.args.JsonSave(dict(meta)),
+    }
+    if self._config.save_optimizer_state:
+      items[folders.OPTIMIZER] = ocp.args.PyTreeSave(folders.name_leaves(opt_state))
+      items[folders.DATASET] = BytesSave(dict(dataset))
+    with self._explaining():
+      self._manager.wait_until_finished()  # with the save before, so that its error is its own
+    self._saving = step
+    with self._explaining():
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  @contextlib.contextmanager
+  def _explaining(self) -> Iterator[None]:
+    """Says of an error which step it cost.
+
+    Raises:
+      OSError: instead of whatever was raised.
+    """
+    try:
+      yield
+    except Exception as error:
+      said = str(error).strip().partition("\n")[0].partition(" [")[0]
+      # What a disk says is enough; a mistake of ours is only understood with its kind.
+      kind = "" if said and isinstance(error, OSError | ValueError) else type(error).__name__
+      reason = ": ".join(part for part in (kind, said) if part)
+      raise OSError(
+        f"step {self._saving} could not be saved in {self._manager.directory}: {reason}; the steps "
+        f"before it are untouched"
+      ) from error
+
+  def _seal(self) -> None:
+    """Adds the digests to the step that was saved; Orbax calls this before the step counts."""
+    if jax.process_index():
+      return
+    step = self._manager.directory / str(self._saving)
+    # Object stores cannot rename: there, a step has its own name from the beginning.
+    for folder in (step, step.with_name(f"{step.name}{ocp.utils.TMP_DIR_SUFFIX}")):
+      if folder.exists():
+        checksums.write(folder, leave_out=[_TIMES])
+
+  def set_aside_after(self, step: int) -> None:
+    """Moves the steps after this one, from which a run does not go on, to output_dir/damaged.
+
+    They will be made again, and Orbax saves no step twice.
+
+    Raises:
+      FileExistsError: one of them is good: another job has just saved it.
+    """
+    later = [found for found in self._manager.all_steps() if found > step]
+    for damaged in later:
+      with contextlib.suppress(ValueError):
+        folders.open_checkpoint(self._manager.directory / str(damaged))
+        raise FileExistsError(
+          f"step {damaged} was saved by another job after this one had looked for it; start again"
+        )
+    if later:
+      _meet("all processes have looked at the damaged steps")
+      if not jax.process_index():
+        for damaged in later:
+          self._set_aside(damaged)
+      _meet("damaged steps are set aside")
+      self._manager.reload()
+
+  def _set_aside(self, step: int) -> None:
+    home = self._manager.directory.parent / DAMAGED
+    home.mkdir(exist_ok=True)
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
+    place = next(home / name for name in names if not (home / name).exists())
+    (self._manager.directory / str(step)).rename(place)
+    logging.warning("the damaged step %d was moved to %s", step, place)
+
+
+def _clear_unfinished(steps: epath.Path, unfinished: Sequence[int]) -> None:
+  """Deletes the steps in an object store that were not saved to their end.
+
+  Orbax takes every folder for one that it did not finish: a foreign one too. Another job may have
+  finished one since the folder was listed. One that was begun since stays: Orbax replaces it when
+  that step is saved.
+  """
+  if jax.process_index() == 0:
+    for folder in (steps / str(step) for step in unfinished):
+      if folder.exists() and not ocp.utils.is_checkpoint_finalized(folder):
+        folder.rmtree()
+  _meet("unfinished steps are cleared")
+
+
+def _meet(where: str) -> None:
+  """Waits for all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)

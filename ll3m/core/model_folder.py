@@ -1,0 +1,114 @@
+"""Writes a model as a converted folder, which counts only when everything is in it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ll3m.core import checkpoint, checksums
+from ll3m.core.checkpoint_items import Params, nest
+from ll3m.core.model_config import ModelConfig
+from ll3m.core.object_store import is_remote, require_bucket
+
+# Says that a folder is ours and was not finished, so that a second attempt may replace it.
+UNFINISHED = "ll3m.unfinished"
+
+
+def save_model(
+  folder: str | os.PathLike[str],
+  params: Params,
+  *,
+  family: str,
+  config: ModelConfig,
+  files: Mapping[str, Mapping[str, bytes]],
+) -> None:
+  """Writes a model that is in memory, on this host alone or together with others.
+
+  Args:
+    folder: A new or empty folder, local or gs://.
+    params: The parameters, on the devices they lie on.
+    family: The name of the family.
+    config: The architecture.
+    files: The contents of the files in each sub-folder (`tokenizer/`, `hf/`), by their names.
+
+  Raises:
+    ValueError: the folder already holds something, or there is too little space.
+  """
+  output, is_first = checkpoint.absolute(folder), jax.process_index() == 0
+  if is_first:
+    prepare_output(output, sum(array.nbytes for array in jax.tree.leaves(params)))
+    write_files(output, files)
+  _wait_for_all("ll3m.save_model: prepared")
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    checkpointer.save(output / checkpoint.PARAMS, args=ocp.args.PyTreeSave(nest(params)))
+  if is_first:
+    finish_output(output, family, config)
+  _wait_for_all("ll3m.save_model: finished")
+
+
+def write_files(output: epath.Path, files: Mapping[str, Mapping[str, bytes]]) -> None:
+  """Writes the files of sub-folders, given as {sub-folder: {name: contents}}."""
+  for name, contents in files.items():
+    for file, content in contents.items():
+      (output / name).mkdir(parents=True, exist_ok=True)
+      (output / name / file).write_bytes(content)
+
+
+def prepare_output(output: epath.Path, nbytes: int) -> None:
+  """Makes a new folder, or empties one that an earlier attempt left unfinished.
+
+  Args:
+    output: The folder.
+    nbytes: How much will be written.
+
+  Raises:
+    ValueError: there is something else, or too little space.
+  """
+  require_bucket(output)
+  if output.exists() and not output.is_dir():
+    raise ValueError(f"the output folder {output} is a file")
+  unfinished = (output / UNFINISHED).exists()
+  if output.exists() and any(output.iterdir()) and not unfinished:
+    raise ValueError(f"the output folder {output} already holds something; give a new one")
+  if unfinished:
+    output.rmtree()
+  output.mkdir(parents=True, exist_ok=True)
+  if not is_remote(output):
+    free = shutil.disk_usage(output).free
+    if free < nbytes:
+      raise ValueError(
+        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
+      )
+  (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
+
+
+def finish_output(
+  output: epath.Path,
+  family: str,
+  config: ModelConfig,
+  known: Mapping[str, checksums.Digest] | None = None,
+) -> None:
+  """Writes the checksums and the manifest of a folder that is otherwise complete.
+
+  Args:
+    output: The folder.
+    family: The name of the family.
+    config: The architecture.
+    known: The checksums of what was meant to be written, by path, where they are known.
+  """
+  manifest = json.dumps(checkpoint.model_meta(family, config), indent=1) + "\n"
+  known = dict(known or {}) | {checkpoint.MANIFEST: checksums.of([manifest.encode()])}
+  checksums.write(output, known, leave_out=[UNFINISHED])
+  # Renaming is atomic: there is no moment at which half a manifest could be read.
+  (output / UNFINISHED).write_text(manifest)
+  (output / UNFINISHED).rename(output / checkpoint.MANIFEST)
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

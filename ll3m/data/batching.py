@@ -1,0 +1,267 @@
+"""Batches of packed rows whose order is the same for any number of processes.
+
+A stream is split into S = num_shards shards, each with a pipeline and a packer of its own. Row R
+of the stream, counted over all batches, is row R // S of shard R mod S; batch b of B sequences
+holds the rows b * B ... b * B + B - 1. A process reads the shards that its rows come from, skips
+the rows in them that are others', and can therefore say and restore its position in terms that
+every process agrees on.
+"""
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ll3m.core import stderr
+from ll3m.core.options import to_dict
+from ll3m.data import row_corpus
+from ll3m.data.batch import Batch
+from ll3m.data.config import SeqioDatasetConfig
+from ll3m.data.corpus import Corpus, DocumentIterator
+from ll3m.data.dataset_spec import DataSpec
+from ll3m.data.packing import Packer, Row, make_row
+from ll3m.data.tokenizer import Tokenizer
+
+# A shard that repeats and yields this many unusable documents in a row has no usable one, if it is
+# not known to have fewer: then all of them were read in two passes.
+_PATIENCE = 10_000
+# What may differ when a saved position is taken up again: how documents are cut into rows and
+# batches, and where they are found. All else decides which document comes next.
+_MAY_CHANGE = {
+  *(f"seqio_dataset.{name}" for name in ("batch_size", "task_feature_lengths", "pack", "module")),
+  "json_dataset.path",
+}
+
+
+class _Shard:
+  """One of the stream's pipelines: documents in, rows out.
+
+  Attributes:
+    exhausted: Whether the documents have ended.
+    num_read: Number of usable documents that were read since the shard was opened.
+    has_target: Whether any of them has a token that is trained.
+  """
+
+  def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, repeat: bool):
+    self._documents, self._packer, self._corpus = documents, packer, corpus
+    self._repeat = repeat
+    self._patience = min(_PATIENCE, 2 * (corpus.num_examples or _PATIENCE))
+    self.exhausted = self.has_target = False
+    self.num_read = 0
+
+  def next_row(self) -> Row | None:
+    """Returns the next row, or None at the end of a stream that does not repeat."""
+    idle = 0
+    while (row := self._packer.row(last=self.exhausted)) is None and not self.exhausted:
+      document = next(self._documents, None)
+      if document is None:
+        self.exhausted = True
+      elif len(document.tokens):
+        self._packer.add(document)
+        self.num_read += 1
+        self.has_target = self.has_target or bool(document.loss[1:].any())
+      idle = 0 if document is not None and len(document.tokens) else idle + 1
+      if self._repeat and (self.exhausted or idle > self._patience):
+        why = self._corpus.skipped.describe()
+        raise ValueError(
+          f"{self._corpus.label}: a shard has no usable document; "
+          + (why or "lower seqio_dataset.num_shards, or give more data")
+        )
+    return row
+
+  def state(self) -> dict[str, np.ndarray]:
+    documents = np.frombuffer(self._documents.state(), np.uint8)
+    return self._packer.state() | {"documents": documents, "exhausted": np.array(self.exhausted)}
+
+  def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+    self._documents.set_state(state["documents"].tobytes())
+    self._packer.set_state({name: state[name] for name in ("lengths", "tokens", "loss")})
+    self.exhausted = bool(state["exhausted"])
+
+
+class BatchIterator:
+  """Yields this process's rows of every batch.
+
+  When `repeat` is False, rows past the end of a shard are padding (segment ids and mask 0), and
+  iteration stops when all shards that this process reads are exhausted. Other processes may stop
+  a batch earlier or later: one that must keep step goes on with `padding()`.
+
+  Attributes:
+    skipped: the examples that were unusable so far.
+    num_shards: S.
+  """
+
+  def __init__(
+    self,
+    corpus: Corpus,
+    options: SeqioDatasetConfig,
+    *,
+    rows: Sequence[int],
+    repeat: bool,
+    definition: Mapping[str, Any],
+  ):
+    """Starts at the beginning; pipelines are built when first needed."""
+    if not rows or not all(0 <= r < options.batch_size for r in rows):
+      raise ValueError(f"rows must lie in a batch of {options.batch_size}, got {list(rows)}")
+    self._corpus, self._options = corpus, options
+    self._rows, self._repeat, self._definition = tuple(rows), repeat, dict(definition)
+    self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
+    self._next_row = 0
+    self._shards: dict[int, _Shard] = {}
+    self._is_first = True
+
+  def __iter__(self) -> "BatchIterator":
+    return self
+
+  def __next__(self) -> Batch:
+    """Reads the next batch.
+
+    Raises:
+      StopIteration: at the end of a stream that does not repeat.
+      ValueError: if a stream that repeats has nothing to read.
+    """
+    mine, found = {}, False
+    own = self._own_shards()
+    for r in range(self._options.batch_size):
+      index = (self._next_row + r) % self.num_shards
+      if index in own:
+        row = self._shard(index).next_row()
+        found = found or row is not None
+        if r in self._rows:
+          mine[r] = row or make_row([], self._options.length)
+    if not found and all(self._shard(index).exhausted for index in own):
+      raise StopIteration
+    if self._is_first:
+      self._is_first = False
+      self._warn_if_untrained()
+    self._next_row += self._options.batch_size
+    return Batch(*(np.stack(field) for field in zip(*(mine[r] for r in self._rows), strict=True)))
+
+  def padding(self) -> Batch:
+    """Returns a batch of padding."""
+    row = make_row([], self._options.length)
+    return Batch(*(np.stack([field] * len(self._rows)) for field in row))
+
+  def state(self) -> dict[str, bytes]:
+    """Returns the position after the last batch returned, one entry per shard read here.
+
+    The entries of all processes together are the position of the whole stream; a process needs
+    those of the shards that it reads, on however many processes they were saved.
+    """
+    header = json.dumps({"next_row": self._next_row, "stream": self._definition})
+    states = {}
+    for index in sorted(self._own_shards()):
+      buffer = io.BytesIO()
+      np.savez(buffer, header=np.array(header), **self._shard(index).state())
+      states[_entry(index)] = buffer.getvalue()
+    return states
+
+  def set_state(self, states: Mapping[str, bytes]) -> None:
+    """Moves to a position that `state()` gave.
+
+    Args:
+      states: the entries of at least the shards that this process reads.
+
+    Raises:
+      ValueError: if entries are missing or damaged, disagree or belong to another stream.
+    """
+    if not states:
+      raise ValueError("the saved data position is empty")
+    loaded = {}
+    for name, data in states.items():
+      try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+          loaded[name] = {key: arrays[key] for key in arrays.files}
+      except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the saved data position is damaged: {name}: {error}") from error
+    headers = [json.loads(str(arrays.pop("header"))) for arrays in loaded.values()]
+    self._check_stream(headers[0]["stream"])
+    if any(header != headers[0] for header in headers):
+      raise ValueError("the saved data position mixes entries of different steps")
+    self._next_row, self._shards = headers[0]["next_row"], {}
+    for index in sorted(self._own_shards()):
+      if _entry(index) not in loaded:
+        raise ValueError(
+          f"the saved data position lacks {_entry(index)} of {self.num_shards}, found "
+          f"{', '.join(sorted(loaded))}"
+        )
+      self._shard(index).set_state(loaded[_entry(index)])
+
+  def _warn_if_untrained(self) -> None:
+    """Reports a stream whose documents, as far as they were read, are trained nowhere.
+
+    Rows are not what is asked: one that lies within a long prompt has no target either.
+    """
+    read = sum(shard.num_read for shard in self._shards.values())
+    if read and not any(shard.has_target for shard in self._shards.values()):
+      logging.warning(
+        "%s: none of the first %d documents has a token to train on: their loss masks are 0 "
+        "everywhere (`show_batches` prints them), so that training changes nothing",
+        self._corpus.label,
+        read,
+      )
+
+  def _own_shards(self) -> set[int]:
+    """The shards that this process's rows come from, in this batch or a later one."""
+    step = math.gcd(self._options.batch_size, self.num_shards)
+    first = {(self._next_row + r) % self.num_shards for r in self._rows}
+    return {(f + k) % self.num_shards for f in first for k in range(0, self.num_shards, step)}
+
+  def _shard(self, index: int) -> _Shard:
+    if index not in self._shards:
+      self._shards[index] = _Shard(
+        self._corpus.open_shard(index),
+        Packer(self._options.length, pack=self._options.pack),
+        self._corpus,
+        repeat=self._repeat,
+      )
+    return self._shards[index]
+
+  def _check_stream(self, saved: Mapping[str, Any]) -> None:
+    # Through JSON, as the saved one went.
+    expected = json.loads(json.dumps(self._definition))
+    for name in expected | dict(saved):
+      if expected.get(name) != saved.get(name):
+        raise ValueError(
+          f"the saved data position belongs to another stream: {name} was {saved.get(name)!r}, "
+          f"is {expected.get(name)!r}"
+        )
+
+
+def _entry(shard: int) -> str:
+  return f"shard_{shard:05d}"
+
+
+def open_dataset(spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int]) -> BatchIterator:
+  """Opens a dataset as a stream of batches.
+
+  Args:
+    spec: The dataset.
+    tokenizer: The run's tokenizer.
+    rows: The rows of every batch that this process reads, in [0, batch_size).
+
+  Raises:
+    ValueError: if the data is not what `spec` says.
+  """
+  if spec.config.type == "seqio":
+    with stderr.tensorflow_import():
+      from ll3m.data import seqio_corpus
+    corpus = seqio_corpus.open_corpus(spec, tokenizer)
+  else:
+    corpus = row_corpus.open_corpus(spec, tokenizer)
+  options = spec.config.seqio_dataset
+  definition = {k: v for k, v in to_dict(spec.config).items() if k not in _MAY_CHANGE} | {
+    "seqio_dataset.split": options.split or spec.split_default,
+    "seqio_dataset.shuffle": spec.shuffle,
+    "seqio_dataset.num_shards": corpus.num_shards,
+    "number of examples": corpus.num_examples,
+    "tokenizer": tokenizer.fingerprint,
+    "seed": spec.seed,
+    "repeat": spec.repeat,
+  }
+  return BatchIterator(corpus, options, rows=rows, repeat=spec.repeat, definition=definition)

@@ -1,0 +1,119 @@
+"""Checks the tensors that a checkpoint holds against those that its model needs."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ll3m.core.dtypes import DTYPES
+from ll3m.core.model_config import ModelConfig
+from ll3m.families.family import Family
+from ll3m.families.tensor_rules import TensorSpec, expected_tensors, parameter_shapes
+from ll3m.hf.lazy_tensor import LazyTensor
+
+_LISTED = 20  # names in one message
+_COMPARED_BYTES = 64 * 2**20
+
+
+class Match(NamedTuple):
+  """The outcome of a check that passed."""
+
+  specs: dict[str, TensorSpec]  # what each tensor is, by its name in the checkpoint
+  tensors: dict[str, LazyTensor]  # exactly the needed ones
+  ignored: tuple[str, ...]  # names of known buffers and of a head that repeats the embedding
+
+
+def match_tensors(
+  family: Family,
+  config: ModelConfig,
+  tensors: Mapping[str, LazyTensor],
+  origin: str,
+  problems: Sequence[str] = (),
+) -> Match:
+  """Pairs every parameter with its tensor.
+
+  Args:
+    family: gives the rules and the buffers that may be ignored.
+    config: the architecture that the checkpoint claims to be.
+    tensors: what it holds.
+    origin: how to call the checkpoint in messages.
+    problems: what is wrong with it already, to be told with the rest.
+
+  Raises:
+    ValueError: everything that is missing, extra, or of a wrong shape or dtype, in one sentence.
+  """
+  specs = expected_tensors(family.rules, config)
+  problems = list(problems)
+  names = {rule.ours: rule.hf for rule in family.rules}
+  head, embedding = names["head/w"], names["embed/embedding"]
+  if missing := [name for name in specs if name not in tensors]:
+    tied = " (tie_word_embeddings=true makes it the embedding)" if missing == [head] else ""
+    problems.append(f"missing {listing(missing)}{tied}")
+  extra = [name for name in tensors if name not in specs]
+  buffers = [n for n in extra if any(re.fullmatch(p, n) for p in family.ignored_buffers)]
+  ignored = list(buffers)
+  if config.tie_embeddings and head in extra and embedding in tensors:
+    if not _identical(tensors[head], tensors[embedding]):
+      problems.append(f"{head} differs from {embedding}, though the config ties them")
+    ignored.append(head)
+  if unknown := [name for name in extra if name not in ignored]:
+    problems.append(f"not expected {listing(unknown)}")
+  wrong = []
+  for name in specs:
+    if name in tensors and tensors[name].shape != specs[name].shape:
+      wrong.append(f"{name} (expected {specs[name].shape}, got {tensors[name].shape})")
+    elif name in tensors and tensors[name].dtype not in DTYPES.values():
+      wrong.append(f"{name} (expected a floating-point dtype, got {tensors[name].dtype})")
+  if wrong:
+    problems.append(f"wrong shape or dtype {listing(wrong)}")
+  if problems:
+    raise ValueError(
+      f"{origin} does not fit its {family.name} config of {config.num_layers} layers: "
+      + "; ".join(problems)
+    )
+  return Match(specs, {name: tensors[name] for name in specs}, tuple(ignored))
+
+
+def check_parameters(
+  family: Family, config: ModelConfig, arrays: Mapping[str, Any], origin: str
+) -> None:
+  """Demands that parameters of ours are those of their config.
+
+  Args:
+    family: gives the rules.
+    config: the architecture that the checkpoint claims to be.
+    arrays: the parameters that it holds, or their descriptions, by "module/name".
+    origin: how to call the checkpoint in messages.
+
+  Raises:
+    ValueError: every parameter that is missing, extra or of a wrong shape, in one sentence.
+  """
+  wanted = parameter_shapes(family.rules, config)
+  found = {path: tuple(array.shape) for path, array in arrays.items()}
+  wrong = [
+    f"{path} (expected {wanted.get(path, 'none')}, got {found.get(path, 'none')})"
+    for path in sorted(wanted.keys() | found.keys())
+    if wanted.get(path) != found.get(path)
+  ]
+  if wrong:
+    raise ValueError(f"{origin} does not fit its config {listing(wrong)}")
+
+
+def listing(names: Sequence[str]) -> str:
+  """Returns how many names there are, and the first of them."""
+  more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+  return f"({len(names)}): {', '.join(names[:_LISTED])}{more}"
+
+
+def _identical(a: LazyTensor, b: LazyTensor) -> bool:
+  """Compares two matrices bit by bit."""
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  rows = max(1, _COMPARED_BYTES * a.shape[0] // max(1, a.nbytes))
+  for start in range(0, a.shape[0], rows):
+    index = (slice(start, start + rows), slice(None))
+    bits = [np.ascontiguousarray(t.read(index)).view(np.uint8) for t in (a, b)]
+    if not np.array_equal(*bits):
+      return False
+  return True

@@ -1,0 +1,126 @@
+"""Plans of generation: the decoding of one token for a batch of texts.
+
+The decoder calls one compiled layer L times. So programs of one layer and of two are compiled:
+what they differ by is a layer's, and the rest is the embedding's, the head's and the sampling's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ll3m.core import sharding, tpu_specs
+from ll3m.core.dtypes import DTYPES
+from ll3m.core.model_config import ModelConfig
+from ll3m.decoding.decode_params import Weights, joins, shardings, unstack
+from ll3m.decoding.decoder import cache_placement, make_decoder
+from ll3m.decoding.engine import GREEDY, cache_length
+from ll3m.decoding.sampling import sample
+from ll3m.models.kernels import Kernels
+from ll3m.models.transformer import make_model
+from ll3m.planning.compile_attempt import Attempt, compile_program
+from ll3m.planning.program_plan import Plan, Work
+from ll3m.planning.training_plan import TrainingJob, machine
+from ll3m.training.train_state import bytes_per_device
+
+
+def plan_decoding(job: TrainingJob) -> Plan:
+  """Compiles the decoding of a token and reads off what it takes.
+
+  Args:
+    job: of its fields, the model, `dtype`, the mesh, the rows and the length of the cache matter.
+
+  Raises:
+    ValueError: the mesh does not fit the devices, or the batch the mesh.
+  """
+  config, devices = job.preset.config, job.devices
+  mesh = sharding.make_mesh(job.options.mesh_dim, devices)
+  sharding.local_rows(mesh, job.rows)
+  columns = cache_length(config, job.length)
+  one, two = (_attempt(job, config.replace(num_layers=n), mesh, columns) for n in (1, 2))
+  weights, cache = _shapes(job, config, mesh, columns)
+  count = sum(x.size for x in jax.tree.leaves(weights))
+  chip = tpu_specs.of_device(devices[0])
+  parameters, cache_bytes = bytes_per_device(weights), bytes_per_device(cache)
+  held_by_two = bytes_per_device(_shapes(job, config.replace(num_layers=2), mesh, columns))
+  temporaries = max(0, two.used_bytes - held_by_two)
+  headroom = chip.hbm_bytes - parameters - cache_bytes - temporaries
+  fields: dict[str, Any] = {
+    "flops": None, "step_seconds": None, "tokens_per_second": None, "mfu": None,
+  }  # fmt: skip
+  work = None
+  if headroom >= 0 and one.module and two.module:
+    layers = config.num_layers
+    first, second = (Work.of(attempt.module, mesh, columns) for attempt in (one, two))
+    work = Work.sum([(2 - layers, first), (layers - 1, second)])
+    seconds = work.seconds(chip, num_slices=sharding.num_slices(devices))
+    bound = max(seconds.values())
+    fields = {
+      "flops": work.flops * len(devices),
+      "step_seconds": seconds,
+      "tokens_per_second": job.rows / bound,
+      "mfu": work.flops / (chip.peak_flops * bound),
+    }
+  return Plan(
+    subject=(
+      ("model", f"{job.preset.family.name}, {count:,} parameters"),
+      ("machine", machine(devices)),
+      ("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())),
+      ("step", f"one token for each of {job.rows} texts, {columns} columns of cache"),
+      ("dtype", job.options.dtype),
+    ),
+    bytes_per_chip={
+      "parameters": parameters,
+      "kv_cache": cache_bytes,
+      "temporaries": temporaries,
+      "headroom": headroom,
+    },
+    hbm_bytes=chip.hbm_bytes,
+    kernels=work.kernels if work else (),
+    device_kind=devices[0].device_kind,
+    collectives=work.collectives if work else (),
+    compile_seconds=one.seconds + two.seconds,
+    **fields,
+  )
+
+
+def _attempt(job: TrainingJob, config: ModelConfig, mesh: Mesh, columns: int) -> Attempt:
+  decoder = make_decoder(config, dtype=DTYPES[job.options.dtype], kernels=Kernels.on(mesh))
+
+  def step(weights, cache, tokens, column, starts, seeds):
+    hidden, cache = decoder.step(weights, cache, tokens, column, starts)
+    logits = decoder.logits(weights.ends, hidden)
+    return sample(logits, seeds, column - starts, GREEDY), cache
+
+  weights, cache = _shapes(job, config, mesh, columns)
+  rows = sharding.batch_sharding(mesh)
+  ints = jax.ShapeDtypeStruct((job.rows,), jnp.int32, sharding=rows)
+  seeds = jax.ShapeDtypeStruct((job.rows,), jnp.uint32, sharding=rows)
+  column = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+  lowered = jax.jit(step, donate_argnums=1).lower(weights, cache, ints, column, ints, seeds)
+  return compile_program(lowered)
+
+
+def _shapes(
+  job: TrainingJob, config: ModelConfig, mesh: Mesh, columns: int
+) -> tuple[Weights, list[tuple[jax.ShapeDtypeStruct, ...]]]:
+  """Returns the shapes and shardings of a decoder's weights and of its cache."""
+  dtype = DTYPES[job.options.dtype]
+  kernels = Kernels.on(mesh)
+
+  def init(rng):
+    return unstack(config, make_model(config).init(rng), dtype, joined=joins(kernels))
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  weights = jax.tree.map(
+    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+    shapes,
+    shardings(shapes, mesh),
+  )
+  kept = jax.ShapeDtypeStruct(
+    (job.rows, config.num_kv_heads, columns, config.head_dim),
+    dtype,
+    sharding=cache_placement(config, kernels.sharding),
+  )
+  return weights, [(kept, kept)] * config.num_layers

@@ -1,0 +1,124 @@
+"""Which model a run trains or evaluates: its options, checked against the checkpoint."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ll3m import families
+from ll3m.core import options
+from ll3m.core.dtypes import COMPUTED, DTYPES
+from ll3m.core.model_config import ModelConfig, apply_updates
+from ll3m.core.options import naming
+from ll3m.models.kernels import Kernels
+from ll3m.models.transformer import REMAT_POLICIES, Model, make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(options.VerifyConfig):
+  """Flags about the model that training and evaluation share."""
+
+  load_model_config: str | None = options.option(
+    None,
+    "A preset (llama2_7b, mistral_7b, gemma_2b, phi_2, ...) or the path of a config.json; the "
+    "checkpoint's own by default.",
+  )
+  update_model_config: str = options.option("", "Fields to change in it: key=value,key=value.")
+  dtype: str = options.option("f32", "Dtype of the activations.", choices=COMPUTED)
+  mesh_dim: str = options.option(
+    "-1,1,1", "Sizes of the mesh axes dp,fsdp,mp; -1 for what is left. Or dp:1,fsdp:-1,mp:4."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainModelOptions(ModelOptions):
+  """Flags about the model that only training has."""
+
+  param_dtype: str = options.option(
+    "f32", "Dtype in which parameters and moments are kept.", choices=COMPUTED
+  )
+  remat: str = options.option(
+    "nothing",
+    "What the backward pass computes again instead of keeping it: nothing, all but matrix "
+    "products (dots), all but the outputs of attention (attention), everything (full).",
+    choices=tuple(REMAT_POLICIES),
+  )
+
+
+def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
+  """Returns the architecture that the flags and the checkpoint agree on.
+
+  Args:
+    options: the flags.
+    source: of the parameters, if any: has `family` and `config`.
+
+  Raises:
+    ValueError: unknown preset or field, nothing given, or the checkpoint holds another model.
+  """
+  if options.load_model_config:
+    with naming("load_model_config"):
+      preset = families.load(options.load_model_config)
+  elif source is not None:
+    preset = families.Preset(families.FAMILIES[source.family], source.config)
+  else:
+    raise ValueError("`load_model_config` must be given when no checkpoint is loaded")
+  with naming("update_model_config"):
+    config = apply_updates(preset.config, options.update_model_config)
+  if source is not None:
+    # What is named in so many words may differ from what the weights were trained with.
+    kept = {name: getattr(source.config, name) for name in _FREE}
+    named = apply_updates(source.config.replace(**kept), options.update_model_config)
+    asked = {n for n in _FREE if getattr(named, n) != getattr(source.config, n)}
+    if preset.family.name != source.family:
+      raise ValueError(
+        f"the checkpoint holds a {source.family} model, the run asks for {preset.family.name}"
+      )
+    check_same_model(config, source.config, may_differ=asked)
+  return families.Preset(preset.family, config)
+
+
+# Fields that may change without making another set of weights.
+_FREE = ("max_positions", "sliding_window", "rope_theta", "rope_scaling_factor", "norm_epsilon")
+
+
+def check_same_model(
+  config: ModelConfig, saved: ModelConfig, *, may_differ: Collection[str] = ()
+) -> None:
+  """Demands that a checkpoint's weights are those of the config.
+
+  Args:
+    config: what the run asks for.
+    saved: what the checkpoint says.
+    may_differ: fields that are not compared.
+
+  Raises:
+    ValueError: listing the fields that differ.
+  """
+  wanted, found = config.to_dict(), saved.to_dict()
+  different = [
+    f"{name} is {found[name]!r} in the checkpoint and {wanted[name]!r} in the run"
+    for name in wanted
+    if wanted[name] != found[name] and name not in may_differ
+  ]
+  if different:
+    raise ValueError("the checkpoint holds another model: " + "; ".join(different))
+
+
+def check_length(length: int, config: ModelConfig) -> None:
+  """Demands that rows are no longer than the context.
+
+  Raises:
+    ValueError: they are longer.
+  """
+  if length > config.max_positions:
+    raise ValueError(
+      f"`task_feature_lengths`: rows of {length} tokens are longer than the model's "
+      f"{config.max_positions} positions "
+      f"(`update_model_config`=max_positions={length} allows it)"
+    )
+
+
+def build_model(config: ModelConfig, mesh: Mesh, *, dtype: str, remat: str = "nothing") -> Model:
+  """Builds the decoder for a mesh: activations are split by rows, attention also by heads."""
+  return make_model(config, dtype=DTYPES[dtype], remat=remat, kernels=Kernels.on(mesh))

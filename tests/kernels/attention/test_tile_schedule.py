@@ -1,0 +1,118 @@
+"""Which tiles a block meets, against the mask written out; and that it starts and ends once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from ll3m_kernels.attention import spec as specs
+from ll3m_kernels.attention import tile_schedule
+from ll3m_kernels.attention.layout import Layout
+from ll3m_kernels.attention.spec import Span
+
+# num_queries, num_keys, queries, keys, resident; multiples of 128, but for the lengths.
+LAYOUTS = {
+  "one_block": (512, 512, 512, 256, 512),
+  "blocks": (1024, 1024, 256, 256, 1024),
+  "tall": (1024, 1024, 512, 256, 1024),
+  "two_tiles": (512, 1024, 512, 512, 1024),
+  "wide_tiles": (1024, 1024, 256, 512, 1024),
+  "odd": (600, 600, 256, 256, 768),
+  "odd_tall": (700, 700, 512, 256, 1024),
+  "in_parts": (1024, 1024, 256, 256, 512),
+  "more_keys": (256, 1000, 256, 256, 1024),
+  "fewer_keys": (1024, 384, 256, 128, 512),
+  "odd_squares": (512, 1280, 512, 256, 1536),
+  "single": (1, 1, 1, 1, 1),
+}
+SPANS = {
+  "full": Span(None, None),
+  "causal": Span(None, 0),
+  "window": Span(255, 0),
+  "odd_window": Span(300, 0),
+  "wide_window": Span(511, 0),
+  "itself": Span(0, 0),
+  "both_sides": Span(130, 70),
+  "left": Span(200, None),
+}
+
+
+# Whether what the mask cuts at both of its edges may be met at once.
+CASES = {f"{name}-together": (span, True) for name, span in SPANS.items()} | {
+  f"{name}-one_by_one": (SPANS[name], False) for name in ("odd_window", "both_sides")
+}
+
+
+@pytest.mark.parametrize("span, together", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_pair_is_met_once_by_what_has_started_and_not_ended(layout, span, together):
+  layout = Layout(*layout, has_segments=False)
+  spec = specs.Spec(1.0, span, None)
+  blocks = -(-layout.num_queries // layout.queries)
+  parts = -(-layout.num_keys // layout.resident)
+
+  def kernel(met_ref, state_ref):
+    i, j = pl.program_id(0), pl.program_id(1)
+    first_key = j * layout.resident if parts > 1 else 0
+
+    @pl.when((i == 0) & (j == 0))
+    def _():
+      met_ref[...] = jnp.zeros_like(met_ref)
+      state_ref[...] = jnp.zeros_like(state_ref)
+
+    def note(column, condition):
+      # Calls, too early ones, and too late ones.
+      state_ref[i, column] += jnp.int32(condition)
+
+    def start():
+      pl.when(j == 0)(lambda: note(0, True))
+
+    def finish():
+      pl.when(j == parts - 1)(lambda: note(1, True))
+
+    def meet(tile, size, distance, may_end, ends):
+      if ends.starts:
+        start()
+      note(2, state_ref[i, 0] == 0)
+      note(3, state_ref[i, 1] != 0)
+      begin = first_key + tile * layout.keys
+      key = jax.lax.broadcasted_iota(jnp.int32, (layout.queries, size), 1)
+      query = jax.lax.broadcasted_iota(jnp.int32, (layout.queries, size), 0)
+      seen = jnp.ones_like(key, bool)
+      if distance is not None:
+        seen = specs.within(span, key - query + distance)
+      if may_end:
+        seen &= begin + key < layout.num_keys
+      met_ref[pl.ds(i * layout.queries, layout.queries), pl.ds(begin, size)] += seen.astype(int)
+      if ends.finishes:
+        finish()
+
+    def body(tile, distance, may_end, ends):
+      meet(tile, layout.keys, distance, may_end, ends)
+
+    def squares(places, may_end, ends):
+      for number, (tile, cut) in enumerate(places):
+        is_first, is_last = number == 0, number == len(places) - 1
+        some = tile_schedule.Ends(ends.starts and is_first, ends.finishes and is_last)
+        meet(tile, layout.queries, cut, may_end, some)
+
+    tile_schedule.for_each_tile(
+      spec, layout, i, first_key, None, body, squares, lambda _: together, start, finish
+    )
+
+  rows, columns = blocks * layout.queries, parts * layout.resident
+  met, state = pl.pallas_call(
+    kernel,
+    grid=(blocks, parts),
+    out_shape=(
+      jax.ShapeDtypeStruct((rows, columns), jnp.int32),
+      jax.ShapeDtypeStruct((blocks, 4), jnp.int32),
+    ),
+    interpret=True,
+  )()
+  query, key = np.arange(layout.num_queries)[:, None], np.arange(layout.num_keys)
+  left, right = (10**6 if side is None else side for side in span)
+  expected = (query - left <= key) & (key <= query + right)
+  np.testing.assert_array_equal(met[: layout.num_queries, : layout.num_keys], expected)
+  np.testing.assert_array_equal(state, np.tile([1, 1, 0, 0], (blocks, 1)))

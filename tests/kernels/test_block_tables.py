@@ -1,0 +1,89 @@
+"""Tables of block sizes: what is in them, who reads them, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ll3m_kernels import BlockSizes, block_tables
+from ll3m_kernels.attention import block_sizes
+from ll3m_kernels.dispatch import GENERATIONS
+from ll3m_kernels.norms import block_sizes as norm_blocks
+
+V5E = GENERATIONS["v5e"]
+PROBLEM = block_sizes.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask="full")
+
+
+@pytest.mark.parametrize(
+  "length, bucket", [(1, 1024), (1024, 1024), (1025, 2048), (4096, 4096), (32_768, 4096)]
+)
+def test_length_bucket(length, bucket):
+  assert block_tables.length_bucket(length) == bucket
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+  """Writes a table for `PROBLEM` and points to it."""
+  key = block_sizes.key_of(PROBLEM, V5E)
+  limits = {"queries": 512, "keys": 256, "queries_backward": 256, "keys_backward": 128}
+  path = tmp_path / "mine.json"
+  block_tables.write(path, {key: {"limits": limits, "cycles": {}}})
+  monkeypatch.setenv(block_tables.VARIABLE, str(path))
+  return path
+
+
+def test_a_table_of_the_users_decides(mine):
+  assert block_sizes.default_blocks(PROBLEM, V5E) == BlockSizes(512, 256, 4096, 256, 128, 4096)
+  shorter = block_sizes.Problem(3000, 3000, 128, 128, 2, has_segments=False, mask="full")
+  chosen = block_sizes.default_blocks(shorter, V5E)
+  assert chosen.keys <= 256 and chosen.queries <= 512, "the same bucket of lengths"
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"mask": "window"}, {"itemsize": 4}, {"queries": 1000, "keys": 1000}, {"head_dim": 72}],
+  ids=str,
+)
+def test_other_problems_follow_the_rule(mine, change):
+  problem = dataclasses.replace(PROBLEM, **change)
+  before = block_sizes.default_blocks(problem, V5E)
+  mine.unlink()
+  block_tables._entries.cache_clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv(block_tables.VARIABLE)
+    assert block_sizes.default_blocks(problem, V5E) == before
+
+
+def test_limits_that_do_not_fit_are_not_followed(tmp_path, monkeypatch):
+  problem = block_sizes.Problem(4096, 4096, 256, 256, 4, has_segments=True, mask="full")
+  v4 = GENERATIONS["v4"]
+  key = block_sizes.key_of(problem, v4)
+  limits = dict.fromkeys(block_sizes.Limits._fields, 4096)
+  block_tables.write(tmp_path / "mine.json", {key: {"limits": limits, "cycles": {}}})
+  monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "mine.json"))
+  block_sizes.check(block_sizes.default_blocks(problem, v4), problem, v4)
+
+
+def test_norms_read_tables_too():
+  problem = norm_blocks.Problem(8192, 2048, 2, 3, 1, 1)
+  with block_tables.force({"norm_backward": {"block_bytes": 2**19, "tile": 2**16}}):
+    chosen = norm_blocks.choose_blocks(problem, V5E)
+  assert chosen.rows == 2**19 // 4096 and chosen.tile == 2**16 // 2048
+
+
+@pytest.mark.parametrize(
+  "content",
+  ["", "{", "[1]", json.dumps([{"operation": "x"}]), json.dumps([{"limits": 3}])],
+  ids=repr,
+)
+def test_what_is_not_a_table_is_refused(tmp_path, monkeypatch, content):
+  (tmp_path / "mine.json").write_text(content)
+  monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "mine.json"))
+  with pytest.raises(ValueError, match="mine.json: is not a table"):
+    block_sizes.default_blocks(PROBLEM, V5E)
+
+
+def test_a_table_that_is_missing_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "none.json"))
+  with pytest.raises(ValueError, match="none.json: cannot be read"):
+    block_sizes.default_blocks(PROBLEM, V5E)
