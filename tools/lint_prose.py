@@ -65,7 +65,7 @@ def check_docstring(docstring: str, first_line: int) -> Iterator[Problem]:
       word = entry["text"].split()[0]
       if word.lower() in _CONTINUES:
         yield Problem(
-          number, f"`{entry['name']}: {word} ...` continues the name: use a noun phrase"
+          number, f"`{entry['name']}: {word} ...` continues the name"
         )
       elif word[0].islower() and word.isalpha():
         yield Problem(number, f"`{entry['name']}: {word} ...` begins with a small letter")
