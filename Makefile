@@ -40,6 +40,7 @@ cycles: .venv/installed-test
 lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	$(PY) tools/lint_prose.py
 
 format: .venv/installed-test
 	.venv/bin/ruff check --fix .

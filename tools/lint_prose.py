@@ -64,9 +64,7 @@ def check_docstring(docstring: str, first_line: int) -> Iterator[Problem]:
     elif section is not None and indent == section + 2 and (entry := _ENTRY.match(line)):
       word = entry["text"].split()[0]
       if word.lower() in _CONTINUES:
-        yield Problem(
-          number, f"`{entry['name']}: {word} ...` continues the name"
-        )
+        yield Problem(number, f"`{entry['name']}: {word} ...` continues the name")
       elif word[0].islower() and word.isalpha():
         yield Problem(number, f"`{entry['name']}: {word} ...` begins with a small letter")
 

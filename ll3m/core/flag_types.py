@@ -3,16 +3,16 @@
 import ast
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Iterator
 from typing import Any, override
 
 import absl.flags
 
+from ll3m.core.flag_help import optional_base
 from ll3m.core.options import CHOICES, HELP, REPEATED
 
-HEADING = "flags"  # of --help
+_MODULE = "flags"  # absl wants a name for where a flag is defined
 
 
 class TupleParser(absl.flags.ArgumentParser):
@@ -75,8 +75,8 @@ def define(values: absl.flags.FlagValues, prefix: str, cls: type) -> None:
 def _define_one(
   values: absl.flags.FlagValues, name: str, annotation: Any, field: dataclasses.Field
 ) -> None:
-  text, default, base = field.metadata[HELP], field.default, _optional_base(annotation)
-  own = {"flag_values": values, "module_name": HEADING}
+  text, default, base = field.metadata[HELP], field.default, optional_base(annotation)
+  own = {"flag_values": values, "module_name": _MODULE}
   if field.metadata[REPEATED]:
     absl.flags.DEFINE_multi_string(name, list(default), text, **own)
   elif field.metadata[CHOICES]:
@@ -95,11 +95,3 @@ def _define_one(
     absl.flags.DEFINE(parser, name, default, text, serializer=_TupleSerializer(), **own)
   else:
     raise TypeError(f"option {name}: flags of type {annotation} are not supported")
-
-
-def _optional_base(annotation: Any) -> Any:
-  """Strips `| None` from a type."""
-  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-    (base,) = (a for a in typing.get_args(annotation) if a is not type(None))
-    return base
-  return annotation

@@ -25,8 +25,8 @@ from typing import Any
 
 import absl.flags
 
-from ll3m.core import config_files, library_logs, object_store
-from ll3m.core.flag_types import HEADING, TupleParser, define, names
+from ll3m.core import config_files, flag_help, library_logs, object_store
+from ll3m.core.flag_types import TupleParser, define, names
 from ll3m.core.options import HELP, REPEATED, Fallback, option
 
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
@@ -58,6 +58,16 @@ class CommonOptions:
     repeated=True,
   )
   debug: bool = option(False, "Show the full traceback of an error, and what libraries log.")
+
+
+def help_sections(groups: Mapping[str, type]) -> list[tuple[str, str, type]]:
+  """Returns heading, prefix and dataclass of each group of a command's flags, as --help has them.
+
+  Args:
+    groups: Dataclass of options of each prefix ("" for none).
+  """
+  own = [(f"{prefix} flags" if prefix else "flags", prefix, cls) for prefix, cls in groups.items()]
+  return [*own, ("flags of every command", "", CommonOptions)]
 
 
 class Flags:
@@ -113,7 +123,7 @@ class Flags:
 
   def help(self) -> str:
     """Returns what --help prints."""
-    return f"{self._doc.strip()}\n{self._values.module_help(HEADING)}"
+    return flag_help.render(self._doc, help_sections(self._groups))
 
   def _read_file(self, file: str, typed: Iterable[str]) -> None:
     known = [name for name in self._values if name != "config"]

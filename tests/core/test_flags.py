@@ -112,9 +112,9 @@ def test_a_misspelt_flag_gets_a_suggestion():
 
 def test_help_lists_every_flag_with_its_default():
   text = parse().help()
-  assert "--sample.inner.size: How many." in text and "--config: " in text
-  assert "(default: '8')" in text
-  assert "<one|two>" in text
+  assert "--sample.inner.size=N\n      How many. (default: 8)\n" in text
+  assert "--config=TEXT" in text and "=one|two\n" in text
+  assert max(map(len, text.splitlines())) <= 80
 
 
 def test_given_distinguishes_a_default_from_a_value():
@@ -408,7 +408,7 @@ def test_debug_shows_the_traceback_first(capsys):
 def test_help_is_printed(capsys, flag):
   assert main([flag]) == 0
   out, err = capsys.readouterr()
-  assert "What it does." in out and "--run.steps: How many steps." in out
+  assert "What it does." in out and "--run.steps=N\n      How many steps." in out
   assert not err
 
 
