@@ -16,8 +16,8 @@ HEAD = """# Commands
 
 <!-- Written by tools/command_docs.py: change the help texts in the code, and run it again. -->
 
-Each command is `python -m ll3m.NAME --flag=value ...`. Its exit code is 0 on success, 2 if a flag is
-wrong, 1 for any other error, 75 if SIGTERM stopped a training run after saving it, and 130 after
+Each command is `python -m ll3m.NAME --flag=value ...`. Its exit code is 0 on success, 2 if a flag
+is wrong, 1 for any other error, 75 if SIGTERM stopped a training run after saving it, and 130 after
 Ctrl-C. Flags can also be read from files (`--config`)."""
 
 
