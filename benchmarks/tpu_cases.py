@@ -59,6 +59,7 @@ def all_cases() -> Iterator[Case]:
   for length, num_keys in ((200, 100), (2000, 1000), (1000, 2000)):
     yield cross_attention("phi_2", shapes.ATTENTION["phi_2"], length, num_keys, "bf16")
   yield attention("llama2_7b", shapes.ATTENTION["llama2_7b"], LENGTH, "f32")
+  yield attention("gemma_2b", shapes.ATTENTION["gemma_2b"], 2048, "f32")
   yield norm("llama2_7b", shapes.NORMS["llama2_7b"], LENGTH, "f32")
   yield rotary("llama2_7b", shapes.ROTARY["llama2_7b"], LENGTH, "f32")
 
@@ -68,7 +69,7 @@ def slice_of_cases() -> Iterator[Case]:
   attentions, norms, rotaries = shapes.ATTENTION, shapes.NORMS, shapes.ROTARY
   yield attention("mistral_7b", attentions["mistral_7b"], 16_384, "bf16")
   yield packed_attention("phi_2", attentions["phi_2"], 1000, "bf16")
-  yield attention("gemma_2b", attentions["gemma_2b"], 2048, "f32")
+  yield attention("gemma_2b", attentions["gemma_2b"], 1000, "f32")
   yield cross_attention("tiny_llama_1b", attentions["tiny_llama_1b"], 200, 100, "bf16")
   yield decoding("tiny_llama_1b", attentions["tiny_llama_1b"], LENGTH, "bf16")
   yield norm("open_llama_3b", norms["open_llama_3b"], 1000, "bf16")

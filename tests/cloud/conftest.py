@@ -17,6 +17,7 @@ from ll3m import families
 from ll3m.families.tensor_rules import expected_tensors
 from tests.cloud.gcs_server import GcsServer
 from tests.compiled import quickly
+from tests.preloaded import Command
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,33 +35,36 @@ def environment(gcs, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
+def start(environment) -> Iterator[Callable[..., Command | subprocess.Popen]]:
   """Starts `python -m ll3m.VERB`, or a file of tools/, in a process that talks to the server."""
 
   started = []
 
-  def start(what: str, *arguments: str) -> subprocess.Popen:
-    program = [str(ROOT / what)] if what.endswith(".py") else ["-m", f"ll3m.{what}"]
-    process = subprocess.Popen(
-      [sys.executable, *program, *arguments],
-      env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+  def start(what: str, *arguments: str) -> Command | subprocess.Popen:
+    if what.endswith(".py"):
+      process = subprocess.Popen(
+        [sys.executable, str(ROOT / what), *arguments],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      )  # fmt: skip
+    else:
+      process = Command(what, *arguments, env=environment)
     started.append(process)
     return process
 
   yield start
-  for process in started:  # of which a test that failed may have left some
+  for process in started:  # a failed test may have left some running
     process.kill()
     process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    if isinstance(process, subprocess.Popen):
+      process.stdout.close()
+      process.stderr.close()
 
 
 @pytest.fixture(scope="session")
-def end() -> Callable[[subprocess.Popen], tuple[int, str, str]]:
-  """Waits for a command: its exit code, what it printed, and what it said on stderr."""
+def end() -> Callable[[Command | subprocess.Popen], tuple[int, str, str]]:
+  """Waits for a command, and returns its exit code, standard output and standard error."""
 
-  def end(process: subprocess.Popen) -> tuple[int, str, str]:
+  def end(process: Command | subprocess.Popen) -> tuple[int, str, str]:
     try:
       printed, said = process.communicate(timeout=240)
     finally:

@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 import signal
-import threading
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -124,21 +123,14 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   """
   gcs.store.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
   jobs = [start("train", *ON_GCS, "--total_steps=1000000") for _ in range(2)]
-  said: dict[int, str] = {}
-
-  def listen(job) -> None:
-    said[job.pid] = "".join(job.stderr)
-
-  for job in jobs:
-    threading.Thread(target=listen, args=(job,), daemon=True).start()
   wait_for(
     lambda: any(job.poll() is not None for job in jobs) and len(finished_steps(gcs)) > 1, 240
   )
   (refused,) = [job for job in jobs if job.poll() is not None]
   (holder,) = [job for job in jobs if job is not refused]
-  wait_for(lambda: refused.pid in said)
+  _, _, said = end(refused)
   who = f"error: another job writes to {RUN} (process {holder.pid} on "
-  assert said[refused.pid].splitlines()[-1].startswith(who)
+  assert said.splitlines()[-1].startswith(who)
   holder.send_signal(signal.SIGKILL)
   holder.wait()
   *_, before, last = finished_steps(gcs)
