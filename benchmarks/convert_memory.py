@@ -35,7 +35,7 @@ def rss_anon() -> int:
 
 
 class Measure:
-  """The seconds, processor seconds and peak of RssAnon (every 2 ms) of a `with` block."""
+  """The seconds, processor seconds and peak RssAnon (sampled every 2 ms) of a `with` block."""
 
   def __enter__(self):
     self.start = self.peak = rss_anon()

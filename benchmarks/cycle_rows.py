@@ -145,8 +145,8 @@ def _attention_rows() -> Iterator[Row]:
 def _model_rows() -> Iterator[Row]:
   """Yields each model's attention, for the query heads of one KV head.
 
-  Models with one query head per KV head have four of them here: for a single head, the fetches
-  before its first step would be a tenth of the estimate.
+  Models with one query head per KV head get four KV heads: with a single head, the fetches before
+  its first step would be a tenth of the estimate.
   """
   seen = set()
   for model, shape in shapes.ATTENTION.items():

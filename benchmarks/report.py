@@ -24,7 +24,7 @@ RATES = {
 
 
 class ReportError(Exception):
-  """A report cannot be made of a file; the message names the file and the reason."""
+  """An invalid input file; the message names the file and the reason."""
 
 
 class Row(NamedTuple):

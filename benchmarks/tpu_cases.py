@@ -221,7 +221,10 @@ def _heads(shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str)
 
 
 def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-  """Makes a function return results and the gradients of `count` arguments for cotangents of 1."""
+  """Makes a function also return the gradients of its first `count` arguments.
+
+  The cotangents of its results are 1.
+  """
 
   def both(*arrays):
     results, vjp = jax.vjp(lambda *x: function(*x, *arrays[count:]), *arrays[:count])

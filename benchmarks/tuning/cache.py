@@ -57,7 +57,7 @@ class Ledger:
   def run(
     self, tasks: Sequence[Task], *, workers: int, seconds: float
   ) -> Iterator[tuple[Task, list[Kernel] | str]]:
-    """Makes the estimates that are not in the file yet.
+    """Yields all estimates, and makes those that are not in the file yet.
 
     Args:
       tasks: Tasks to estimate; equal ones are estimated once.

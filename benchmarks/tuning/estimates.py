@@ -69,11 +69,11 @@ class Kernel(NamedTuple):
 
 
 class NotPricedError(Exception):
-  """There is no estimate; the message says why."""
+  """An estimate that cannot be made; the message says why."""
 
 
 class UnfinishedError(NotPricedError):
-  """The estimate timed out or was killed; another try may succeed."""
+  """An estimate that timed out or was killed; another try may succeed."""
 
 
 def estimate(

@@ -20,7 +20,7 @@ _SOURCES = tuple(
     Path(search_space.__file__),
   )
 )
-# The smallest share of the cycles whose gain justifies other blocks and their memory.
+# The smallest relative gain in cycles that justifies other blocks and their memory.
 _LEAST_GAIN = 0.01
 
 

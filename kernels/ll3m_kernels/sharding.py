@@ -30,7 +30,7 @@ class Sharding:
     head_axis: Mesh axis over which attention heads are split; None if they are not.
 
   Raises:
-    ValueError: The mesh is not a mesh, or an axis is not in it or is named twice.
+    ValueError: A field has the wrong type, or an axis is not in the mesh or is named twice.
   """
 
   mesh: Mesh | AbstractMesh

@@ -31,13 +31,13 @@ class Rows(NamedTuple):
 
   Attributes:
     rstd: Reciprocal standard deviation, 1 / sqrt(mean((x - mean)^2) + epsilon).
-    mean: Rounded mean of x; None, which stands for 0, for RMSNorm.
+    mean: Rounded mean of x; None (meaning 0) for RMSNorm.
     mean_residual: Correction to `mean`. If a float32 row's mean is 1e4 times its standard
       deviation, one float32 sum is off by 1e-3 standard deviations; summing the centred values once
-      more recovers that error. None, which stands for 0, for RMSNorm and for narrower dtypes. If
-      their mean is large compared with their standard deviation, their few bits add up in float32
-      without rounding, and the division's rounding error, 1e-7 of the mean, is far less than the
-      spacing of such numbers.
+      more recovers that error. None (meaning 0) for RMSNorm and for narrower dtypes: if the mean of
+      such a row is large compared with its standard deviation, the few bits of its values add up in
+      float32 without rounding, and the division's rounding error, 1e-7 of the mean, is far less
+      than the spacing of the values.
   """
 
   rstd: Float[Array, "*B 1"]

@@ -114,8 +114,8 @@ def test_any_shape(batch, length, heads, half, untouched, dtype):
 def test_cos_and_sin_are_accurate_at_any_position(implementation, theta):
   """Rotates ones in the first half of a head, which gives (cos, sin).
 
-  Errors of 2e-5 up to 4,096 and 2e-3 up to a million would suffice (bfloat16's half ulp); the
-  documented bound is 1e-6.
+  Errors of 2e-5 up to position 4,096 and 2e-3 up to a million would suffice (bfloat16's half ulp);
+  the documented bound is 1e-6.
   """
   size = 128
   rng = np.random.default_rng(0)
