@@ -1,4 +1,4 @@
-"""Throughput of rotary embeddings, of whole heads and of a part of them (Phi-2)."""
+"""Throughput of rotary embeddings, for whole heads and for a part of them (Phi-2)."""
 
 import pytest
 

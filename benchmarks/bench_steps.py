@@ -22,7 +22,7 @@ PROMPT, NEW_TOKENS = 16, 32
 @pytest.mark.benchmark(group="training step")
 @pytest.mark.parametrize("model_name", small_models.MODELS)
 def test_training_step(benchmark, model_name):
-  """AdamW on 2 x 128 tokens; bytes are those of parameters and moments, read and written once."""
+  """Times AdamW on 2 x 128 tokens; bytes count parameters and moments, read and written once."""
   error = small_models.validate_training(model_name)
   config = small_models.config_of(model_name)
   mesh = _one_device()
@@ -50,7 +50,7 @@ def test_training_step(benchmark, model_name):
 @pytest.mark.benchmark(group="greedy decoding")
 @pytest.mark.parametrize("model_name", small_models.MODELS)
 def test_greedy_decoding(benchmark, model_name):
-  """32 new tokens after a prompt of 16, prefill included; bytes are the parameters' per token."""
+  """Times a prefill of 16 tokens and 32 new ones; bytes count the parameters per new token."""
   error = small_models.validate_decoding(model_name)
   config = small_models.config_of(model_name)
   model = build_model(config, _one_device(), dtype="f32")
@@ -63,7 +63,7 @@ def test_greedy_decoding(benchmark, model_name):
 
   (row,) = run()
   assert len(row) == NEW_TOKENS
-  # A forward pass is a third of a training step's count.
+  # A forward pass has a third of the FLOPs of a training step.
   flops = flops_per_token(config, PROMPT + NEW_TOKENS) / 3 * (PROMPT + NEW_TOKENS)
   nbytes = sum(x.size for x in jax.tree.leaves(params)) * dtype().dtype.itemsize * NEW_TOKENS
   shape = f"prompt={PROMPT} new={NEW_TOKENS}"

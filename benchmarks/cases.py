@@ -1,4 +1,4 @@
-"""The measured operations at the shapes of the real models.
+"""The benchmarked operations at the shapes of real models.
 
 Dimensions: B batch, T tokens, N query heads, K KV heads, H head dim, R rotated dimensions, D
 features, V vocabulary.
@@ -14,17 +14,17 @@ import ll3m_kernels as kernels
 from benchmarks import oracles, shapes
 from benchmarks.oracles import Oracle
 
-# What an accelerator is timed at, what a CPU is timed at, and what results are validated at.
+# The sizes for timing on an accelerator, for timing on a CPU, and for validating results.
 SIZES = ("full", "cpu", "check")
 
 
 class Argument(NamedTuple):
-  """An array to draw.
+  """An array to draw at random.
 
   Attributes:
-    shape: its shape.
-    dtype: its dtype.
-    spread: floating numbers are normal with this deviation, integers lie below it.
+    shape: Shape of the array.
+    dtype: Dtype of the array.
+    spread: Standard deviation of floating-point numbers, or exclusive upper bound of integers.
   """
 
   shape: tuple[int, ...]
@@ -36,15 +36,15 @@ class Case(NamedTuple):
   """One operation at one size.
 
   Attributes:
-    function: (*arrays, implementation=...) -> an array or a tuple of them.
-    oracle: what it has to give.
-    arguments: its arrays. The floating ones come first, and have gradients.
-    dims: name and size of everything that the work depends on.
-    tokens: T times B.
-    flops: of a forward pass.
-    backward: FLOPs of a backward pass over those of a forward pass.
-    rate: the one that tells most, by its name in extra_info.
-    implementations: those that there are.
+    function: Function (*arrays, implementation=...) -> an array or a tuple of arrays.
+    oracle: Oracle of the function.
+    arguments: Arrays of the function. Floating-point ones come first and have gradients.
+    dims: Names and sizes of the dimensions that determine the work.
+    tokens: Number of tokens, T times B.
+    flops: FLOPs of a forward pass.
+    backward: Ratio of the FLOPs of a backward pass to those of a forward pass.
+    rate: Name in extra_info of the most informative rate.
+    implementations: Implementations of the operation.
   """
 
   function: Callable[..., Any]
@@ -59,21 +59,21 @@ class Case(NamedTuple):
 
 
 def attention(model: str, size: str, dtype: Any, *, is_causal: bool = True) -> Case:
-  """Self-attention of one sequence.
+  """Returns self-attention of one sequence.
 
-  FLOPs are 4 H per query head and pair of tokens that see each other. The backward pass counts
-  2.5 times that, its scores being computed again (Dao, 2023).
+  FLOPs are 4 H per query head and visible pair of tokens. The backward pass counts 2.5 times as
+  many, because it recomputes the scores (Dao, 2023).
 
   Args:
-    model: a row of `shapes.ATTENTION`.
-    size: one of `SIZES`. All but the full one cut the window to a quarter of the length, and
-      results are validated with two KV heads.
-    dtype: of the arrays.
-    is_causal: masks the future.
+    model: Key of `shapes.ATTENTION`.
+    size: One of `SIZES`. All but "full" reduce the window to a quarter of the length, and "check"
+      has at most two KV heads.
+    dtype: Dtype of the arrays.
+    is_causal: Whether future keys are masked.
   """
   shape = shapes.ATTENTION[model]
   full_length = 4096 if shape.window is None else 4 * shape.window
-  # Two tiles of the kernel at least, which are twice as long in bfloat16.
+  # At least two tiles of the kernel, which are twice as long in bfloat16.
   several_tiles = 640 if dtype == jnp.float32 else 1536
   length = {"full": full_length, "cpu": 512, "check": several_tiles}[size]
   window = None if shape.window is None else length // 4
@@ -82,7 +82,7 @@ def attention(model: str, size: str, dtype: Any, *, is_causal: bool = True) -> C
   local = None if window is None else (window - 1, 0)
   pairs = sum(
     min(t + 1 if is_causal else length, window or length) for t in range(length)
-  )  # a window is only measured under a causal mask
+  )  # windows are only measured with a causal mask
   return Case(
     function=functools.partial(
       kernels.flash_attention, is_causal=is_causal, local_window_size=local
@@ -103,16 +103,16 @@ def attention(model: str, size: str, dtype: Any, *, is_causal: bool = True) -> C
 
 
 def norm(model: str, size: str, dtype: Any, *, adds: bool = False) -> Case:
-  """A norm over [T, D], RMS or layer as the model has it.
+  """Returns a norm over [T, D], the model's RMSNorm or LayerNorm.
 
-  FLOPs per element: a square, its sum and two products are 4; the mean, its subtraction and the
-  bias of a LayerNorm 3 more; the residual addition 1.
+  FLOPs per element: 4 for a square, its sum and two products; 3 more for the mean, its subtraction
+  and the bias of a LayerNorm; 1 for the residual addition.
 
   Args:
-    model: a row of `shapes.NORMS`.
-    size: one of `SIZES`.
-    dtype: of the arrays.
-    adds: the residual is added first.
+    model: Key of `shapes.NORMS`.
+    size: One of `SIZES`.
+    dtype: Dtype of the arrays.
+    adds: Whether the residual is added first.
   """
   shape = shapes.NORMS[model]
   rows = {"full": 8192, "cpu": 2048, "check": 72}[size]
@@ -136,12 +136,12 @@ def norm(model: str, size: str, dtype: Any, *, adds: bool = False) -> Case:
 
 
 def rotary(model: str, size: str, dtype: Any) -> Case:
-  """Queries and keys of one sequence, rotated together: 3 FLOPs per rotated element.
+  """Returns the rotation of one sequence's queries and keys, at 3 FLOPs per rotated element.
 
   Args:
-    model: a row of `shapes.ROTARY`.
-    size: one of `SIZES`.
-    dtype: of the arrays.
+    model: Key of `shapes.ROTARY`.
+    size: One of `SIZES`.
+    dtype: Dtype of the arrays.
   """
   shape = shapes.ROTARY[model]
   length = {"full": 8192, "cpu": 1024, "check": 200}[size]
@@ -157,21 +157,20 @@ def rotary(model: str, size: str, dtype: Any) -> Case:
     dims={"T": length, "N": heads[0], "K": heads[1], "H": shape.head_dim, "R": shape.rotary_dim},
     tokens=length,
     flops=3.0 * length * sum(heads) * shape.rotary_dim,
-    backward=1.0,  # a rotation back, and nothing else
+    backward=1.0,  # only the inverse rotation
     rate="bytes_per_second",
   )
 
 
 def cross_entropy(model: str, size: str, dtype: Any) -> Case:
-  """The loss of a linear head: 2 D V FLOPs per token, and twice that backward.
+  """Returns the loss of a linear head: 2 D V FLOPs per token, and twice as many backward.
 
-  There is no kernel: plain jnp is what is measured, and validated, everywhere.
+  There is no kernel: plain jnp is measured and validated on every platform.
 
   Args:
-    model: a row of `shapes.HEADS`.
-    size: one of `SIZES`. A CPU has a quarter of D and an eighth of V, and what is validated a
-      sixteenth of both.
-    dtype: of the arrays.
+    model: Key of `shapes.HEADS`.
+    size: One of `SIZES`. "cpu" has a quarter of D and an eighth of V, "check" a sixteenth of both.
+    dtype: Dtype of the arrays.
   """
   shape = shapes.HEADS[model]
   length = {"full": 8192, "cpu": 256, "check": 72}[size]
@@ -192,7 +191,7 @@ def cross_entropy(model: str, size: str, dtype: Any) -> Case:
     oracle=oracles.cross_entropy(shape.layout),
     arguments=(
       Argument((length, features), dtype),
-      Argument(head, dtype, features**-0.5),  # logits of about 1, as a model's are
+      Argument(head, dtype, features**-0.5),  # logits of about 1, like a model's
       *bias,
       Argument((length,), jnp.int32, vocabulary),
     ),

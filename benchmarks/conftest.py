@@ -1,4 +1,4 @@
-"""What every benchmark needs."""
+"""The pytest configuration of all benchmarks."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from pytest_benchmark.logger import PytestBenchmarkWarning
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Keeps pytest-benchmark's own warnings, as of another machine's report, from being errors."""
+  """Keeps pytest-benchmark's warnings (of another machine's report, say) from being errors."""
   config.addinivalue_line(
     "filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning"
   )

@@ -1,14 +1,14 @@
-"""Measures the memory and speed of converting a checkpoint of TinyLlama's shapes.
+"""Measures the memory and speed of converting a checkpoint with TinyLlama's shapes.
 
   python benchmarks/convert_memory.py [--rounds=3]
 
-Makes a random bf16 checkpoint of 2.2 GB and one of twice the layers in a temporary folder (it
-needs 13 GB there while it runs), converts them in processes of their own, and reports
+Writes a random bf16 checkpoint of 2.2 GB and one with twice the layers to a temporary folder (which
+needs up to 13 GB), converts each in a separate process, and reports
 
-* the peak of the process's own memory (RssAnon, which leaves out mapped files) above what the
-  imports took, for both depths;
-* bytes per second, beside reading and writing the same file with the safetensors library in a
-  process of its own; the two alternate, and the medians of the rounds are given.
+* the peak of the process's own memory (RssAnon, which excludes mapped files) above its level after
+  the imports, for both depths;
+* bytes per second, compared with reading and writing the same file with the safetensors library in
+  a separate process; the two alternate, and the medians of the rounds are reported.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def rss_anon() -> int:
 
 
 class Measure:
-  """Takes seconds, processor seconds and the peak of RssAnon (every 2 ms) in a `with` block."""
+  """The seconds, processor seconds and peak RssAnon (sampled every 2 ms) of a `with` block."""
 
   def __enter__(self):
     self.start = self.peak = rss_anon()
@@ -56,7 +56,7 @@ class Measure:
     self._thread.join()
 
   def figures(self, nbytes: int) -> dict[str, float]:
-    """Returns what was measured, to be sent to the parent process."""
+    """Returns the measurements, to be sent to the parent process."""
     memory = self.peak - self.start
     return {
       "seconds": self.seconds, "processor": self.processor, "memory": memory, "nbytes": nbytes
@@ -64,7 +64,7 @@ class Measure:
 
 
 def make_checkpoint(directory: Path, layers: int) -> None:
-  """Writes a random bf16 checkpoint; values repeat, which no step of converting can tell."""
+  """Writes a random bf16 checkpoint; its values repeat, which does not affect conversion."""
   import ml_dtypes
   import numpy as np
 
@@ -107,7 +107,7 @@ def copy(source: str, output: str) -> dict[str, float]:
 
 
 def run(job: str, source: Path, output: Path) -> dict[str, float]:
-  """Runs `convert` or `copy` in a new process, and removes what it wrote."""
+  """Runs `convert` or `copy` in a new process and deletes its output."""
   command = [sys.executable, __file__, f"--job={job}", f"--source={source}", f"--output={output}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   try:
@@ -118,14 +118,14 @@ def run(job: str, source: Path, output: Path) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
     if output.is_file():
       output.unlink()
-  os.sync()  # what this run left to be written must not slow down the next one
+  os.sync()  # pending writes of this run must not slow down the next one
   return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
-  """Makes the checkpoints, measures, prints."""
+  """Writes the checkpoints, measures, and prints the results."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=3, help="how often to repeat each measurement")
+  parser.add_argument("--rounds", type=int, default=3, help="repetitions of each measurement")
   parser.add_argument("--job", choices=("convert", "copy"), help=argparse.SUPPRESS)
   parser.add_argument("--source", help=argparse.SUPPRESS)
   parser.add_argument("--output", help=argparse.SUPPRESS)

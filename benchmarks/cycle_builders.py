@@ -1,6 +1,7 @@
-"""What is priced: our kernels, their peers, and plain copies, each with the shapes of its arrays.
+"""Builders of the functions to price: our kernels, their peers, and plain copies.
 
-These are called in the process that compiles them (`tuning.estimates`); all arrays are bfloat16.
+Each builder returns a function and the shapes of its arrays, which are all bfloat16. Builders are
+called in the process that compiles the functions (see `tuning.estimates`).
 
 Dimensions: B batch, T tokens, N query heads, K KV heads, H head dim, D features.
 """
@@ -32,19 +33,19 @@ def attention(
   backward: bool = False,
   block: int = 0,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """Self-attention of one sequence.
+  """Returns self-attention of one sequence.
 
   Args:
     implementation: "ours", "xla" (jax.nn), "jax" (jax.experimental's flash_attention), "splash" or
       "tokamax".
-    tokens: T.
-    heads: N.
-    kv_heads: K.
-    head_dim: H. Peers that take no other are given whole multiples of 128.
-    is_causal: masks the future.
-    window: keys that a query sees, for ours; the peers that are priced have none.
-    backward: with the gradients of all three.
-    block: of the peers that let one choose; used for all their blocks.
+    tokens: Number of tokens, T.
+    heads: Number of query heads, N.
+    kv_heads: Number of KV heads, K.
+    head_dim: Head dim, H; rounded up to a multiple of 128 for peers that require one.
+    is_causal: Whether future keys are masked.
+    window: Number of keys that a query sees, for our kernels; the priced peers have no windows.
+    backward: Whether to include the gradients of query, key and value.
+    block: Size of all blocks, for the peers whose blocks can be chosen.
   """
   query, key = (
     jax.ShapeDtypeStruct((1, tokens, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads)
@@ -59,13 +60,13 @@ def attention(
   elif implementation == "xla":
     function = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
   elif implementation == "tokamax":
-    import tokamax  # not a requirement of ours
+    import tokamax  # not one of our requirements
 
     function = functools.partial(
       tokamax.dot_product_attention, is_causal=is_causal, implementation="mosaic_tpu"
     )
   else:
-    # Heads first, and no heads that share keys.
+    # These peers take heads first, and their heads cannot share keys.
     width = up(head_dim, LANES)
     query = key = jax.ShapeDtypeStruct((1, heads, tokens, width), jnp.bfloat16)
     function = {"jax": _jax_attention, "splash": _splash_attention}[implementation](
@@ -109,15 +110,15 @@ def norm(
   backward: bool = False,
   block: int = 0,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """A norm of [T, D] rows, or a copy of the bytes that it reads and writes.
+  """Returns a norm of [T, D] rows, or a copy of the bytes that it reads and writes.
 
   Args:
     implementation: "ours" or "copy".
     operation: "rms_norm", "layer_norm", "add_rms_norm" or "add_layer_norm".
-    rows: T.
-    features: D.
-    backward: with the gradients of all arguments.
-    block: bytes of a block that is copied.
+    rows: Number of rows, T.
+    features: Number of features, D.
+    backward: Whether to include the gradients of all arguments.
+    block: Bytes of a block of the copy.
   """
   x = jax.ShapeDtypeStruct((rows, features), jnp.bfloat16)
   weight = jax.ShapeDtypeStruct((features,), jnp.bfloat16)
@@ -131,10 +132,11 @@ def norm(
 
 
 def norm_traffic(operation: str, backward: bool) -> tuple[int, int]:
-  """Returns how many arrays [T, D] a pass cannot but read and write."""
+  """Returns how many arrays [T, D] a pass must read and write."""
   adds = operation.startswith("add_")
   if backward:
-    # What was normalised, and the cotangent of each result; one gradient, of x and of the residual.
+    # It reads the norm's input and the cotangent of each result. It writes one gradient, which x
+    # and the residual share.
     return 2 + adds, 1
   return 1 + adds, 1 + adds
 
@@ -142,15 +144,15 @@ def norm_traffic(operation: str, backward: bool) -> tuple[int, int]:
 def rotary(
   implementation: str, *, tokens: int, heads: int, kv_heads: int, head_dim: int, block: int = 0
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """Queries and keys of one sequence rotated together, or a copy of their bytes.
+  """Returns the rotation of one sequence's queries and keys, or a copy of their bytes.
 
   Args:
     implementation: "ours" or "copy".
-    tokens: T.
-    heads: N.
-    kv_heads: K.
-    head_dim: H.
-    block: bytes of a block that is copied.
+    tokens: Number of tokens, T.
+    heads: Number of query heads, N.
+    kv_heads: Number of KV heads, K.
+    head_dim: Head dim, H.
+    block: Bytes of a block of the copy.
   """
   if implementation == "copy":
     width = (heads + kv_heads) * head_dim
@@ -165,7 +167,7 @@ def rotary(
 
 
 def _copy(reads: int, writes: int, rows: int) -> Callable[..., Any]:
-  """Reads so many arrays and writes so many, which is as little as a kernel can do with them."""
+  """Returns a kernel that only reads `reads` arrays and writes `writes` arrays."""
 
   def kernel(*refs):
     for i, out in enumerate(refs[reads:]):

@@ -1,4 +1,4 @@
-"""The table, the file and the charts of cycles: figures, and what may be said of them."""
+"""The report of estimated cycles: checks of the estimates, the table, the file and the charts."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +10,18 @@ from benchmarks.tuning.estimates import CHIPS, Chip, Kernel
 
 NOT_PRICED, NOT_COMPARABLE = "not priced", "not comparable"
 
-# What the estimator found of one function, or why it found nothing.
+# The estimates of a function's kernels, or why there are none.
 Result = list[Kernel] | str
 
 
 class Price(NamedTuple):
-  """Cycles of one pass, or why there are none.
+  """The cycles of one pass, or why there are none.
 
   Attributes:
-    estimate: cycles by the compiler's simulation; None if there is none to be told.
-    cycles: the larger of the estimate and of what HBM alone needs; None likewise.
-    problem: "not priced", where there is no estimate, or "not comparable", where it is no result.
-    reason: for that.
+    estimate: Cycles by the compiler's simulation; None if there is no valid estimate.
+    cycles: Maximum of the estimate and the cycles that HBM alone needs; None likewise.
+    problem: "not priced" without an estimate, "not comparable" if it is not valid, else empty.
+    reason: Reason for the problem.
   """
 
   estimate: int | None = None
@@ -34,15 +34,15 @@ class Figure(NamedTuple):
   """A row of the table.
 
   Attributes:
-    group: rows of a kind.
-    name: the shape.
-    pass_name: the pass.
-    generation: the TPU.
-    ours: our own kernels.
-    roofline: the least cycles, by FLOPs or by bytes.
-    is_memory_bound: by bytes.
-    share: of the roofline that is reached; of the peak FLOPs where they are the bound.
-    peers: by name.
+    group: Heading of the table that contains the row.
+    name: Name of the shape.
+    pass_name: Name of the pass.
+    generation: TPU generation.
+    ours: Price of our own kernels.
+    roofline: Minimum cycles, by FLOPs or by bytes.
+    is_memory_bound: Whether bytes determine the roofline.
+    share: Share of the roofline that is reached: the share of peak FLOPs if FLOPs determine it.
+    peers: Prices of the peers, by name.
   """
 
   group: str
@@ -59,16 +59,16 @@ class Figure(NamedTuple):
 def figures_of(
   generation: str, row: Row, ours: Result, peers: Mapping[tuple[str, str], Sequence[Result]]
 ) -> Iterator[Figure]:
-  """Judges what was estimated of a row.
+  """Checks the estimates of a row.
 
   Args:
-    generation: the TPU.
-    row: what was priced, as that generation was given it.
-    ours: of our kernels.
-    peers: by pass and peer, one for each block that was tried.
+    generation: TPU generation.
+    row: Priced row, adapted to the generation.
+    ours: Result for our kernels.
+    peers: Results by pass and peer, one for each block size that was tried.
 
   Yields:
-    A figure per pass.
+    One figure per pass.
   """
   chip = CHIPS[generation]
   for part in row.passes:
@@ -91,25 +91,25 @@ def figures_of(
 
 
 def judge(chip: Chip, part: Pass, tried: Sequence[Result], kernels: slice, times: int) -> Price:
-  """Takes the best of what was tried for each kernel, and tells whether it can be compared.
+  """Takes the best estimate of each kernel and checks that they can be compared.
 
   Args:
-    chip: of the generation.
-    part: the pass, whose work has to be accounted for.
-    tried: what was estimated, with one block after the other.
-    kernels: which of the kernels do the work.
-    times: how often they have to run for it.
+    chip: Chip of the generation.
+    part: Pass, whose work the estimates must account for.
+    tried: Results, one for each block size that was tried.
+    kernels: Slice of the kernels that do the work.
+    times: Number of times that they must run to do all of the work.
   """
   priced = [result[kernels] for result in tried if not isinstance(result, str)]
   if not priced:
     return Price(problem=NOT_PRICED, reason=next(r for r in tried if isinstance(r, str)))
   if not priced[0]:
-    return Price(problem=NOT_PRICED, reason="there is no kernel in it")
+    return Price(problem=NOT_PRICED, reason="there is no kernel in the program")
   best = [min(column, key=lambda kernel: kernel.cycles) for column in zip(*priced, strict=True)]
   if any(kernel.follows_data for kernel in best):
     return Price(problem=NOT_COMPARABLE, reason="data decide what it runs or fetches")
   if part.flops and times * sum(kernel.product_flops or 0 for kernel in best) < part.flops:
-    return Price(problem=NOT_COMPARABLE, reason="fewer products were simulated than it has to do")
+    return Price(problem=NOT_COMPARABLE, reason="fewer products were simulated than it needs")
   estimate = times * sum(kernel.cycles for kernel in best)
   if estimate < part.flops / chip.flops:
     return Price(
@@ -122,7 +122,7 @@ def write(figures: Sequence[Figure], folder: Path) -> str:
   """Writes cycles.md, cycles.json and a chart per generation.
 
   Returns:
-    The table.
+    The content of cycles.md.
   """
   folder.mkdir(parents=True, exist_ok=True)
   text = markdown(figures)
@@ -142,7 +142,7 @@ def write(figures: Sequence[Figure], folder: Path) -> str:
 
 
 def markdown(figures: Sequence[Figure]) -> str:
-  """Returns a table per group."""
+  """Returns a Markdown table per group."""
   parts = ["# Estimated cycles"]
   for group in dict.fromkeys(figure.group for figure in figures):
     chosen = [figure for figure in figures if figure.group == group]
@@ -175,7 +175,7 @@ def markdown(figures: Sequence[Figure]) -> str:
 
 
 def _ratio(figure: Figure, peer: Price | None) -> str:
-  """Returns a peer's cycles over ours; where HBM is the bound, ours over those of the copy."""
+  """Returns a peer's cycles over ours; if HBM is the bound, ours over those of the copy."""
   if peer is None:
     return ""
   if peer.problem:

@@ -1,4 +1,4 @@
-"""The rows of the table of cycles: which shapes are priced, against whom, and what they have to do.
+"""The rows of the table of cycles: their shapes, their peers, and the work that they must do.
 
 Dimensions: T tokens, N query heads, K KV heads, H head dim, D features.
 """
@@ -12,23 +12,23 @@ from ll3m_kernels.dispatch import GENERATIONS, MIB
 
 _JAX_BLOCKS = (256, 512, 1024, 2048)
 _COPY_BLOCKS = (MIB // 2, MIB, 2 * MIB, 4 * MIB)
-# Of a norm or a rotary embedding.
+# The rows of a norm, or the tokens of a rotary embedding.
 _ROWS = 8192
 
 
 class Peer(NamedTuple):
-  """Something else that does the same work.
+  """Another implementation that does the same work.
 
   Attributes:
-    name: as the table calls it.
-    implementation: as `cycle_builders` calls it.
-    kernels: those that do the work of the pass, of the ones that are priced.
-    blocks: sizes to try; each of its kernels is given the one that suits it best.
-    whole_program: it is not made of kernels.
-    changes: to the arguments of the row: other passes, or what it cannot do and does in full.
-    by_head: it is priced with one head for each core, and counted for all that there are: where
-      heads share nothing, and a profile of many takes long.
-    times: how often it has to run to do the work.
+    name: Name in the table.
+    implementation: Name in `cycle_builders`.
+    kernels: Slice of its priced kernels that do the work of the pass.
+    blocks: Block sizes to try; each kernel gets its best one.
+    whole_program: Whether to price the whole program, because it does not consist of kernels.
+    changes: Changes to the arguments of the row: other passes, or options that the peer lacks.
+    by_head: Whether to price one head per core and multiply by the number of heads. This requires
+      heads that share nothing, and avoids a profile of many heads, which takes long.
+    times: Number of times that it must run to do all of the work.
   """
 
   name: str
@@ -42,14 +42,14 @@ class Peer(NamedTuple):
 
 
 class Pass(NamedTuple):
-  """A part of what a row prices.
+  """One pass of a row.
 
   Attributes:
-    name: of the pass.
-    kernels: those that do it, of the ones that are priced.
-    flops: products that it cannot do without.
-    hbm_bytes: every input read once, every output written once.
-    peers: what does the same.
+    name: Name of the pass.
+    kernels: Slice of the priced kernels that do its work.
+    flops: FLOPs of the products that it needs.
+    hbm_bytes: Bytes of all inputs, read once, and of all outputs, written once.
+    peers: Other implementations that do the same work.
   """
 
   name: str
@@ -63,13 +63,13 @@ class Row(NamedTuple):
   """One shape.
 
   Attributes:
-    group: rows of a kind.
-    name: of the shape.
-    builder: the function in `cycle_builders`.
-    arguments: its keyword arguments.
-    passes: what is told apart.
-    is_quick: whether it belongs to the few that are priced in minutes.
-    is_per_core: whether heads, FLOPs and bytes are those that a core is to have.
+    group: Heading of the table that contains the row.
+    name: Name of the shape.
+    builder: Name of a function in `cycle_builders`.
+    arguments: Keyword arguments of the builder.
+    passes: Passes that are reported separately.
+    is_quick: Whether the row is one of the few that are priced in minutes.
+    is_per_core: Whether heads, FLOPs and bytes are given per core.
   """
 
   group: str
@@ -81,7 +81,7 @@ class Row(NamedTuple):
   is_per_core: bool = False
 
   def on(self, generation: str) -> "Row":
-    """Returns the row, and its peers, as a generation is given them."""
+    """Returns the row and its peers, adapted to a generation."""
     if "heads" not in self.arguments:
       return self
     cores = GENERATIONS[generation].num_cores
@@ -108,7 +108,7 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-  """Yields the whole table."""
+  """Yields all rows of the table."""
   yield from _attention_rows()
   yield from _model_rows()
   for model in ("tiny_llama_1b", "gemma_7b", "llama2_7b", "phi_2"):
@@ -119,10 +119,10 @@ def rows() -> Iterator[Row]:
 
 
 def _attention_rows() -> Iterator[Row]:
-  """Yields what attention does at different head dims, masks and lengths: 8 heads to 2."""
+  """Yields attention at different head dims, masks and lengths, with 8 query and 2 KV heads."""
   shape = {"tokens": 4096, "heads": 8, "kv_heads": 2, "head_dim": 128, "is_causal": True}
   forward = {"backward": False}
-  # Of several heads, the profile aborts on the copies that it makes.
+  # With several heads, the profile aborts on the copies that XLA makes.
   xla = Peer("XLA, head by head", "xla", whole_program=True, changes=forward, by_head=True)
   others = (
     xla,
@@ -143,9 +143,10 @@ def _attention_rows() -> Iterator[Row]:
 
 
 def _model_rows() -> Iterator[Row]:
-  """Yields each model's attention: the query heads of one KV head, or of four that have one each.
+  """Yields each model's attention, for the query heads of one KV head.
 
-  Of a single head, what is fetched before it begins would be a tenth of the estimate.
+  Models with one query head per KV head get four KV heads: with a single head, the fetches before
+  its first step would be a tenth of the estimate.
   """
   seen = set()
   for model, shape in shapes.ATTENTION.items():
@@ -178,7 +179,7 @@ def _attention(
   is_quick: bool = False,
   is_per_core: bool = False,
 ) -> Row:
-  """Makes a row: 4 H FLOPs per head and pair, causal half of all pairs; backward 2.5 times that."""
+  """Returns a row of 4 H FLOPs per head and pair (causal: half of all), and 2.5x that backward."""
   tokens, window = arguments["tokens"], arguments.get("window")
   pairs = tokens**2 / (2 if arguments["is_causal"] else 1)
   if window is not None:

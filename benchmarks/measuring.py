@@ -1,7 +1,7 @@
-"""Times what has been validated, and says what the time means.
+"""Timing of validated operations, and their rates.
 
-Rates come from the median of the rounds. FLOPs and bytes are those that the operation cannot do
-without, not those that an implementation spends: bytes count every input and output of a pass once.
+Rates come from the median of the rounds. FLOPs and bytes are those that the operation requires, not
+those that an implementation spends: bytes count every input and output of a pass once.
 """
 
 import functools
@@ -16,12 +16,12 @@ from benchmarks import validation
 from benchmarks.cases import Case
 
 PASSES = ("forward", "forward+backward")
-# Rounds take about so long together, in seconds, but there are at least and at most so many.
+# The approximate duration of all rounds in seconds, and their minimum and maximum number.
 _BUDGET, _FEWEST, _MOST = 1.0, 5, 50
 
 
 class Work(NamedTuple):
-  """What one call does: floating-point operations, bytes read and written, tokens."""
+  """The work of one call: floating-point operations, bytes read and written, tokens."""
 
   flops: float
   nbytes: float
@@ -29,17 +29,17 @@ class Work(NamedTuple):
 
 
 def is_accelerated() -> bool:
-  """Says whether jax runs on something else than the CPU."""
+  """Returns whether jax's default backend is not a CPU."""
   return jax.default_backend() != "cpu"
 
 
 def implementation() -> str:
-  """Names the implementation that is timed here: the kernels only where they are compiled."""
+  """Returns the implementation that is timed: the kernels on a TPU, else plain jnp."""
   return "pallas" if jax.default_backend() == "tpu" else "xla"
 
 
 def dtype() -> Any:
-  """Returns the dtype that is measured here: bfloat16, but float32 on a CPU."""
+  """Returns the dtype that is measured: float32 on a CPU, else bfloat16."""
   return jnp.bfloat16 if is_accelerated() else jnp.float32
 
 
@@ -49,14 +49,14 @@ def bench_case(
   """Validates an operation, then times it.
 
   Args:
-    benchmark: pytest-benchmark's fixture.
-    make_case: (model, size, dtype, **options) -> case.
-    model: whose shapes.
-    passes: one of `PASSES`.
-    **options: of the case.
+    benchmark: Fixture of pytest-benchmark.
+    make_case: Function (model, size, dtype, **options) -> case.
+    model: Model whose shapes are used.
+    passes: One of `PASSES`.
+    **options: Options of the case.
 
   Raises:
-    AssertionError: an implementation is wrong; nothing has been timed then.
+    AssertionError: An implementation is wrong; nothing was timed.
   """
   errors, checked = _validated(make_case, model, dtype(), **options)
   full, case = (
@@ -84,12 +84,12 @@ def bench_case(
 
 
 def work_of(case: Case, passes: str, arrays: Any, cotangents: Any) -> Work:
-  """Counts one call; results are as large as their cotangents, gradients as their arrays."""
+  """Counts the work of a call; results are as large as their cotangents, gradients as arrays."""
   inputs, results = (sum(x.nbytes for x in jax.tree.leaves(t)) for t in (arrays, cotangents))
   gradients = sum(x.nbytes for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
   if passes == "forward":
     return Work(case.flops, inputs + results, case.tokens)
-  # The backward pass reads the inputs again, and the cotangents.
+  # The backward pass reads the inputs again and the cotangents, and writes the gradients.
   nbytes = (inputs + results) + (inputs + results + gradients)
   return Work(case.flops * (1 + case.backward), nbytes, case.tokens)
 
@@ -100,17 +100,17 @@ def time_and_record(
   """Times a call, compiled and synchronised, and writes rates and facts into extra_info.
 
   Args:
-    benchmark: pytest-benchmark's fixture.
-    run: the call.
-    work: what it does.
-    facts: what else is to stand beside the figures.
+    benchmark: Fixture of pytest-benchmark.
+    run: Function to time.
+    work: Work of one call.
+    facts: Further entries of extra_info.
   """
 
   def synchronised():
     return jax.block_until_ready(run())
 
   synchronised()  # compiles
-  synchronised()  # and a training step does once more: its own state lies as it was computed
+  synchronised()  # a training step compiles again, for the layout of the state that it returned
   seconds = _seconds(synchronised)
   rounds = min(max(int(_BUDGET / seconds), _FEWEST), _MOST)
   benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=1)
@@ -123,7 +123,7 @@ def time_and_record(
 
 
 def reduction(full: dict[str, Any], dims: dict[str, Any]) -> str:
-  """Says how a case is smaller than the real one, such as "T 4096 -> 512"; "" if it is not."""
+  """Describes how a case is smaller than the real one, e.g. "T 4096 -> 512"; "" if it is not."""
   changed = (f"{k} {full[k]} -> {size}" for k, size in dims.items() if size != full[k])
   return ", ".join(changed)
 

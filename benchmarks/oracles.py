@@ -1,7 +1,8 @@
-"""What the measured operations have to give: plain jnp and NumPy, nothing of the code under test.
+"""Oracles of the benchmarked operations in plain jnp and NumPy, without the code under test.
 
 The jnp functions compute in the wider of float32 and their inputs' dtype and return the inputs'
-dtype. Given float64 they are an oracle; given bfloat16 they show how exact plain jnp is there.
+dtype. With float64 inputs they are an oracle; with bfloat16 inputs they show the accuracy of plain
+jnp.
 
 Dimensions: B batch, T queries, S keys, N query heads, K KV heads, H head dim, D features, V
 vocabulary, R rotated dimensions.
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# (arrays, cotangents of the results) -> results, then the gradients of the floating arrays.
+# (arrays, cotangents of the results) -> results, then the gradients of the floating-point arrays.
 Oracle = Callable[[Sequence[Any], Any], list[np.ndarray]]
 
 
 def by_autodiff(function: Callable[..., Any]) -> Oracle:
-  """Makes an oracle of a jnp function, with jax's own derivatives, on the host's CPU."""
+  """Returns an oracle that runs a jnp function and jax's derivatives of it on the host's CPU."""
 
   def oracle(arrays, cotangents):
     with jax.enable_x64(True), jax.default_device(_cpu()):
@@ -48,11 +49,11 @@ def attention(
   """Computes softmax(Q K^T / sqrt(H)) V with every score in memory.
 
   Args:
-    query: the queries; head n reads KV head n // (N / K).
-    key: the keys.
-    value: the values.
-    is_causal: query t sees the keys s <= t.
-    window: and of these only the last so many, its own included.
+    query: Queries; head n reads KV head n // (N / K).
+    key: Keys.
+    value: Values.
+    is_causal: Whether query t sees only the keys s <= t.
+    window: Number of the latest of these keys that a query sees, including its own; None for all.
   """
   group = query.shape[2] // key.shape[2]
   keys, values = (jnp.repeat(x, group, axis=2) for x in (key, value))
@@ -77,7 +78,7 @@ def norm(
   epsilon: float,
   scale_offset: float = 0.0,
 ) -> Float[Array, "*B D"]:
-  """Computes RMSNorm, or LayerNorm where it is centred."""
+  """Computes LayerNorm if `is_centred`, else RMSNorm."""
   wide = _wide(x)
   rows, gain = x.astype(wide), scale.astype(wide) + scale_offset
   if is_centred:
@@ -96,9 +97,9 @@ def add_norm(
   residual: Float[Array, "*B D"],
   *weights: Float[Array, " D"],
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-  """Computes (norm of the sum, sum), where the sum is rounded to `dtype` as the operation does."""
+  """Computes (norm of the sum, sum), where the sum is rounded to `dtype` as in the operation."""
   total = x + residual
-  # The derivative is that of the sum, as if nothing were rounded.
+  # The derivative is that of the sum without the rounding.
   total += jax.lax.stop_gradient(total.astype(dtype).astype(total.dtype) - total)
   return norm(total, *weights), total
 
@@ -111,8 +112,8 @@ def rotary(
   theta: float,
   rotary_dim: int,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-  """Rotates the pairs (x[i], x[i + R/2]) by positions * theta**(-2i/R), the angles in float64."""
-  # Checkpoints are trained with frequencies in float32: they are part of the definition.
+  """Rotates the pairs (x[i], x[i + R/2]) by positions * theta**(-2i/R), with float64 angles."""
+  # Checkpoints are trained with float32 frequencies, so their rounding is part of the definition.
   frequencies = (theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
   angles = positions.astype(jnp.float64)[..., None, None] * frequencies[None, None, None]
 
@@ -127,13 +128,13 @@ def rotary(
 
 
 def cross_entropy(layout: str) -> Oracle:
-  """Returns the loss of a linear head and its gradients, in float64 NumPy.
+  """Returns an oracle of the loss of a linear head and its gradients, in float64 NumPy.
 
   Args:
-    layout: of the head: "dv" or "vd".
+    layout: Layout of the head, "dv" or "vd".
 
   Returns:
-    The oracle of (hidden [T, D], head, labels [T]) or (hidden, head, bias [V], labels), for
+    An oracle of (hidden [T, D], head, labels [T]) or (hidden, head, bias [V], labels), for
     cotangents [T] of the losses.
   """
 

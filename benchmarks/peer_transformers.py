@@ -1,11 +1,11 @@
-"""Speed against transformers + torch on this machine's CPU: a training step, and generation.
+"""Compares training steps and generation with transformers + torch on this machine's CPU.
 
 python -m benchmarks.peer_transformers --torch_python=VENV/bin/python
 
-Both sides run float32 models of the same shapes with random weights, each in a process of its own
-that lives through the whole session. They take turns, measurement by measurement, so that whatever
-else the machine does falls on both; the first ones are dropped, and medians are compared. VENV is
-a virtual environment with torch and transformers; nothing of this project is imported there.
+Both sides run float32 models of the same shapes with random weights, each in one process for the
+whole session. Their measurements alternate, so that other load on the machine affects both. The
+first measurements are dropped, and the medians are compared. VENV is a virtual environment with
+torch and transformers; nothing of this project is imported there.
 """
 
 import argparse
@@ -18,26 +18,26 @@ import time
 
 BATCH, LENGTH = 2, 512
 PROMPT, NEW_TOKENS = 16, 64
-# What each measurement handles, in tokens.
+# The tokens of one measurement.
 TOKENS = {"train": BATCH * LENGTH, "generate": NEW_TOKENS}
-# The ratios to theirs that the project wants to reach.
+# The project's targets for the ratio of our speed to theirs.
 TARGETS = {"train": "at least 0.8, goal 1.1", "generate": "at least 1.1, goal 1.4"}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--torch_python", help="the Python of a venv with torch and transformers")
-  parser.add_argument("--model", default="smollm2_135m", help="a preset")
-  parser.add_argument("--measure", default="generate,train", help="any of train, generate")
-  parser.add_argument("--repeats", type=int, default=10, help="measurements that count, of each")
-  parser.add_argument("--warmup", type=int, default=3, help="measurements dropped before them")
+  parser.add_argument("--torch_python", help="Python of a venv with torch and transformers")
+  parser.add_argument("--model", default="smollm2_135m", help="preset to measure")
+  parser.add_argument("--measure", default="generate,train", help="train, generate, or both")
+  parser.add_argument("--repeats", type=int, default=10, help="measurements per side")
+  parser.add_argument("--warmup", type=int, default=3, help="dropped measurements before these")
   parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.worker:
     _serve(arguments.worker)
     return
   if not arguments.torch_python:
-    parser.error("--torch_python must be given")
+    parser.error("--torch_python is required")
   for measure in arguments.measure.split(","):
     _compare(measure, arguments)
 
@@ -72,7 +72,7 @@ def _compare(measure: str, arguments: argparse.Namespace) -> None:
 
 
 class _Side:
-  """A process that measures when it is told to."""
+  """A process that measures on request."""
 
   def __init__(self, command: list[str], task: dict):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -82,7 +82,7 @@ class _Side:
     self._ask(json.dumps(task))
 
   def measure(self) -> float:
-    """Returns how many seconds one measurement took."""
+    """Runs one measurement and returns its duration in seconds."""
     return float(self._ask("go"))
 
   def close(self) -> None:
@@ -93,12 +93,12 @@ class _Side:
     print(line, file=self._process.stdin, flush=True)
     answer = self._process.stdout.readline()
     if not answer:
-      raise RuntimeError(f"{self._process.args[0]} ended with {self._process.wait()}")
+      raise RuntimeError(f"{self._process.args[0]} exited with code {self._process.wait()}")
     return answer
 
 
 def _serve(worker: str) -> None:
-  """Prepares the task that stdin names, then measures once per line."""
+  """Prepares the task in the first line of stdin, then measures once per further line."""
   task = json.loads(sys.stdin.readline())
   run = WORKERS[worker](task)
   print("ready")

@@ -3,7 +3,7 @@
   python benchmarks/report.py FILE
 
 pytest-benchmark itself prints times and compares runs (--benchmark-compare). The rates, shapes and
-validated errors of the benchmarks stand in its JSON only. Exits with 1 if the file cannot be used.
+validated errors of the benchmarks are only in its JSON. Exits with code 1 if the file is invalid.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ABSENT = "–"
-# A rate's name in extra_info: its unit, and how many of the counted things are one of it.
+# The name of each rate in extra_info, with its unit and the value of one unit.
 RATES = {
   "flops_per_second": ("GFLOP/s", 1e9),
   "bytes_per_second": ("GB/s", 1e9),
@@ -24,7 +24,7 @@ RATES = {
 
 
 class ReportError(Exception):
-  """A file that no report can be made of; says which and why."""
+  """An invalid input file; the message names the file and the reason."""
 
 
 class Row(NamedTuple):
@@ -56,32 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def markdown(path: str) -> str:
-  """Returns the report: where the figures come from, and a table per group.
+  """Returns the report: the origin of the figures, and a table per group.
 
   Args:
     path: File that `pytest --benchmark-json` wrote.
 
   Raises:
-    ReportError: If it is missing, not such a file, or has no benchmarks.
+    ReportError: The file is missing, is not a report of pytest-benchmark, or has no benchmarks.
   """
   try:
     data = json.loads(Path(path).read_text(encoding="utf-8"))
   except OSError as error:
     raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
   except ValueError as error:  # neither UTF-8 nor JSON
-    raise ReportError(f"{path}: is not JSON: {error}") from error
+    raise ReportError(f"{path}: not JSON: {error}") from error
   if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
-    raise ReportError(f"{path}: is not a report of pytest-benchmark: no list of benchmarks in it")
+    raise ReportError(f"{path}: not a report of pytest-benchmark: it has no list of benchmarks")
   if not data["benchmarks"]:
-    raise ReportError(f"{path}: has no benchmarks: none ran, or none passed")
+    raise ReportError(f"{path}: no benchmarks: none ran, or none passed")
   groups: dict[str, list[Row]] = {}
   for number, entry in enumerate(data["benchmarks"], start=1):
     try:
       row = _row(entry)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise ReportError(
-        f"{path}: is not a report of pytest-benchmark: benchmark {number} has no name, no "
-        "positive median, or other figures than numbers"
+        f"{path}: not a report of pytest-benchmark: benchmark {number} has no name, no positive "
+        "median, or figures that are not finite numbers"
       ) from error
     groups.setdefault(row.group, []).append(row)
   parts = ["# Throughput", _origin(data, [row for rows in groups.values() for row in rows])]
@@ -115,14 +115,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _origin(data: dict[str, Any], rows: Sequence[Row]) -> str:
-  """Says which commit ran when, on what."""
+  """Describes the commit, the time and the machine of a run."""
   commit, machine = _part(data, "commit_info"), _part(data, "machine_info")
   changed = " with changes" if commit.get("dirty") else ""
   parts = [f"commit {str(commit['id'])[:10]}{changed}"] if commit.get("id") else []
   parts += [str(data["datetime"])[:16].replace("T", " ")] if data.get("datetime") else []
   parts += [str(cpu)] if (cpu := _part(machine, "cpu").get("brand_raw")) else []
   devices = dict.fromkeys(row.info["device"] for row in rows if "device" in row.info)
-  return ", ".join(parts + [f"device {device}" for device in devices]) or "of unknown origin"
+  return ", ".join(parts + [f"device {device}" for device in devices]) or "unknown origin"
 
 
 def _part(data: dict[str, Any], name: str) -> dict[str, Any]:

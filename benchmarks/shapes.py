@@ -1,6 +1,7 @@
-"""The shapes of the real models, one table for the kernels' tests and for the benchmarks.
+"""The shapes of real models, shared by the kernels' tests and the benchmarks.
 
-They are read off the presets; what several models share stands once, under the first one's name.
+They come from the presets. A shape that several models share is listed once, under the first
+model's name.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from ll3m.families import PRESETS
 
 
 class AttentionShape(NamedTuple):
-  """Heads of a self-attention: N, K, H, and the keys that a query sees, itself included."""
+  """Heads of a self-attention: N, K, H, and the keys that a query sees, including its own."""
 
   num_heads: int
   num_kv_heads: int
@@ -24,7 +25,7 @@ class AttentionShape(NamedTuple):
 
 
 class RotaryShape(NamedTuple):
-  """Heads of a rotary embedding: N, K, H, and how many dimensions are rotated."""
+  """Heads of a rotary embedding: N, K, H, and the number of rotated dimensions."""
 
   num_heads: int
   num_kv_heads: int
@@ -33,7 +34,7 @@ class RotaryShape(NamedTuple):
 
 
 class NormShape(NamedTuple):
-  """Feature size D, "rms" or "layer", and what is added to the scale."""
+  """Features D, "rms" or "layer", and the constant added to the scale."""
 
   features: int
   kind: str
@@ -41,7 +42,7 @@ class NormShape(NamedTuple):
 
 
 class HeadShape(NamedTuple):
-  """A linear head: D, V, its layout ("dv", or "vd" where it is the embedding), and a bias."""
+  """A linear head: D, V, its layout ("dv", or "vd" if tied), and whether it has a bias."""
 
   features: int
   vocab_size: int

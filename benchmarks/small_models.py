@@ -1,4 +1,4 @@
-"""Whole models, small enough for a laptop, with the checks that come before their steps are timed.
+"""Whole models that are small enough for a laptop, and their validation before they are timed.
 
 Dimensions: B rows, T tokens, V vocabulary.
 """
@@ -29,19 +29,19 @@ MODELS = {
   "phi_2": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80},
 }
 SMALL = {"vocab_size": 4096, "d_model": 256, "d_ff": 688, "num_layers": 4, "head_dim": 64}
-# What is validated: longer than the window, and no multiple of a tile.
+# Sizes of the validation; the length exceeds the window and is not a multiple of a tile.
 CHECKED = {"num_layers": 2, "vocab_size": 512}
 IMPLEMENTATIONS = ("pallas", "xla")
 CHECKED_ROWS, CHECKED_LENGTH, CHECKED_STEPS = 1, 72, 2
 
 
 def config_of(model: str, **changes: int) -> ModelConfig:
-  """Returns a family's switches at a small size."""
+  """Returns the config of a preset's family at a small size."""
   return families.get_preset(model).config.replace(**(SMALL | MODELS[model] | changes))
 
 
 def random_batch(config: ModelConfig, rows: int, length: int) -> Batch:
-  """Returns rows of one document each, [B, T]."""
+  """Returns random rows of one document each, [B, T]."""
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), np.int32)
   ones = np.ones((rows, length), np.int32)
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape)
@@ -51,18 +51,18 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> Batch:
 
 @functools.cache
 def validate_training(model: str) -> float:
-  """Holds loss and gradients through the kernels against jax.nn on whole logits of plain jnp.
+  """Compares loss and gradients through the kernels with jax.nn on all logits of plain jnp.
 
   Everything is float32. The tolerance is that of one kernel.
 
   Args:
-    model: a key of `MODELS`.
+    model: Key of `MODELS`.
 
   Returns:
-    The largest error, of the largest value in its array.
+    The largest error, relative to the largest value in its array.
 
   Raises:
-    AssertionError: they differ.
+    AssertionError: The error exceeds the tolerance.
   """
   config = config_of(model, **CHECKED)
   batch = jax.tree.map(jnp.asarray, random_batch(config, CHECKED_ROWS, CHECKED_LENGTH))
@@ -85,16 +85,16 @@ def validate_training(model: str) -> float:
 
 @functools.cache
 def validate_decoding(model: str) -> float:
-  """Holds the logits of cached steps through the kernels against whole rows without a cache.
+  """Compares the logits of cached steps through the kernels with whole rows without a cache.
 
   Args:
-    model: a key of `MODELS`.
+    model: Key of `MODELS`.
 
   Returns:
-    The largest error, of the largest logit.
+    The largest error, relative to the largest logit.
 
   Raises:
-    AssertionError: they differ.
+    AssertionError: The error exceeds the tolerance.
   """
   config = config_of(model, **CHECKED)
   plain = make_model(config, kernels=Kernels("xla"))
@@ -136,7 +136,7 @@ def _worst(name: str, worst: float, errors) -> float:
 
 @functools.cache
 def _params(model: str) -> Params:
-  """Returns random parameters: also of the biases and norms, which training starts at 0 and 1."""
+  """Returns random parameters, including biases and norms, which training starts at 0 and 1."""
   init = make_model(config_of(model, **CHECKED), kernels=Kernels("xla")).init
   rng = np.random.default_rng(0)
   return jax.tree.map_with_path(

@@ -14,9 +14,9 @@ import ll3m_kernels as kernels
 from benchmarks import shapes
 
 LENGTH = 4096
-# What the longest preset allows (Mistral), and beyond most.
+# The maximum length of Mistral, the longest preset; most presets allow less.
 LONGEST = 32_768
-# The kernel also where plain jnp would be chosen.
+# The kernel runs even where plain jnp would be chosen.
 _KERNEL = {"implementation": "pallas"}
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
@@ -25,12 +25,12 @@ class Case(NamedTuple):
   """One function to compile.
 
   Attributes:
-    kernel: the operation.
-    name: the model, and what is special.
+    kernel: Name of the operation.
+    name: Name of the model, and the particulars of the case.
     dtype: "bf16" or "f32".
-    function: to be traced with `arrays`; forward, and backward where there is one to run.
-    arrays: its arguments' shapes and dtypes.
-    has_kernel: whether the compiled module must have one.
+    function: Function to trace with `arrays`: the forward pass, and the backward pass if any.
+    arrays: Shapes and dtypes of its arguments.
+    has_kernel: Whether the compiled module must contain a kernel.
   """
 
   kernel: str
@@ -65,7 +65,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def slice_of_cases() -> Iterator[Case]:
-  """Yields few cases that between them go through every kernel and every kind of shape."""
+  """Yields a few cases that together cover every kernel and every kind of shape."""
   attentions, norms, rotaries = shapes.ATTENTION, shapes.NORMS, shapes.ROTARY
   yield attention("mistral_7b", attentions["mistral_7b"], 16_384, "bf16")
   yield packed_attention("phi_2", attentions["phi_2"], 1000, "bf16")
@@ -79,7 +79,7 @@ def slice_of_cases() -> Iterator[Case]:
 
 
 def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
-  """Training on one causal sequence per row."""
+  """Returns attention as in training on one causal sequence per row."""
   options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
   return Case(
     "flash_attention",
@@ -91,7 +91,7 @@ def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str)
 
 
 def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
-  """Training on rows of several documents."""
+  """Returns attention as in training on rows of several documents."""
   options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
 
   def function(query, key, value, ids):
@@ -109,7 +109,7 @@ def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtyp
 def cross_attention(
   model: str, shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str
 ) -> Case:
-  """Queries of one sequence and keys of another one."""
+  """Returns attention with the queries of one sequence and the keys of another."""
   return Case(
     "flash_attention",
     f"{model} T={length} S={num_keys}",
@@ -120,7 +120,7 @@ def cross_attention(
 
 
 def decoding(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
-  """One query per row against a cache, whose valid slots are marked by segment ids."""
+  """Returns attention of one query per row to a cache; segment ids mark its valid slots."""
 
   def function(query, key, value, query_ids, key_ids):
     return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids), **_KERNEL)
@@ -137,7 +137,7 @@ def decoding(model: str, shape: shapes.AttentionShape, length: int, dtype: str) 
 
 
 def norm(model: str, shape: shapes.NormShape, rows: int, dtype: str) -> Case:
-  """The norm alone and fused with the residual addition."""
+  """Returns the norm, both alone and fused with the residual addition."""
   x = jax.ShapeDtypeStruct((2, rows, shape.features), _DTYPES[dtype])
   scale = jax.ShapeDtypeStruct((shape.features,), _DTYPES[dtype])
   if shape.kind == "layer":
@@ -165,7 +165,7 @@ def norm(model: str, shape: shapes.NormShape, rows: int, dtype: str) -> Case:
 
 
 def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Case:
-  """Queries and keys rotated together."""
+  """Returns the rotation of queries and keys."""
 
   def function(query, key, positions):
     return kernels.rotary_embedding(query, key, positions, rotary_dim=shape.rotary_dim, **_KERNEL)
@@ -184,7 +184,7 @@ def rotary(model: str, shape: shapes.RotaryShape, length: int, dtype: str) -> Ca
 
 
 def head(model: str, shape: shapes.HeadShape, tokens: int, dtype: str) -> Case:
-  """The loss of a linear head, which is plain jnp everywhere."""
+  """Returns the loss of a linear head, which is plain jnp on every platform."""
   size = {"d": shape.features, "v": shape.vocab_size}
   hidden = jax.ShapeDtypeStruct((tokens, shape.features), _DTYPES[dtype])
   weight = jax.ShapeDtypeStruct(tuple(size[axis] for axis in shape.layout), _DTYPES[dtype])
@@ -222,7 +222,10 @@ def _heads(shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str)
 
 
 def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-  """Returns results and the gradients of the first `count` arguments, for cotangents of 1."""
+  """Makes a function also return the gradients of its first `count` arguments.
+
+  The cotangents of its results are 1.
+  """
 
   def both(*arrays):
     results, vjp = jax.vjp(lambda *x: function(*x, *arrays[count:]), *arrays[:count])

@@ -2,9 +2,9 @@
 
   python -m benchmarks.tpu_check [--generations=v5e,v6e] [--kernels=flash_attention] [--quick]
 
-Prints a row per operation, shape and generation: how long compiling took, the program's temporary
-bytes by the compiler's memory analysis, and the vector memory of each kernel in it, which is what
-the compiler's module says it gave to blocks and scratch. Exits with 1 if anything does not compile.
+Prints a row per operation, shape and generation: the compile time, the program's temporary bytes
+by the compiler's memory analysis, and the vector memory that the compiler allocated for the blocks
+and scratch of each kernel. Exits with code 1 if anything does not compile.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from ll3m_kernels.dispatch import MIB
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig:
-  """What to compile."""
+  """The choice of programs to compile."""
 
   generations: str = options.option(
     ",".join(dispatch.GENERATIONS), "Generations to compile for, separated by commas."
   )
   kernels: str = options.option("", "Operations to compile, separated by commas; all by default.")
-  quick: bool = options.option(False, "Only a few shapes, the ones that the test suite compiles.")
+  quick: bool = options.option(False, "Whether to compile only the shapes of the test suite.")
 
   def __post_init__(self):
     for name in self.generations.split(","):
@@ -43,7 +43,7 @@ FLAG_GROUPS = {"": CheckConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Compiles case by case; see `flags.call` for `argv` and the exit code that it returns."""
+  """Compiles case by case; see `flags.call` for `argv` and the exit code."""
   return flags.call(_check, FLAG_GROUPS, argv, doc=__doc__)
 
 
@@ -55,7 +55,7 @@ def _check(given: flags.Flags) -> None:
   cases = list(tpu_cases.slice_of_cases() if config.quick else tpu_cases.all_cases())
   chosen = set(filter(None, config.kernels.split(","))) or {case.kernel for case in cases}
   if unknown := chosen - {case.kernel for case in cases}:
-    raise ValueError(f"`kernels`: there are no cases of {', '.join(sorted(unknown))}")
+    raise ValueError(f"`kernels` names operations without cases: {', '.join(sorted(unknown))}")
   print(
     f"{'operation':20} {'shape':30} {'dtype':5} {'TPU':6} {'seconds':>7} {'temp MiB':>8}  "
     "MiB of vector memory"
@@ -70,7 +70,7 @@ def _check(given: flags.Flags) -> None:
         memory = vmem_bytes(compiled)
         failed = case.has_kernel and not memory
         outcome = f"{compiled.memory_analysis().temp_size_in_bytes / MIB:8.1f}  {_text(memory)}"
-      except Exception as error:  # whatever the compiler says is a result
+      except Exception as error:  # any error of the compiler is a result
         failed, outcome = True, f"FAILED: {' '.join(str(error).split())[:200]}"
       print(f"{row} {time.perf_counter() - start:7.1f} {outcome}", flush=True)
       count += 1
@@ -82,7 +82,7 @@ def _check(given: flags.Flags) -> None:
 
 
 def _text(memory: dict[str, int]) -> str:
-  """Names each kernel once, with the most that it takes and how often it stands in the module."""
+  """Lists each kernel once, with its maximum memory and its number of occurrences."""
   names = [name.rpartition(".")[0] for name in memory]
   largest = {}
   for name, size in zip(names, memory.values(), strict=True):

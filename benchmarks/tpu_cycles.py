@@ -1,11 +1,11 @@
-"""Prices every kernel in cycles of a TPU, and its peers beside it, on any CPU.
+"""Estimates the TPU cycles of every kernel and of its peers, on any CPU.
 
   python benchmarks/tpu_cycles.py --quick
   python benchmarks/tpu_cycles.py --generations=v5e,v6e --rows='H=128|rms_norm'
 
 Writes a table (cycles.md), all figures (cycles.json) and a chart per generation (PNG) to
---output_dir; estimates that are already there are not made again. benchmarks/README.md has the
-method and its limits.
+--output_dir, and reuses the estimates in it. benchmarks/README.md describes the method and its
+limits.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, too, for `benchmarks`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that scripts find `benchmarks`
 
 from benchmarks import cycle_report
 from benchmarks.cycle_rows import Peer, Row, rows
@@ -27,14 +27,16 @@ from ll3m.core import flags, options
 
 @dataclasses.dataclass(frozen=True)
 class CyclesConfig:
-  """What to price."""
+  """The choice of rows to price."""
 
   generations: str = options.option("", "TPU generations, separated by commas; all by default.")
-  rows: str = options.option("", "A regular expression that the names of rows have to match.")
-  quick: bool = options.option(False, "Few rows, on v5e and v6e, in less than ten minutes.")
-  output_dir: str = options.option("runs/cycles", "Folder of the results.")
-  workers: int = options.option(2, "How many kernels are compiled at a time.")
-  seconds: float = options.option(600.0, "Seconds after which an estimate is given up.")
+  rows: str = options.option("", "Regular expression that selects rows by name; all by default.")
+  quick: bool = options.option(
+    False, "Whether to price only a few rows, for v5e and v6e, in less than ten minutes."
+  )
+  output_dir: str = options.option("runs/cycles", "Folder for the results and the estimates.")
+  workers: int = options.option(2, "Number of kernels that are compiled in parallel.")
+  seconds: float = options.option(600.0, "Time limit of each estimate in seconds.")
 
   def __post_init__(self):
     for name in filter(None, self.generations.split(",")):
@@ -50,19 +52,19 @@ class CyclesConfig:
       raise ValueError(f"`seconds` must be positive, got {self.seconds}")
 
   def chosen_generations(self) -> tuple[str, ...]:
-    """Returns what to price for."""
+    """Returns the generations to price."""
     default = ("v5e", "v6e") if self.quick else tuple(CHIPS)
     return tuple(filter(None, self.generations.split(","))) or default
 
   def chosen_rows(self) -> list[Row]:
-    """Returns what to price."""
+    """Returns the rows to price."""
     found = [
       row
       for row in rows()
       if (row.is_quick or not self.quick) and re.search(self.rows, f"{row.group} {row.name}")
     ]
     if not found:
-      raise ValueError(f"`rows`: none of the rows matches {self.rows!r}")
+      raise ValueError(f"`rows` must match the name of a row, got {self.rows!r}")
     return found
 
 
@@ -71,16 +73,16 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Prices and reports; see `flags.call` for `argv` and the exit code that it returns."""
+  """Prices rows and writes the report; see `flags.call` for `argv` and the exit code."""
   return flags.call(_price, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _price(given: flags.Flags) -> None:
-  """Prices and reports."""
+  """Prices rows and writes the report."""
   from tqdm import tqdm
 
   config = given[""]
-  # By row, so that the generations of a shape stand together.
+  # Ordered by row, so that the generations of a shape are adjacent.
   chosen = [
     (generation, row.on(generation))
     for row in config.chosen_rows()
@@ -110,17 +112,18 @@ def _price(given: flags.Flags) -> None:
     )
   ]
   print(cycle_report.write(figures, folder))
-  # What the profile aborts on is told in the table. A figure that cannot be true is a defect.
+  # The table lists the kernels on which the profile aborts. A figure that cannot be true is an
+  # error.
   defects = [f for f in figures if f.ours.problem == cycle_report.NOT_COMPARABLE]
   if defects:
     raise ValueError(
-      f"{len(defects)} of {len(figures)} figures are not results: "
+      f"{len(defects)} of {len(figures)} figures are not valid: "
       + "; ".join(f"{f.name} {f.generation} {f.pass_name}: {f.ours.reason}" for f in defects[:5])
     )
 
 
 def all_tasks(generation: str, row: Row) -> list[Task]:
-  """Returns all that has to be priced for a row."""
+  """Returns all tasks of a row: our kernels and the peers."""
   peers = [peer for part in row.passes for peer in part.peers]
   return [
     our_task(generation, row),
@@ -129,12 +132,12 @@ def all_tasks(generation: str, row: Row) -> list[Task]:
 
 
 def our_task(generation: str, row: Row) -> Task:
-  """Returns how to price our own kernels."""
+  """Returns the task that prices our own kernels."""
   return _task(generation, row, {"implementation": "ours"})
 
 
 def peer_tasks(generation: str, row: Row, peer: Peer) -> list[Task]:
-  """Returns how to price a peer, with each of the blocks to try."""
+  """Returns the tasks that price a peer, one for each block size to try."""
   changes = {"implementation": peer.implementation, **peer.changes}
   return [
     _task(generation, row, changes | {"block": block}, peer.whole_program) for block in peer.blocks

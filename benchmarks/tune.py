@@ -4,8 +4,8 @@
       --shape=H=96,T=3072,mask=window --output=mine.json
   LL3M_KERNELS_TABLES=mine.json python train.py
 
-Entries of other shapes that the table already holds are kept. An interrupted search resumes when
-the command is run again. Run it from the root of the repository; it needs libtpu and tqdm.
+Existing entries of other shapes are kept. An interrupted search resumes when the command is run
+again. Run it from the root of the repository; it needs libtpu and tqdm.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: it must not look for chips
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # set before jax, which must not look for chips
 
 from benchmarks.tuning.cache import Ledger
 from benchmarks.tuning.estimates import CHIPS
@@ -24,7 +24,7 @@ from ll3m_kernels.attention.api import MAX_HEAD_DIM
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Tunes what the command line says.
+  """Tunes the shapes on the command line.
 
   Returns:
     The exit code.
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
   try:
     from tqdm import tqdm
   except ImportError:
-    print("tune: needs tqdm and libtpu: pip install libtpu tqdm", file=sys.stderr)
+    print("tune: tqdm and libtpu are required: pip install libtpu tqdm", file=sys.stderr)
     return 1
   failed = 0
-  print(f"estimates are kept in {options.estimates}, results in {output}", file=sys.stderr)
+  print(f"estimates are saved in {options.estimates}, results in {output}", file=sys.stderr)
   with tqdm(unit="estimate") as bar:
     search = Search(
       Ledger(options.estimates), workers=options.workers, seconds=options.seconds, report=bar.update
@@ -74,24 +74,24 @@ def _parser() -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--op", required=True, choices=OPERATIONS, help="what to tune")
-  parser.add_argument("--generation", required=True, choices=CHIPS, help="the TPU")
+  parser.add_argument("--op", required=True, choices=OPERATIONS, help="operation to tune")
+  parser.add_argument("--generation", required=True, choices=CHIPS, help="TPU generation")
   parser.add_argument(
     "--shape",
     action="append",
     default=[],
-    help="H=128,T=4096,mask=causal,dtype=bfloat16 for attention, D=4096,T=8192 for norms; may be "
-    "repeated; by default those of the models that LL3M knows",
+    help="shape to tune: H=128,T=4096,mask=causal,dtype=bfloat16 for attention, D=4096,T=8192 for "
+    "norms; may be repeated; by default the shapes of LL3M's models",
   )
-  parser.add_argument("--output", type=Path, required=True, help="the table to write")
+  parser.add_argument("--output", type=Path, required=True, help="table to write")
   parser.add_argument(
     "--estimates",
     type=Path,
     default=Path("runs/tune/estimates.jsonl"),
-    help="where estimates are kept, so that none is made twice (default: %(default)s)",
+    help="cache of estimates, so that none is made twice (default: %(default)s)",
   )
-  parser.add_argument("--workers", type=_positive, default=2, help="compilers at a time")
-  parser.add_argument("--seconds", type=float, default=600.0, help="that an estimate may take")
+  parser.add_argument("--workers", type=_positive, default=2, help="parallel compilations")
+  parser.add_argument("--seconds", type=float, default=600.0, help="time limit of each estimate")
   return parser
 
 
@@ -103,10 +103,10 @@ def _positive(text: str) -> int:
 
 
 def _shape(text: str, operation: Operation) -> Shape:
-  """Reads a shape such as H=128,T=4096,mask=causal.
+  """Parses a shape such as H=128,T=4096,mask=causal.
 
   Raises:
-    ValueError: it is not one, with what is wrong.
+    ValueError: The text is not a shape of the operation.
   """
   size = "H" if len(operation.masks) > 1 else "D"
   given = {"T": "4096", "dtype": "bfloat16"}

@@ -1,4 +1,4 @@
-"""Holds every implementation of a case against its oracle, before anything is timed."""
+"""Validation of every implementation of a case against its oracle, before anything is timed."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from tests.kernels.tolerances import assert_close
 
 
 def validate(case: Case) -> dict[str, float]:
-  """Demands that results and all gradients are as exact as `tests.kernels.tolerances` asks.
+  """Checks that results and all gradients are within `tests.kernels.tolerances`.
 
   Args:
-    case: one operation, of a size at which its oracle fits into memory.
+    case: Operation at a size whose oracle fits into memory.
 
   Returns:
-    The largest error of each implementation, of the largest value in its array.
+    The largest error of each implementation, relative to the largest value in its array.
 
   Raises:
-    AssertionError: an implementation is wrong; says which, and by how much.
+    AssertionError: An implementation is wrong; the message names it and its error.
   """
   dtype = case.arguments[0].dtype
   arrays, cotangents = draw(case)
@@ -43,13 +43,13 @@ def validate(case: Case) -> dict[str, float]:
 
 
 def largest_error(actual: Any, expected: Any) -> float:
-  """Returns the largest difference, of the largest expected value where that is not 0."""
+  """Returns the largest difference, relative to the largest expected value unless that is 0."""
   actual, expected = _wide(actual), _wide(expected)
   return float(np.abs(actual - expected).max() / (np.abs(expected).max() or 1.0))
 
 
 def draw(case: Case, seed: int = 0) -> tuple[list[jax.Array], Any]:
-  """Returns the arguments, and cotangents for the results."""
+  """Returns random arguments, and cotangents of the results."""
   rng = np.random.default_rng(seed)
 
   def one(argument):
@@ -83,7 +83,7 @@ def with_gradients(case: Case, implementation: str) -> Callable[[list[jax.Array]
 
 
 def mode_of(implementation: str) -> contextlib.AbstractContextManager:
-  """Lets kernels run anywhere: interpreted where there is no TPU to compile them for."""
+  """Returns a context in which kernels are interpreted if there is no TPU."""
   interprets = implementation == "pallas" and jax.default_backend() != "tpu"
   return pltpu.force_tpu_interpret_mode() if interprets else contextlib.nullcontext()
 

@@ -1,4 +1,4 @@
-"""Estimates that were made before, so that what was interrupted goes on where it stopped."""
+"""A cache of estimates, so that an interrupted run can resume."""
 
 import concurrent.futures
 import functools
@@ -14,15 +14,15 @@ from benchmarks.tuning.estimates import Kernel, NotPricedError, UnfinishedError,
 
 
 class Task(NamedTuple):
-  """What `estimate` is called with.
+  """The arguments of a call of `estimate`.
 
   Attributes:
-    generation: of the TPU.
-    builder: as there.
-    arguments: as there.
-    sources: files, and folders of Python and JSON files, that decide the estimate.
-    count_products: as there.
-    whole_program: as there.
+    generation: TPU generation.
+    builder: See `estimate`.
+    arguments: See `estimate`.
+    sources: Files, and folders of Python and JSON files, that the estimate depends on.
+    count_products: See `estimate`.
+    whole_program: See `estimate`.
   """
 
   generation: str
@@ -34,15 +34,15 @@ class Task(NamedTuple):
 
   @property
   def key(self) -> str:
-    """Tells tasks apart, and those of other sources or of another compiler."""
+    """The key in the cache, which depends on the task, its sources and the compiler."""
     return json.dumps([_digest(self.sources), *self._replace(sources=())], sort_keys=True)
 
 
 class Ledger:
-  """A file of JSON lines, one for each estimate or for why there cannot be one."""
+  """A JSON-lines file of estimates, or of the reasons why there are none."""
 
   def __init__(self, path: Path):
-    """Reads what is there; the file is made with the first estimate."""
+    """Reads the file if it exists; the first estimate creates it."""
     self._path = path
     self._lock = threading.Lock()
     self._known: dict[str, list[Kernel] | str] = {}
@@ -51,21 +51,21 @@ class Ledger:
       try:
         key, result = json.loads(line)
       except ValueError:
-        continue  # the last line of a run that was killed
+        continue  # the incomplete last line of a killed run
       self._known[key] = result if isinstance(result, str) else [Kernel(*k) for k in result]
 
   def run(
     self, tasks: Sequence[Task], *, workers: int, seconds: float
   ) -> Iterator[tuple[Task, list[Kernel] | str]]:
-    """Makes the estimates that are not there yet.
+    """Yields all estimates, and makes those that are not in the file yet.
 
     Args:
-      tasks: what to estimate; the same one is estimated once.
-      workers: how many compile at a time.
-      seconds: that each may take.
+      tasks: Tasks to estimate; equal ones are estimated once.
+      workers: Number of parallel compilations.
+      seconds: Time limit of each estimate.
 
     Yields:
-      Each task, as it is done, with its estimate, or with why there is none.
+      Each task, in order of completion, with its estimate or the reason why there is none.
     """
     unique = {task.key: task for task in tasks}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -93,7 +93,7 @@ class Ledger:
         seconds=seconds,
       )
     except UnfinishedError as error:
-      return str(error)  # not kept
+      return str(error)  # not cached, since another try may succeed
     except NotPricedError as error:
       result = str(error)
     with self._lock:
@@ -106,7 +106,7 @@ class Ledger:
 
 @functools.cache
 def _digest(sources: tuple[str, ...]) -> str:
-  """Stands for the compiler and the code that an estimate depends on."""
+  """Returns a digest of the compiler and the code that an estimate depends on."""
   digest = hashlib.sha256()
   for package in ("jax", "libtpu"):
     digest.update(importlib.metadata.version(package).encode())

@@ -1,4 +1,4 @@
-"""Whether the data that a kernel reads decide which of its instructions run."""
+"""Detection of kernels whose control flow depends on the data that they read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ _READS = ("get", "masked_load")
 
 
 def kernel_calls(jaxpr: Jaxpr) -> Iterator[Any]:
-  """Yields the equations that call Pallas kernels, in order, however deep they lie."""
+  """Yields the equations that call Pallas kernels, in order, at any depth."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "pallas_call":
       yield equation
     else:
-      # That of a `custom_vjp` is kept by its primitive.
+      # The primitive of a `custom_vjp` holds its jaxpr.
       hidden = getattr(equation.params.get("_prim"), "traced", None)
       for inner in [*jaxprs_in_params(equation.params), *([hidden.jaxpr] if hidden else [])]:
         yield from kernel_calls(_open(inner))
 
 
 def follows_data(call: Any) -> bool:
-  """Returns whether arrays decide what a kernel fetches or runs.
+  """Returns whether the fetches or the control flow of a kernel depend on data.
 
   Args:
-    call: an equation that calls it.
+    call: Equation that calls the kernel.
   """
   if call.params["grid_mapping"].num_index_operands:
     return True
@@ -35,12 +35,12 @@ def follows_data(call: Any) -> bool:
 
 
 def _follow(jaxpr: Jaxpr, read: Sequence[bool], found: Callable[[], None]) -> list[bool]:
-  """Returns which results derive from what is read in memory.
+  """Returns which results derive from values that are read from memory.
 
   Args:
-    jaxpr: the instructions.
-    read: which of its arguments derive from that.
-    found: called where such a value decides a branch or a loop.
+    jaxpr: Instructions of the kernel.
+    read: Whether each argument derives from such values.
+    found: Callback for each branch or loop that depends on such a value.
   """
   known = dict(zip(jaxpr.invars, read, strict=True))
 
@@ -96,7 +96,7 @@ def _follow_scan(params: Any, inputs: list[bool], found: Callable[[], None]) -> 
 
 
 def _until_stable(carry: list[bool], step: Callable[[list[bool]], list[bool]]) -> list[bool]:
-  """Goes round a loop until no more of what it carries derives from what is read."""
+  """Repeats a loop's body until no further carried value derives from memory."""
   while True:
     after = [a or b for a, b in zip(carry, step(carry), strict=True)]
     if after == carry:

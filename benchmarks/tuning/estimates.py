@@ -1,14 +1,15 @@
-"""Cycles that kernels take on a TPU, by the TPU compiler's own simulation; needs no TPU.
+"""Estimates of the cycles of kernels on a TPU, by the TPU compiler's own simulation; needs no TPU.
 
-libtpu can write a static profile of each operation that it compiles: the scheduled instructions run
-through a model of the pipelines and of the latencies of DMAs. It follows control flow that depends
-on program ids and constants. Of data that a program will read it knows nothing, and counts too
-little where that decides what runs; so `Kernel` tells whether it does, and what the products that
-were simulated could compute, to be held against those that the operation cannot do without.
+libtpu can write a static profile of each operation that it compiles: it simulates the scheduled
+instructions with a model of the pipelines and of the latencies of DMAs. The simulation follows
+control flow that depends on program ids and constants. It does not know the data that a program
+reads, and counts too few cycles if data decide what runs. Therefore `Kernel` reports whether they
+do, and how many FLOPs the simulated products could compute, to be compared with the FLOPs that the
+operation needs.
 
-Each kernel is compiled alone, its operands in HBM: what XLA runs beside it is not priced, since the
-profile aborts on some of XLA's copies. It may abort on a kernel too, and take the process with it;
-so each estimate is made in a process of its own, `worker`.
+Each kernel is compiled alone, with its operands in HBM. Operations that XLA runs beside it are not
+priced, because the profile aborts on some of XLA's copies. The profile may also abort on a kernel
+and end the process, so each estimate is made in a separate process, `worker`.
 """
 
 import json
@@ -24,12 +25,12 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-  """What all cores of one chip can do in a cycle.
+  """The work that all cores of one chip can do per cycle.
 
   Attributes:
-    flops: of bfloat16 products, as published, by the clock that goes with it.
-    hbm_bytes: to or from HBM, by the published bandwidth and that clock.
-    product_flops: of one instruction of a matrix unit: 16 rows by its whole square.
+    flops: Published peak FLOPs of bfloat16 products, divided by the corresponding clock rate.
+    hbm_bytes: Published HBM bandwidth, divided by that clock rate.
+    product_flops: FLOPs of one instruction of a matrix unit: 16 rows times its whole square.
   """
 
   flops: int
@@ -37,7 +38,7 @@ class Chip(NamedTuple):
   product_flops: int
 
 
-# The generations whose static profiles have been held against published timings.
+# The generations whose static profiles have been compared with published timings.
 CHIPS = {
   "v5e": Chip(131_072, 819e9 / 1.5e9, 2 * 16 * 128 * 128),
   "v5p": Chip(262_144, 2765e9 / 1.75e9, 2 * 16 * 128 * 128),
@@ -53,11 +54,12 @@ class Kernel(NamedTuple):
   """The estimate of one kernel.
 
   Attributes:
-    name: of the kernel, or "program".
-    cycles: of one chip; where a kernel has a leading parallel axis, its cores share the work.
-    product_flops: what the products that were simulated could compute on all cores; None if they
-      were not counted.
-    follows_data: whether arrays decide what it runs or fetches, which the simulation cannot know.
+    name: Name of the kernel, or "program".
+    cycles: Cycles of one chip, whose cores share the work of a kernel with a leading parallel axis.
+    product_flops: FLOPs that the simulated products could compute on all cores; None if they were
+      not counted.
+    follows_data: Whether data decide what the kernel runs or fetches, which the simulation cannot
+      know.
   """
 
   name: str
@@ -67,11 +69,11 @@ class Kernel(NamedTuple):
 
 
 class NotPricedError(Exception):
-  """There is no estimate; it says why."""
+  """An estimate that cannot be made; the message says why."""
 
 
 class UnfinishedError(NotPricedError):
-  """It was cut short, by the clock or from outside: another try may succeed."""
+  """An estimate that timed out or was killed; another try may succeed."""
 
 
 def estimate(
@@ -86,24 +88,24 @@ def estimate(
   """Estimates the kernels of a function.
 
   Args:
-    generation: one of `CHIPS`.
-    builder: "module:name" of a function which returns the function to price and the shapes of its
-      arrays. It is called in another process, while the generation is the `target`.
-    arguments: its keyword arguments, such as JSON can hold.
-    count_products: fill `Kernel.product_flops`, at half as much time again.
-    whole_program: price what XLA makes of the whole function, and not its kernels one by one.
-    seconds: after which it is given up.
+    generation: Key of `CHIPS`.
+    builder: "module:name" of a function that returns the function to price and the shapes of its
+      arrays. It is called in another process, with the generation as the `target`.
+    arguments: Keyword arguments of the builder, as JSON values.
+    count_products: Whether to fill `Kernel.product_flops`, which takes half as much time again.
+    whole_program: Whether to price the whole compiled function instead of each of its kernels.
+    seconds: Time limit.
 
   Returns:
-    One estimate per kernel, in the order in which they are called; or one of the program.
+    One estimate per kernel, in the order of their calls, or one for the whole program.
 
   Raises:
-    ValueError: there are no estimates for that generation.
-    NotPricedError: the compiler refuses, or the profile aborts.
-    UnfinishedError: the time is over, or the process was killed.
+    ValueError: There are no estimates for the generation.
+    NotPricedError: The function does not compile, or the profile aborts.
+    UnfinishedError: The time limit is exceeded, or the process was killed.
   """
   if generation not in CHIPS:
-    raise ValueError(f"there are estimates for {', '.join(CHIPS)}, not for {generation!r}")
+    raise ValueError(f"generation must be one of {', '.join(CHIPS)}, got {generation!r}")
   task = {
     "generation": generation,
     "builder": builder,
@@ -130,9 +132,9 @@ def estimate(
     except subprocess.TimeoutExpired:
       raise UnfinishedError(f"no estimate within {seconds:g} s") from None
     if -done.returncode in (signal.SIGKILL, signal.SIGTERM):
-      raise UnfinishedError("the process was killed; was there too little memory?")
+      raise UnfinishedError("the process was killed, possibly because memory ran out")
     if done.returncode:
-      raise NotPricedError(_reason(done.stderr) or f"the process ended with {done.returncode}")
+      raise NotPricedError(_reason(done.stderr) or f"the process exited with {done.returncode}")
     product_flops = CHIPS[generation].product_flops if count_products else None
     return [
       _read(Path(name), product_flops, *call) for call in json.loads(done.stdout.splitlines()[-1])
@@ -142,7 +144,7 @@ def estimate(
 def _read(
   folder: Path, product_flops: int | None, label: str, name: str, cores: int, follows_data: bool
 ) -> Kernel:
-  """Adds up what was written about the operations whose names begin with a label."""
+  """Sums the profiles of the operations whose names begin with a label."""
   profiles = sorted(folder.glob(f"{label}*_static_llo_profile.textproto"))
   if not profiles:
     raise NotPricedError(f"the compiler wrote no profile of {name}")
@@ -160,7 +162,7 @@ def _read(
 
 
 def _reason(stderr: str) -> str:
-  """Finds the line that says what went wrong in pages of stack traces."""
+  """Finds the line with the error in pages of stack traces."""
   for pattern in _REASONS:
     if found := re.findall(pattern, stderr, re.MULTILINE):
       return found[-1][:300]

@@ -1,4 +1,4 @@
-"""Looks for the limits of a shape that cost the fewest cycles."""
+"""Search for the limits of a shape that cost the fewest cycles."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +20,18 @@ _SOURCES = tuple(
     Path(search_space.__file__),
   )
 )
-# Of the cycles: a smaller gain is not worth other blocks, nor what they take of the memory.
+# The smallest relative gain in cycles that justifies other blocks and their memory.
 _LEAST_GAIN = 0.01
 
 
 class Found(NamedTuple):
-  """The outcome for a shape.
+  """The result for a shape.
 
   Attributes:
-    key: in the tables.
-    limits: the best ones.
-    cycles: of each kernel with these, and with those of the rule.
-    failures: why some could not be priced.
+    key: Key in the tables.
+    limits: Best limits.
+    cycles: Cycles of each kernel with these limits and with the rule's.
+    failures: Candidates that could not be priced, with the reasons.
   """
 
   key: block_tables.Key
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 
 class Search:
-  """A search by coordinates: one limit after the other, until none gets better."""
+  """A coordinate search: it varies one limit after the other until none improves."""
 
   def __init__(
     self,
@@ -51,22 +51,22 @@ class Search:
     seconds: float,
     report: Callable[[], None],
   ):
-    """Prepares one.
+    """Prepares a search.
 
     Args:
-      ledger: keeps the estimates.
-      workers: how many are made at a time.
-      seconds: that each may take.
-      report: called after each.
+      ledger: Cache of the estimates.
+      workers: Number of parallel compilations.
+      seconds: Time limit of each estimate.
+      report: Callback after each estimate.
     """
     self._ledger, self._report = ledger, report
     self._options = {"workers": workers, "seconds": seconds}
 
   def run(self, operation: str, generation: str, shape: Shape) -> Found:
-    """Searches for one shape.
+    """Searches for the best limits of one shape.
 
     Raises:
-      RuntimeError: not even the rule's limits can be priced.
+      RuntimeError: The rule's limits cannot be priced.
     """
     chip, described = GENERATIONS[generation], OPERATIONS[operation]
     start = described.rule(shape, chip)
@@ -104,7 +104,7 @@ class Search:
     shape: Shape,
     candidates: Sequence[Mapping[str, int]],
   ) -> Iterator[tuple[dict[str, int], int | str]]:
-    """Yields candidates in their order, each with its cycles or with why there are none."""
+    """Yields candidates in order, each with its cycles or the reason why there are none."""
     limits = {}
     for candidate in candidates:
       arguments = {"operation": operation, "kernel": kernel, "shape": list(shape)}

@@ -1,4 +1,4 @@
-"""What can be tuned: the limits of each operation, the values to try, and what to price.
+"""The search space: the limits of each operation, the values to try, and the kernels to price.
 
 Dimensions: T tokens, H head dim, D features.
 """
@@ -26,12 +26,12 @@ _MASKS = ("causal", "full", "window")
 
 
 class Shape(NamedTuple):
-  """What is tuned for.
+  """A shape to tune for.
 
   Attributes:
-    size: H or D.
-    length: T.
-    mask: of attention; a window is a quarter of the length.
+    size: Head dim H, or features D.
+    length: Number of tokens, T.
+    mask: Mask of attention; a window is a quarter of the length.
     dtype: "bfloat16" or "float32".
   """
 
@@ -42,15 +42,15 @@ class Shape(NamedTuple):
 
 
 class Operation(NamedTuple):
-  """Something with limits.
+  """An operation with limits.
 
   Attributes:
     key: Key of a shape in the tables.
-    rule: its limits without an entry there.
-    options: values to try of each limit, for each kernel that is priced by itself.
-    serves: whether limits can be laid out.
-    shapes: that are tuned if none is named.
-    masks: that there are.
+    rule: Limits of a shape without an entry in the tables.
+    options: Values to try for each limit, for each kernel that is priced separately.
+    serves: Whether limits are valid for a shape.
+    shapes: Shapes that are tuned by default.
+    masks: Masks that the operation supports.
   """
 
   key: Callable[[Shape, Generation], block_tables.Key]
@@ -64,13 +64,13 @@ class Operation(NamedTuple):
 def build(
   operation: str, kernel: str, shape: list[Any], limits: dict[str, int]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """Returns a kernel with these limits, and its arrays; see `estimates.estimate`.
+  """Returns a kernel with the given limits, and its arrays; see `estimates.estimate`.
 
   Args:
-    operation: one of `OPERATIONS`.
-    kernel: which of its `options`.
-    shape: the fields of a `Shape`.
-    limits: by name.
+    operation: Key of `OPERATIONS`.
+    kernel: Key of the operation's `options`.
+    shape: Fields of a `Shape`.
+    limits: Limits by name.
   """
   shape = Shape(*shape)
   name = OPERATIONS[operation].key(shape, dispatch.generation()).operation
@@ -96,10 +96,10 @@ def _spec(shape: Shape) -> attention_spec.Spec:
 
 
 def _attention_arrays(shape: Shape) -> tuple[Any, Any, Any]:
-  """Describes queries, keys and what is known of the queries' rows, for 8 heads to 2 KV heads.
+  """Describes queries, keys and the queries' row statistics, with 8 query and 2 KV heads.
 
-  Of a single head the first blocks would be fetched while nothing is computed, which weighs more
-  the larger they are; and a chip may have two cores.
+  With a single head, nothing is computed while its first blocks are fetched, which would penalise
+  large blocks. A chip may also have two cores.
   """
 
   def heads(count):
@@ -161,7 +161,7 @@ def _norm(kernel: str) -> Operation:
         "tile": (2**15, 2**16, 2**17, 2**18, 2**19),
       }
     },
-    serves=lambda limits, shape, generation: True,  # what is too large is cut down
+    serves=lambda limits, shape, generation: True,  # limits that are too large are reduced
     shapes=tuple(Shape(size, 8192) for size in (2048, 2560, 3072, 4096, 5120, 8192)),
   )
 

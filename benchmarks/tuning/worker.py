@@ -1,7 +1,7 @@
-"""The process in which `estimates.estimate` compiles; libtpu leaves the profiles where that said.
+"""The process in which `estimates.estimate` compiles; libtpu writes the profiles to its folder.
 
-Called with a task as JSON. Prints, as JSON, of each kernel: the label that the names of its
-profiles begin with, its name, how many cores share it, and whether it follows data.
+The argument is a task as JSON. The output is a JSON list with an entry per kernel: the prefix of
+the names of its profiles, its name, the number of cores that share it, and whether it follows data.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from ll3m_kernels.tpu_compiler import compile_for
 
 
 def main() -> None:
-  """Compiles what the task says."""
+  """Compiles the task's kernels, or its whole program."""
   task = json.loads(sys.argv[1])
   module, _, name = task["builder"].partition(":")
   generation, builder = task["generation"], getattr(importlib.import_module(module), name)
@@ -39,13 +39,14 @@ def _compile(generation: str, cores: int, number: int, call: Any) -> tuple[str, 
   def function(*operands):
     return call.primitive.bind(*operands, **call.params)
 
-  # By this XLA calls the operation; several kernels may be called alike.
+  # XLA names the operation after the function; several kernels may have the same name.
   function.__name__ = function.__qualname__ = label = f"kernel_{number}_"
   operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
-  # What it writes over would be copied first, perhaps into the vector memory that the kernel needs.
+  # Operands that are overwritten would be copied first if they were not donated, perhaps into the
+  # vector memory that the kernel needs.
   donated = tuple(operand for operand, _ in call.params["input_output_aliases"])
   compile_for(generation, function, *operands, row_major=True, donated=donated)
-  # What is simulated is one core's part.
+  # The simulation covers one core's share of the work.
   grid = call.params["grid_mapping"].grid
   semantics = getattr(call.params["compiler_params"], "dimension_semantics", None) or ()
   splits = any(size > 1 and s == "parallel" for size, s in zip(grid, semantics, strict=False))

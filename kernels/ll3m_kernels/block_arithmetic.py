@@ -1,8 +1,8 @@
-"""Arithmetic of block sizes that the kernels share."""
+"""Block-size arithmetic shared by the kernels."""
 
 from ll3m_kernels.dispatch import MIB, Generation
 
-# A vector register holds 8 sublanes of 128 lanes, of 32 bits each.
+# A vector register holds 8 sublanes x 128 lanes of 32 bits.
 LANES = 128
 SUBLANES = 8
 
@@ -13,19 +13,19 @@ def up(size: int, multiple: int) -> int:
 
 
 def even(length: int, most: int) -> int:
-  """Cuts a length into as few blocks as `most` allows, all of about the same size.
+  """Splits a length into as few blocks as `most` allows, all of about the same size.
 
   Returns:
-    The blocks' length: the whole, or a multiple of 128.
+    The block length: the whole length, or a multiple of 128.
   """
   count = -(-length // most)
   return length if count == 1 else up(-(-length // count), LANES)
 
 
 def vmem_limit(needed: int, generation: Generation) -> int:
-  """Returns what to ask the compiler for: what is needed and a quarter more, at most all.
+  """Returns a kernel's VMEM limit in bytes: 1.25x the estimate, at least 16 MiB, at most all VMEM.
 
-  The compiler has been seen to use up to 1.14 of what is counted; what it does not use, its own
-  prefetches cannot have either.
+  The compiler has used up to 1.14x our estimate. A higher limit would only take VMEM away from its
+  own prefetching.
   """
   return min(max(16 * MIB, needed * 5 // 4), generation.vmem_bytes)

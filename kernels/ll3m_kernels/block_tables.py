@@ -1,10 +1,11 @@
-"""Tables of block sizes, which replace the kernels' own rule for the calls that they list.
+"""Tables of tuned block sizes, which override the kernels' rule for the calls that they list.
 
-The environment variable LL3M_KERNELS_TABLES names tables, separated as in PATH. Without it, and for
-calls that no table lists, kernels follow their rule. `benchmarks/tune.py` writes tables.
+The environment variable LL3M_KERNELS_TABLES lists the paths of tables, separated as in PATH.
+Without it, and for calls that no table lists, kernels use their rule. `benchmarks/tune.py` writes
+tables.
 
-A table is JSON: a list of entries, each with the fields of `Key`, `limits` by name, and `cycles`
-with these limits and with the rule's.
+A table is a JSON list of entries. Each entry has the fields of `Key`, the `limits` by name, and the
+`cycles` with these limits and with the rule's.
 """
 
 import contextlib
@@ -16,20 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VARIABLE = "LL3M_KERNELS_TABLES"
-# Lengths are told apart by the power of two that is not below them, within these.
+# Range of the powers of two that `length_bucket` returns.
 _SHORTEST, _LONGEST = 1024, 4096
 
 
 class Key(NamedTuple):
-  """What calls are told apart by.
+  """The properties of a call that select its entry in a table.
 
   Attributes:
-    operation: such as "flash_attention".
-    generation: of the TPU.
-    dtype: of the arrays.
-    size: head dim, or features of a norm.
-    mask: "full", "causal" or "window"; "" of what has none.
-    length: see `length_bucket`; tokens or rows.
+    operation: Name of the tuned operation, such as "flash_attention".
+    generation: TPU generation, such as "v5e".
+    dtype: Dtype of the arrays.
+    size: Head dim, or features of a norm.
+    mask: "full", "causal" or "window"; "" for operations without a mask.
+    length: Number of tokens or rows, rounded by `length_bucket`.
   """
 
   operation: str
@@ -41,15 +42,15 @@ class Key(NamedTuple):
 
 
 def length_bucket(length: int) -> int:
-  """Returns the length that stands for others: a power of two from 1024 to 4096."""
+  """Rounds a length up to a power of two, clamped to 1024..4096."""
   return min(max(1 << (length - 1).bit_length(), _SHORTEST), _LONGEST)
 
 
 def find(key: Key) -> dict[str, int] | None:
-  """Returns the limits that a table has for a call, by name; None if there are none.
+  """Returns the limits for a call, by name; None if no table lists the call.
 
   Raises:
-    ValueError: a table that the environment names cannot be read.
+    ValueError: A table listed in the environment variable cannot be read.
   """
   if _forced:
     return _forced[-1].get(key.operation)
@@ -61,9 +62,9 @@ _forced: list[Mapping[str, dict[str, int]]] = []
 
 @contextlib.contextmanager
 def force(limits: Mapping[str, dict[str, int]]) -> Iterator[None]:
-  """Takes these limits, by operation, and no table, while it is open: to estimate them.
+  """Uses `limits`, by operation, instead of the tables inside the context, to estimate their cost.
 
-  What is compiled meanwhile must not be used outside: compiled functions are not told apart by it.
+  Functions compiled inside must not be used outside: jax's caches do not depend on the limits.
   """
   _forced.append(limits)
   try:
@@ -76,10 +77,10 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
   """Reads a table.
 
   Returns:
-    Its entries, `limits` and `cycles`, by key.
+    The `limits` and `cycles` of each entry, by key.
 
   Raises:
-    ValueError: it cannot be read, or is not a table.
+    ValueError: The file cannot be read, or is not a table.
   """
   try:
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -91,13 +92,13 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
       for entry in entries
     }
   except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
   except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(f"{path}: is not a table of block sizes: {error!r}") from error
+    raise ValueError(f"{path} is not a table of block sizes: {error!r}") from error
 
 
 def write(path: Path, entries: Mapping[Key, Mapping[str, Any]]) -> None:
-  """Writes a table, whole or not at all."""
+  """Writes a table atomically."""
   lines = ",\n".join(
     "  " + json.dumps(key._asdict() | dict(entry)) for key, entry in sorted(entries.items())
   )
@@ -109,7 +110,7 @@ def write(path: Path, entries: Mapping[Key, Mapping[str, Any]]) -> None:
 
 @functools.cache
 def _entries(paths: str) -> dict[Key, dict[str, int]]:
-  """Merges tables; the first one that has an entry decides."""
+  """Merges tables; the first table that lists a key takes precedence."""
   found: dict[Key, dict[str, int]] = {}
   for path in filter(None, paths.split(os.pathsep)):
     for key, entry in read(Path(path)).items():

@@ -1,4 +1,4 @@
-"""The one place that chooses an operation's implementation, and the TPU it is laid out for."""
+"""The choice of each operation's implementation and TPU generation; no other module makes it."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """What the kernels have to know of a TPU.
+  """The properties of a TPU generation that the kernels depend on.
 
   Attributes:
-    name: how people call it.
-    device_kinds: how jax calls it; the first one stands for it.
-    vmem_bytes: vector memory of one core.
-    num_cores: cores of one jax device; a parallel leading grid axis is split over them.
-    matrix_unit: rows and columns of its matrix unit.
+    name: Common name, such as "v5e".
+    device_kinds: Values of jax's `device_kind`; the first one is canonical.
+    vmem_bytes: Vector memory (VMEM) of one core.
+    num_cores: Cores of one jax device; a parallel leading grid axis is split over them.
+    matrix_unit: Rows and columns of the matrix unit.
   """
 
   name: str
@@ -49,14 +49,14 @@ def resolve(implementation: str | None) -> str | None:
   """Checks the name of an implementation.
 
   Args:
-    implementation: "pallas": the TPU kernel, which also runs under
-      `pltpu.force_tpu_interpret_mode` (elsewhere on a CPU it is jax that refuses it, with "Only
-      interpret mode is supported on CPU backend"); "xla": plain jnp, for any platform; None: the
-      kernel where the program is lowered for a TPU that has one for these arguments, else "xla".
-      The host's own devices have no say in it.
+    implementation: "pallas" (the TPU kernel), "xla" (plain jnp, for any platform), or None, which
+      selects the kernel if the program is lowered for a TPU that has one for these arguments, else
+      "xla". The host's own devices do not matter. On a CPU, "pallas" runs only under
+      `pltpu.force_tpu_interpret_mode`; otherwise jax raises "Only interpret mode is supported on
+      CPU backend".
 
   Raises:
-    NotImplementedError: there is no implementation of that name.
+    NotImplementedError: The implementation does not exist.
   """
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise NotImplementedError(
@@ -67,27 +67,28 @@ def resolve(implementation: str | None) -> str | None:
 
 
 def choose(implementation: str | None, refusal: str | None) -> str | None:
-  """Returns "pallas", "xla", or None for the one that suits the lowering platform.
+  """Returns "pallas", "xla", or None to decide by the platform that the program is lowered for.
 
   Args:
-    implementation: what the caller asked for.
-    refusal: why the kernel cannot serve these arguments, naming the argument; None if it can.
+    implementation: The caller's choice.
+    refusal: Name of an argument and why the kernel does not support it; None if it supports all.
 
   Raises:
-    NotImplementedError: no such implementation, or the kernel was asked for and cannot serve.
+    NotImplementedError: The implementation does not exist, or is "pallas" and the kernel does not
+      support an argument.
   """
   implementation = resolve(implementation)
   if implementation is None and (refusal is not None or unknown_tpu() is not None):
     return "xla"
   if implementation == "pallas" and refusal is not None:
-    raise NotImplementedError(f"implementation='pallas' does not serve {refusal}")
+    raise NotImplementedError(f"implementation='pallas' does not support {refusal}")
   return implementation
 
 
 def run(
   implementation: str | None, pallas: Callable[..., Any], xla: Callable[..., Any], *args: Any
 ) -> Any:
-  """Runs what `choose` returned; both functions give the same shapes and dtypes."""
+  """Runs the implementation from `choose`; both must return the same shapes and dtypes."""
   if implementation == "pallas":
     return pallas(*args)
   if implementation == "xla":
@@ -101,20 +102,20 @@ def describe(
   refusal: str | None,
   kernels: Mapping[str, tuple[str, int]],
 ) -> str:
-  """Says in words what a call would run.
+  """Describes in words what a call would run.
 
   Args:
-    operation: its name.
-    implementation: what the caller asked for.
-    refusal: as in `choose`.
-    kernels: by pass, how the kernel is laid out and the vector memory it takes, in bytes.
+    operation: Name of the operation.
+    implementation: The caller's choice.
+    refusal: See `choose`.
+    kernels: Layout of the kernel in words and its VMEM in bytes, for each pass.
 
   Raises:
-    NotImplementedError: as `choose`.
+    NotImplementedError: See `choose`.
   """
   chosen = choose(implementation, refusal)
   if chosen == "xla":
-    reason = "asked for" if implementation == "xla" else refusal
+    reason = "requested" if implementation == "xla" else refusal
     if reason is None:
       reason = f"there are no kernels for {unknown_tpu()}"
     return f"{operation}: xla, on every platform ({reason})"
@@ -124,42 +125,42 @@ def describe(
     for name, (text, nbytes) in kernels.items()
   )
   found = _device_kind()
-  why = f"of the mesh, the target or this host: {found}" if found else "the default: no TPU here"
+  why = f"from the mesh, the target or this host: {found}" if found else "default: no TPU found"
   return f"{operation}: {where}; laid out for {generation().name} ({why}): {layout}"
 
 
 def generation() -> Generation:
-  """Returns the TPU that kernels are laid out for.
+  """Returns the TPU generation that kernels are laid out for.
 
-  That is the device of the mesh in use (of the call's `Sharding`, else of jax's own context); else
-  what `target` says; else the process's own TPU; else v5e.
+  This is the first of: the devices of the mesh in use (the call's `Sharding`, else jax's context),
+  the `target`, the process's own TPU, v5e.
   """
   return _BY_KIND.get(_device_kind() or "", GENERATIONS[_DEFAULT])
 
 
 def unknown_tpu() -> str | None:
-  """Returns the kind of the TPU at hand if there are no kernels for it (v2, v3)."""
+  """Returns the kind of the TPU in use if it has no kernels (v2, v3), else None."""
   kind = _device_kind()
   return None if kind is None or kind in _BY_KIND else kind
 
 
-# Both are part of what jax caches traces by. What is pinned is the answer of `_device_kind`, "" for
-# none: inside of a `shard_map` it would be another one than at the call.
+# Both are part of the key of jax's trace caches. `_PINNED` holds the result of `_device_kind` at
+# the call ("" for None), because the result would differ inside a `shard_map`.
 _TARGET = jax.make_user_context(None)
 _PINNED = jax.make_user_context(None)
 
 
 def pin(device_kind: str | None) -> contextlib.AbstractContextManager[None]:
-  """Settles what `generation` returns while it is open; see `sharding.laid_out_for`.
+  """Fixes the result of `generation` inside the context; see `sharding.laid_out_for`.
 
   Args:
-    device_kind: of the TPU of the mesh that a call is given; None if there is none.
+    device_kind: Kind of the TPUs of the call's mesh; None without such a mesh.
   """
   return _PINNED(device_kind or _device_kind() or "")
 
 
 def kind_of(mesh: Mesh | AbstractMesh) -> str | None:
-  """Returns how jax calls the TPUs that a mesh is made of; None if it is not of TPUs."""
+  """Returns jax's `device_kind` of a mesh's TPUs; None if it does not consist of TPUs."""
   if isinstance(mesh, Mesh):
     mesh = mesh.abstract_mesh
   device = mesh.abstract_device
@@ -179,17 +180,17 @@ def _device_kind() -> str | None:
 
 
 def target(name: str) -> contextlib.AbstractContextManager[None]:
-  """Lays kernels out for a generation while it is open: to compile for a TPU that is not here.
+  """Lays kernels out for a TPU generation inside the context, to compile without such a TPU.
 
-  It is part of what compiled functions are cached by: one function may be traced for several
-  generations. It may be opened before or after `jax.set_mesh`; a mesh of TPUs is laid out for
-  itself, whatever the target, and on a mesh of other devices the target holds.
+  The target is part of jax's cache keys, so one function may be traced for several generations.
+  The context may be entered before or after `jax.set_mesh`. A mesh of TPUs takes precedence over
+  the target; on a mesh of other devices the target applies.
 
   Args:
-    name: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+    name: Generation: "v4", "v5e", "v5p", "v6e" or "tpu7x".
 
   Raises:
-    ValueError: unknown name.
+    ValueError: The name is unknown.
   """
   if not isinstance(name, str) or name not in GENERATIONS:
     raise ValueError(f"unknown TPU generation {name!r}; expected one of {', '.join(GENERATIONS)}")
@@ -202,9 +203,8 @@ def _open_target(name: str) -> Iterator[None]:
     stack.enter_context(_TARGET(name))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-      # Where no mesh is in use, jax itself may be told: then operations that ask it for the chip
-      # while they are traced find one. The mesh of a `shard_map` has to be the one in use, so that
-      # one stays as it is.
+      # Without a mesh in use, also set jax's own abstract device, for operations that query the
+      # chip while they are traced. A mesh in use is left unchanged: a `shard_map` must use it.
       chosen = GENERATIONS[name]
       device = AbstractDevice(chosen.device_kinds[0], chosen.num_cores, "tpu")
       mesh = AbstractMesh(
@@ -215,12 +215,12 @@ def _open_target(name: str) -> Iterator[None]:
 
 
 def first_order(operation: str, function: Callable[..., Any], *args: Any) -> Any:
-  """Runs what a `custom_vjp` is made of, which is not itself to be differentiated.
+  """Runs one pass of a `custom_vjp`, which must not itself be differentiated.
 
-  Both passes need it: a second derivative goes through the forward one first.
+  Both passes need this: a second derivative goes through the forward pass first.
 
   Raises:
-    NotImplementedError: when it is: kernels have no second derivatives.
+    NotImplementedError: The pass is differentiated; kernels have no second derivatives.
   """
 
   @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Says what a call would run, without running it."""
+"""Descriptions of what a call would run, without running it."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from ll3m_kernels.norms import api as norms
 from ll3m_kernels.norms import plan as norms_plan
 from ll3m_kernels.rotary import api as rotary
 
-# Each public function, and what makes its plan from the same arguments.
+# Each public function, and the function that makes its plan from the same arguments.
 _PLANS: dict[Callable[..., Any], Callable[..., Any]] = {
   attention.flash_attention: attention.make_plan,
   rotary.rotary_embedding: rotary.make_plan,
@@ -23,21 +23,21 @@ _PLANS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def explain(operation: str | Callable[..., Any], *args: Any, **options: Any) -> str:
-  """Says which implementation an operation would run, with which blocks, and why.
+  """Describes which implementation an operation would run, with which blocks, and why.
 
-  It checks the arguments as the operation does, and refuses what that refuses.
+  The arguments are checked as in the operation itself, with the same errors.
 
   Args:
-    operation: the function, or its name.
-    *args: what it would be called with: arrays, or anything with a shape and a dtype.
-    **options: its keyword arguments.
+    operation: The function, or its name.
+    *args: Arguments of the operation: arrays, or anything with a shape and a dtype.
+    **options: Keyword arguments of the operation.
 
   Raises:
-    ValueError: no such operation, or arguments that do not fit it.
-    NotImplementedError: the named implementation cannot serve an argument.
-    TypeError: arguments that it does not take, or too few.
+    ValueError: The operation is unknown, or an argument is invalid.
+    NotImplementedError: The named implementation does not support an argument.
+    TypeError: The arguments do not match the operation's signature.
   """
-  # By identity: another function of the same name is another function.
+  # Compared by identity, since a different function may have the same name.
   named = {function.__name__: function for function in _PLANS}
   function = named.get(operation) if isinstance(operation, str) else operation
   if function not in named.values():

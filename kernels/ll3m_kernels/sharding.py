@@ -1,8 +1,8 @@
 """Kernels on a mesh of devices.
 
-The compiler cannot partition a kernel by itself, so an operation that is given a `Sharding` runs
-its forward and its backward pass each in a `jax.shard_map`, on what one device holds. Nothing is
-differentiated through the maps: what has to be summed over devices is summed once, by name.
+The compiler cannot partition a kernel by itself, so an operation with a `Sharding` runs its forward
+and its backward pass each in a `jax.shard_map`, on one device's shard. The maps themselves are not
+differentiated: each sum over devices is written out once, by axis name.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from ll3m_kernels import dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-  """How a model's activations lie on a mesh.
+  """The layout of a model's activations on a mesh.
+
+  On a mesh with Explicit axes, arrays must have this layout.
 
   Attributes:
-    mesh: the devices; also those that kernels are laid out for, if they are TPUs.
-    batch_axes: mesh axes over which the batch, the first dimension of every array, is split.
-    head_axis: mesh axis over which attention heads are split; None if they are not.
-
-  Where the mesh's axes are Explicit, arrays have to lie as this says.
+    mesh: Devices; kernels are laid out for them if they are TPUs.
+    batch_axes: Mesh axes over which the batch, the first dimension of every array, is split.
+    head_axis: Mesh axis over which attention heads are split; None if they are not.
 
   Raises:
-    ValueError: no mesh, or axes that it has not, or one axis twice.
+    ValueError: A field has the wrong type, or an axis is not in the mesh or is named twice.
   """
 
   mesh: Mesh | AbstractMesh
@@ -49,27 +49,27 @@ class Sharding:
     if missing := [axis for axis in named if axis not in self.mesh.axis_names]:
       raise ValueError(f"the mesh has the axes {self.mesh.axis_names}, got {', '.join(missing)}")
     if len(set(named)) < len(named):
-      raise ValueError(f"an axis can split one dimension only, got {', '.join(named)}")
+      raise ValueError(f"a mesh axis can split only one dimension, got {', '.join(named)}")
 
   @property
   def batch_shards(self) -> int:
-    """How many parts the batch is split into."""
+    """The number of shards of the batch."""
     return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
   @property
   def head_shards(self) -> int:
-    """How many parts the heads are split into."""
+    """The number of shards of the heads."""
     return 1 if self.head_axis is None else self.mesh.shape[self.head_axis]
 
   def rows(self, ndim: int) -> PartitionSpec:
-    """The spec of an array of so many dimensions whose first one is the batch."""
+    """Returns the spec of an array with `ndim` dimensions, of which the first is the batch."""
     return PartitionSpec(self.batch_axes, *(None,) * (ndim - 1))
 
   def check_batch(self, name: str, shape: tuple[int, ...]) -> None:
-    """Demands that a batch can be split.
+    """Checks that a batch can be split over the batch axes.
 
     Raises:
-      ValueError: it does not divide.
+      ValueError: The first dimension is not a multiple of the number of shards.
     """
     if not shape or shape[0] % self.batch_shards:
       raise ValueError(
@@ -79,31 +79,31 @@ class Sharding:
 
 
 def check_sharding(sharding: Any) -> None:
-  """Demands a `Sharding`, or None.
+  """Checks that an argument is a `Sharding` or None.
 
   Raises:
-    ValueError: it is something else.
+    ValueError: The argument is neither.
   """
   if sharding is not None and not isinstance(sharding, Sharding):
     raise ValueError(f"sharding must be a Sharding or None, got {sharding!r}")
 
 
 def laid_out_for(sharding: Sharding | None) -> contextlib.AbstractContextManager[None]:
-  """Settles the TPU that a call's kernels are laid out for, while it is open.
+  """Fixes the TPU that a call's kernels are laid out for, inside the context.
 
-  Whatever depends on it, be it a choice, an explanation or a kernel, is to be computed inside of
-  this. That is the TPU of the sharding's mesh; else see `dispatch.generation`.
+  It is the TPU of the sharding's mesh, else see `dispatch.generation`. Choices, explanations and
+  kernels that depend on it must be computed inside.
   """
   return dispatch.pin(None if sharding is None else dispatch.kind_of(sharding.mesh))
 
 
 def own_part(sharding: Sharding | None, x: Any, spec: PartitionSpec | None) -> Any:
-  """Describes what one device holds of an array that is split as a spec says.
+  """Describes one device's shard of an array.
 
   Args:
-    sharding: on which mesh; None for one device.
-    x: an array that divides, or anything with a shape and a dtype.
-    spec: as for `map_shards`; None where nothing is split.
+    sharding: Sharding with the mesh; None for one device.
+    x: Array that divides evenly, or anything with a shape and a dtype.
+    spec: Partition spec of x; None if it is not split.
   """
   shape = list(x.shape)
   if sharding is not None and spec is not None:
@@ -116,9 +116,9 @@ def own_part(sharding: Sharding | None, x: Any, spec: PartitionSpec | None) -> A
 def map_shards(
   function: Callable[..., Any], sharding: Sharding | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-  """Returns the function as it runs on every device's part; itself where there is one device.
+  """Maps a function over the devices' shards; on one device, it runs on whole arrays.
 
-  Kernels in it are laid out as `laid_out_for` says.
+  Kernels in the function are laid out for the TPU that `laid_out_for` chooses.
   """
   mapped = function
   if sharding is not None and sharding.mesh.size > 1:
@@ -134,10 +134,10 @@ def map_shards(
 
 
 def vary_alike(*arrays: Array | None) -> list[Array | None]:
-  """Makes all arrays vary over the mesh axes that any does, in a caller's own `shard_map`.
+  """Makes all arrays vary over the same mesh axes, inside a caller's own `shard_map`.
 
-  With `check_vma` on, a kernel's operands have to; the cotangent of one that all devices share is
-  then the sum of theirs.
+  With `check_vma` on, a kernel's operands must vary alike. The cotangent of an operand that the
+  devices share is then the sum of their cotangents.
   """
   varying = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays if a is not None))
 
@@ -151,5 +151,5 @@ def vary_alike(*arrays: Array | None) -> list[Array | None]:
 
 
 def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-  """Describes a kernel's result, which varies over the mesh axes that its operand does."""
+  """Describes a kernel's result, which varies over the same mesh axes as its operand `like`."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

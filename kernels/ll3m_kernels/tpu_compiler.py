@@ -1,7 +1,7 @@
-"""Compiles for TPUs that are not there: libtpu holds the whole compiler, Mosaic included.
+"""Compilation for TPUs that are not attached; libtpu contains the whole compiler, Mosaic included.
 
-Needs the package libtpu on x86-64 Linux; no chip is touched. What is illegal on the hardware
-(block shapes, layouts, too much vector memory) fails here as it does there.
+This needs the package libtpu on x86-64 Linux and touches no chip. Programs that are illegal on the
+hardware (block shapes, layouts, too much vector memory) fail to compile here too.
 """
 
 import os
@@ -23,8 +23,8 @@ _TOPOLOGIES = {
   "v6e": "v6e:2x2",
   "tpu7x": "tpu7x:2x2x1",
 }
-# libtpu asks a cloud's metadata server where it is, complains when there is none, and lets one
-# process at a time load it, for the chips' sake.
+# By default, libtpu queries a cloud metadata server for its location, warns if there is none, and
+# protects the chips by letting only one process load it at a time.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -38,20 +38,20 @@ _USED = re.compile(
 
 
 def devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
-  """Returns the devices of a topology, such as "v5e:8x8", to build meshes and shardings of.
+  """Returns the devices of a topology such as "v5e:8x8", for meshes and shardings.
 
   Args:
-    topology: generation and chips along each dimension.
-    num_slices: how many of them, joined by the network of the data center.
+    topology: Generation, and number of chips along each dimension.
+    num_slices: Number of such slices, joined by the data-center network.
 
   Raises:
-    RuntimeError: libtpu is missing, or knows no such topology.
+    RuntimeError: The package libtpu is missing, or does not know the topology.
   """
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
   if topology.startswith("v4:"):
-    # As jax has them on the hardware: both cores of a chip are one device.
+    # As on the hardware, where both cores of a chip are one jax device.
     options["chip_config_name"] = "megacore"
   return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
@@ -66,16 +66,16 @@ def compile_for(
   """Compiles a function for one device of a generation.
 
   Args:
-    generation: "v4", "v5e", "v5p", "v6e" or "tpu7x".
-    function: traced for that generation, so that kernels are laid out for it.
-    *arrays: shapes and dtypes of its arguments.
-    row_major: arguments and results lie in memory as kernels take and leave them, the last axis
-      along the lanes. The compiler's own choice is another one for axes that do not fill these.
-    donated: which of the arrays the function may write over.
+    generation: TPU generation: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+    function: Function to compile; its kernels are laid out for that generation.
+    *arrays: Shapes and dtypes of its arguments.
+    row_major: Whether arguments and results have the memory layout of kernels, with the last axis
+      along the lanes. For axes that do not fill the lanes, the compiler would choose another one.
+    donated: Indices of the arrays that the function may overwrite.
 
   Raises:
-    ValueError: unknown generation.
-    jax.errors.JaxRuntimeError: what the compiler refuses.
+    ValueError: The generation is unknown.
+    jax.errors.JaxRuntimeError: The compiler rejects the program.
   """
   with dispatch.target(generation):
     place = jax.sharding.SingleDeviceSharding(devices(_TOPOLOGIES[generation])[0])
@@ -92,10 +92,10 @@ def compile_for(
 
 
 def vmem_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
-  """Returns the vector memory of each kernel, by its name in the compiled module, in bytes.
+  """Returns the VMEM of each kernel in bytes, by its name in the compiled module.
 
-  That is what the compiler gave to blocks and scratch; an operand that it already keeps in vector
-  memory takes none again.
+  This is the VMEM that the compiler allocated for blocks and scratch. An operand that already
+  resides in VMEM is not counted again.
   """
   found = (_USED.search(line) for line in compiled.as_text().splitlines())
   return {match["name"]: int(match["size"]) for match in found if match}

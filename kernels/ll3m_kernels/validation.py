@@ -1,6 +1,6 @@
-"""Checks of arguments that the operations share: a `ValueError` says what was expected and given.
+"""Argument checks shared by the operations; errors say what was expected and what was given.
 
-Options change what is compiled, so they are Python's or NumPy's numbers: no arrays, and no tracers.
+Options change what is compiled, so they must be Python or NumPy numbers, not arrays or tracers.
 """
 
 import math
@@ -12,30 +12,32 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 _INT32 = np.iinfo(np.int32)
-# Of float32, without subnormal numbers.
+# The range of float32 without subnormal numbers.
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def check_array(name: str, x: Any) -> None:
-  """Demands something with a shape and a dtype: an array of jax or NumPy, or a description of one.
+  """Checks that an argument has a shape and a dtype, as jax and NumPy arrays do.
+
+  A description of an array, such as `jax.ShapeDtypeStruct`, is accepted too.
 
   Raises:
-    ValueError: it is something else, such as a list.
+    ValueError: The argument is something else, such as a list.
   """
   if not isinstance(getattr(x, "shape", None), tuple) or not _is_dtype(getattr(x, "dtype", None)):
     raise ValueError(f"{name} must be an array, got {type(x).__name__}")
 
 
 def floating(name: str, x: Any) -> Float[Array, "..."] | jax.ShapeDtypeStruct:
-  """Demands an array of floating-point numbers, and returns it as one of jax's.
+  """Checks that an argument is an array of floating-point numbers and returns it as a jax array.
 
   Args:
-    name: what to call it in the message.
-    x: an array; what only describes one comes back as a `jax.ShapeDtypeStruct`. NumPy's float64
+    name: Name of the argument in error messages.
+    x: Array. The description of an array is returned as a `jax.ShapeDtypeStruct`. NumPy's float64
       becomes float32, as everywhere in jax without `jax_enable_x64`.
 
   Raises:
-    ValueError: it is no array, or holds something else.
+    ValueError: The argument is not an array, or its dtype is not floating-point.
   """
   check_array(name, x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -48,10 +50,10 @@ def floating(name: str, x: Any) -> Float[Array, "..."] | jax.ShapeDtypeStruct:
 
 
 def integers(name: str, x: Any) -> None:
-  """Demands an array of integers, of any width.
+  """Checks that an argument is an array of integers, of any width.
 
   Raises:
-    ValueError: it is no array, or holds something else.
+    ValueError: The argument is not an array, or its dtype is not an integer.
   """
   check_array(name, x)
   if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -59,17 +61,17 @@ def integers(name: str, x: Any) -> None:
 
 
 def int32_ids(name: str, ids: Any) -> Int[Array, "..."] | jax.ShapeDtypeStruct:
-  """Demands integers that fit in int32, such as segment ids or positions, and returns them as that.
+  """Checks that integers fit in int32, such as segment ids or positions, and returns them as int32.
 
   Args:
-    name: what to call them in the message.
-    ids: an array of integers of any width; what only describes one comes back as a description.
-      Values are looked at where they are wider than int32 and at hand. Those of a traced array are
-      not: there, uint32 and 64-bit integers (which need `jax_enable_x64`) are taken modulo 2**32,
-      so that ids that differ by a multiple of it are one.
+    name: Name of the argument in error messages.
+    ids: Array of integers of any width. The description of an array is returned as a description.
+      Values wider than int32 are checked if they are known. In a traced array they are not: uint32
+      and 64-bit integers (which need `jax_enable_x64`) are then taken modulo 2**32, so ids that
+      differ by a multiple of 2**32 become equal.
 
   Raises:
-    ValueError: it is no array, holds something else, or a value that is too large or too small.
+    ValueError: The argument is not an array of integers, or a value does not fit in int32.
   """
   integers(name, ids)
   if not isinstance(ids, jax.Array | np.ndarray | np.generic):
@@ -86,16 +88,17 @@ def int32_ids(name: str, ids: Any) -> Int[Array, "..."] | jax.ShapeDtypeStruct:
 def finite_number(
   name: str, value: Any, *, at_least: int | float | None = None, above: int | float | None = None
 ) -> float:
-  """Demands a finite number that float32 can hold, and returns it as a Python float.
+  """Checks that a number is finite and in float32's range, and returns it as a Python float.
 
   Args:
-    name: what to call it in the message.
-    value: an int or a float, of Python or NumPy.
-    at_least: the smallest one that is allowed.
-    above: what it has to exceed, in float32 without subnormal numbers, which TPUs take for 0.
+    name: Name of the argument in error messages.
+    value: Python or NumPy int or float.
+    at_least: Smallest allowed value.
+    above: Exclusive lower bound. The value must exceed it by a normal float32 number, since TPUs
+      flush subnormal numbers to 0.
 
   Raises:
-    ValueError: it is something else, not finite, or out of range.
+    ValueError: The value is not a number, is not finite, or is out of range.
   """
   expected = "a finite number" if above != 0 else "a positive number"
   if at_least is not None:
@@ -118,15 +121,15 @@ def finite_number(
 
 
 def whole_number(name: str, value: Any, *, at_least: int | None = None) -> int:
-  """Demands an integer, and returns it as a Python int.
+  """Checks that a value is an integer and returns it as a Python int.
 
   Args:
-    name: what to call it in the message.
-    value: an int, of Python or NumPy.
-    at_least: the smallest one that is allowed.
+    name: Name of the argument in error messages.
+    value: Python or NumPy int.
+    at_least: Smallest allowed value.
 
   Raises:
-    ValueError: it is something else, a float or a bool for instance, or too small.
+    ValueError: The value is not an integer (a float or a bool, for instance), or is too small.
   """
   expected = "a whole number" + ("" if at_least is None else f" of at least {at_least}")
   if not isinstance(value, int | np.integer) or isinstance(value, bool):
@@ -137,10 +140,10 @@ def whole_number(name: str, value: Any, *, at_least: int | None = None) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-  """Demands True or False, and returns it as a Python bool.
+  """Checks that a value is True or False and returns it as a Python bool.
 
   Raises:
-    ValueError: it is something else, 1 or an array for instance.
+    ValueError: The value is not a bool (1 or an array, for instance).
   """
   if not isinstance(value, bool | np.bool_):
     raise ValueError(f"{name} must be True or False, got {_said(value)}")
@@ -158,7 +161,7 @@ def _is_at_hand(x: Any) -> bool:
 
 
 def _said(value: Any) -> str:
-  """Shows a value of a wrong type, arrays and tracers in short."""
+  """Formats a value of the wrong type; arrays and tracers by shape and dtype only."""
   if hasattr(value, "shape") and hasattr(value, "dtype"):
     return f"an array of shape {value.shape} and {value.dtype}"
   return repr(value)

@@ -1,4 +1,4 @@
-"""What is counted, what is timed, and that nothing wrong is timed."""
+"""The counts and timings of the benchmarks, and the validation before them."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Benchmark:
-  """In place of pytest-benchmark's fixture: says that the median was two seconds."""
+  """A fake of pytest-benchmark's fixture, with a median of two seconds."""
 
   def __init__(self):
     self.extra_info, self.stats, self.calls = {}, None, 0
@@ -34,7 +34,7 @@ class Benchmark:
 
 
 def square(x, *, implementation, wrong=None):
-  """x**2 with its derivative, in two implementations; one of them may be wrong."""
+  """Computes x**2 and its derivative in two implementations, one of which may be wrong."""
   value, slope = x**2, 2 * x
   if implementation == "pallas" and wrong == "value":
     value = value.at[0].mul(1.0001)
@@ -59,7 +59,7 @@ def square_case(model, size, dtype, wrong=None):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_right_results_give_their_largest_error(dtype):
+def test_validate_returns_the_largest_errors(dtype):
   errors = validation.validate(square_case("m", "check", dtype))
   assert errors.keys() == {"pallas", "xla"}
   assert max(errors.values()) <= (1e-7 if dtype == jnp.float32 else 2**-8)
@@ -94,7 +94,7 @@ def test_a_wrong_kernel_of_ours_fails(make_case, model, name, monkeypatch):
 
 
 def test_a_wrong_model_fails(monkeypatch):
-  """A decoder that reads its weights a little too large; without the kernels, to be quick."""
+  """The decoder's weights are slightly too large; the kernels are omitted, for speed."""
   unstack = small_models.unstack
   monkeypatch.setattr(
     small_models, "unstack", lambda *a: jax.tree.map(lambda w: w * 1.0002, unstack(*a))
@@ -105,7 +105,7 @@ def test_a_wrong_model_fails(monkeypatch):
 
 
 @pytest.mark.parametrize(("passes", "flops", "nbytes"), [("forward", 8, 64), (None, 24, 160)])
-def test_rates_are_of_the_median(passes, flops, nbytes):
+def test_rates_come_from_the_median(passes, flops, nbytes):
   benchmark = Benchmark()
   measuring.bench_case(benchmark, square_case, "m", passes or "forward+backward")
   info = benchmark.extra_info
@@ -124,7 +124,7 @@ def test_rates_are_of_the_median(passes, flops, nbytes):
 
 @pytest.mark.parametrize("model", ["llama2_70b", "mistral_7b"])
 @pytest.mark.parametrize("size", ["cpu", "check"])
-def test_attention_counts_the_pairs_that_see_each_other(model, size):
+def test_attention_counts_visible_pairs(model, size):
   case = cases.attention(model, size, jnp.float32)
   _, length, heads, head_dim = case.arguments[0].shape
   t = np.arange(length)
@@ -136,7 +136,7 @@ def test_attention_counts_the_pairs_that_see_each_other(model, size):
   assert case.dims["N"] // case.dims["K"] == shapes.ATTENTION[model].group
 
 
-def test_full_size_is_that_of_the_models():
+def test_full_sizes_are_those_of_the_models():
   for make_case, table in (
     (cases.norm, shapes.NORMS), (cases.cross_entropy, shapes.HEADS),
   ):  # fmt: skip
@@ -151,7 +151,7 @@ def test_full_size_is_that_of_the_models():
 
 
 def test_one_benchmark_from_the_command_to_the_report(tmp_path, capsys):
-  """As `make bench` runs them all: compared with another machine's run, saved, and reported."""
+  """Runs like `make bench`: compared with another machine's run, saved, and reported."""
   name = "test_cross_entropy[smollm2_135m-forward]"
   fullname = f"benchmarks/bench_cross_entropy.py::{name}"
   numbers = ("min", "max", "mean", "stddev", "median", "iqr", "ops", "total", "q1", "q3")
@@ -171,7 +171,7 @@ def test_one_benchmark_from_the_command_to_the_report(tmp_path, capsys):
     "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-compare={old}",
     f"--benchmark-json={new}", fullname,
   ]  # fmt: skip
-  # Neither our eight devices, nor that this is a worker of xdist, which times nothing.
+  # Without the tests' eight devices, and without xdist's variables, since its workers time nothing.
   environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "PYTEST_"))}
   result = subprocess.run(
     command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120

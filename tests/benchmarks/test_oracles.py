@@ -21,7 +21,7 @@ def test_attention(is_causal, window):
     actual = oracles.attention(*arrays, is_causal=is_causal, window=window)
     expected = jax.nn.dot_product_attention(*arrays, is_causal=is_causal, local_window_size=local)
   assert actual.dtype == jnp.float64
-  np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)  # theirs has float32 softmax
+  np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)  # jax.nn: float32 softmax
 
 
 @pytest.mark.parametrize("is_centred", [False, True])
@@ -76,7 +76,7 @@ def test_cross_entropy(layout, has_bias):
     np.testing.assert_allclose(actual, right, atol=1e-12)
 
 
-def test_derivatives_are_those_of_the_values():
+def test_oracles_by_autodiff_return_values_and_gradients():
   function = oracles.by_autodiff(lambda x, n: (x**3, x * n))
   x, bars = np.array([1.0, 2.0]), (np.array([1.0, 10.0]), np.array([0.5, 0.0]))
   cubes, products, gradient = function([x, np.array([4, 5])], bars)

@@ -1,4 +1,4 @@
-"""The throughput report: its figures, and what it refuses."""
+"""The throughput report: its figures and its errors."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def entry(name="test_causal[tiny]", group="attention", median=2e-3, **info):
 
 @pytest.fixture
 def write(tmp_path):
-  """Writes a report as pytest-benchmark does; returns its path."""
+  """Returns a function that writes a report like pytest-benchmark's and returns its path."""
 
   def write(name, *entries, commit="0123456789abcdef"):
     path = tmp_path / name
@@ -50,7 +50,7 @@ def write(tmp_path):
 
 
 def table(text, group):
-  """The rows of a group's table, as dictionaries by column."""
+  """Returns the rows of a group's table, as dictionaries by column."""
   lines = text.split(f"## {group}\n\n")[1].split("\n\n")[0].splitlines()
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
   return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
@@ -79,7 +79,7 @@ def test_a_file_becomes_a_table_per_group(write, capsys):
   assert (row["median"], row["largest error"]) == ("3 us", "0.0e+00")
 
 
-def test_benchmarks_of_others_are_served_too(write, capsys):
+def test_benchmarks_without_our_extra_info_are_reported_too(write, capsys):
   plain = {"name": "test_a", "fullname": "x.py::test_a", "group": None, "stats": {"median": 4e-9}}
   path = write("a.json", plain, commit=None)
   assert report.main([path]) == 0
@@ -107,7 +107,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_bad_files_are_refused_by_name(content, tmp_path, capsys):
+def test_errors_name_the_bad_file(content, tmp_path, capsys):
   bad = tmp_path / "bad.json"
   bad.write_bytes(content if isinstance(content, bytes) else content.encode())
   assert report.main([str(bad)]) == 1

@@ -1,4 +1,4 @@
-"""What may be said of an estimate, and what the rows count."""
+"""The validity of estimates, and the work that rows count."""
 
 import json
 
@@ -13,7 +13,7 @@ from ll3m.core import tpu_specs
 from ll3m_kernels.dispatch import GENERATIONS
 
 CHIP = CHIPS["v5e"]
-# A thousand cycles at the peak.
+# The work of a thousand cycles at peak.
 WORK = Pass("forward", slice(None), 1000.0 * CHIP.flops, 8.0, ())
 
 
@@ -25,11 +25,11 @@ def judge(*tried, work=WORK, kernels=slice(None), times=1):
   return cycle_report.judge(CHIP, work, tried, kernels, times)
 
 
-def test_a_sound_estimate():
+def test_a_valid_estimate():
   assert judge([kernel(1250)]) == cycle_report.Price(1250, 1250)
 
 
-def test_each_kernel_has_the_block_that_suits_it():
+def test_each_kernel_gets_its_best_block():
   half = 500.0 * CHIP.flops
   price = judge([kernel(900, half), kernel(700, half)], [kernel(800, half), kernel(900, half)])
   assert price.estimate == 1500
@@ -39,7 +39,7 @@ def test_only_the_kernels_of_the_pass_are_counted():
   assert judge([kernel(1250), kernel(9000)], kernels=slice(1)).estimate == 1250
 
 
-def test_heads_are_counted_for_all():
+def test_an_estimate_of_some_heads_is_multiplied():
   price = judge([kernel(300, 250.0 * CHIP.flops)], times=4)
   assert price.estimate == 1200
 
@@ -55,17 +55,17 @@ def test_heads_are_counted_for_all():
     ([], "not priced: there is no kernel"),
   ],
 )
-def test_what_is_no_result(tried, reason):
+def test_invalid_estimates_are_not_reported(tried, reason):
   price = judge(tried)
   assert f"{price.problem}: {price.reason}".startswith(reason)
   assert price.cycles is None and price.estimate is None
 
 
-def test_what_aborts_with_one_block_is_priced_with_another():
+def test_a_kernel_that_aborts_with_one_block_is_priced_with_another():
   assert judge("it aborted", [kernel(1300)]).estimate == 1300
 
 
-def test_memory_bounds_what_is_reported():
+def test_memory_bounds_the_reported_cycles():
   work = Pass("forward", slice(None), 0.0, 2000.0 * CHIP.hbm_bytes, ())
   price = judge([kernel(1500, None)], work=work)
   assert (price.estimate, price.cycles) == (1500, 2000)
@@ -93,7 +93,7 @@ def test_the_report(tmp_path):
   assert (tmp_path / "cycles-v5e.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_flops_are_those_of_the_pairs_that_see_each_other():
+def test_flops_are_those_of_visible_pairs():
   for found in rows():
     for generation in CHIPS:
       shape = found.on(generation).arguments
@@ -104,13 +104,14 @@ def test_flops_are_those_of_the_pairs_that_see_each_other():
       pairs = np.minimum(seen, window).sum()
       expected = 4.0 * pairs * shape["heads"] * shape["head_dim"]
       passes = {part.name: part for part in found.on(generation).passes}
-      assert passes["forward"].flops == pytest.approx(expected, rel=1e-3)  # half is not exact
+      # Half of all pairs is not exact for a causal mask.
+      assert passes["forward"].flops == pytest.approx(expected, rel=1e-3)
       if "forward + backward" in passes:
         assert passes["forward + backward"].flops == pytest.approx(3.5 * expected, rel=1e-3)
 
 
 def test_peers_do_the_work_of_the_row():
-  """By heads: what is priced, times how often it is counted."""
+  """The number of priced heads, times the factor of the estimate, is that of the row."""
   for found in rows():
     for generation in CHIPS:
       given = found.on(generation)
@@ -122,7 +123,7 @@ def test_peers_do_the_work_of_the_row():
             assert task.arguments["implementation"] != "ours"
 
 
-def test_every_row_has_a_name_and_tasks_of_its_own():
+def test_row_names_are_unique_and_tasks_include_ours():
   names = [(found.group, found.name) for found in rows()]
   assert len(set(names)) == len(names)
   for found in rows():
@@ -130,7 +131,7 @@ def test_every_row_has_a_name_and_tasks_of_its_own():
     assert our_task("v5e", given).key in {task.key for task in all_tasks("v5e", given)}
 
 
-def test_quick_is_a_part_of_the_whole():
+def test_quick_selects_fewer_rows_and_generations():
   quick, whole = (CyclesConfig(quick=q).chosen_rows() for q in (True, False))
   assert 3 <= len(quick) < len(whole) == len(list(rows()))
   assert set(CyclesConfig(quick=True).chosen_generations()) == {"v5e", "v6e"}
@@ -150,14 +151,14 @@ def test_bad_options_are_refused(options, message):
     CyclesConfig(**options)
 
 
-def test_rows_that_are_not_there_are_refused():
-  with pytest.raises(ValueError, match="none of the rows matches 'nothing'"):
+def test_unknown_rows_are_refused():
+  with pytest.raises(ValueError, match="`rows` .*'nothing'"):
     CyclesConfig(rows="nothing").chosen_rows()
 
 
 @pytest.mark.parametrize("generation", CHIPS)
-def test_the_kernels_and_the_planner_know_the_same_chips(generation):
-  """FLOPs for each byte of HBM, which no clock changes."""
+def test_estimates_and_planner_agree_on_the_chips(generation):
+  """Compares FLOPs per byte of HBM, which do not depend on the clock rate."""
   published = tpu_specs.CHIPS[GENERATIONS[generation].device_kinds[0]]
   ours = CHIPS[generation]
   expected = published.peak_flops / published.hbm_bandwidth

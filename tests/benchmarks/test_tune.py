@@ -47,7 +47,7 @@ def test_bad_options_are_refused(argument, capsys):
 
 
 def test_a_norm_is_tuned_by_the_real_compiler(tmp_path, capsys):
-  """Other entries of the table stay; a second run has nothing to compile."""
+  """Other entries of the table are kept; a second run compiles nothing."""
   output, estimates = tmp_path / "table.json", tmp_path / "estimates.jsonl"
   other = block_tables.Key("flash_attention", "v5e", "bfloat16", 128, "full", 4096)
   block_tables.write(output, {other: {"limits": {"queries": 1}, "cycles": {}}})

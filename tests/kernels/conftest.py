@@ -1,4 +1,4 @@
-"""Fixtures of all tests of the kernels."""
+"""Fixtures shared by the tests of the kernels."""
 
 import jaxtyping
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def unchecked():
-  """Switches off the run-time checks of annotations that only tests have."""
+  """Disables the run-time checks of annotations, which only tests enable."""
   jaxtyping.config.update("jaxtyping_disable", True)
   yield
   jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""What is refused at the call, by every operation but attention, and alike by `explain`."""
+"""Bad arguments of all operations but attention, which raise the same errors in `explain`."""
 
 import functools
 
@@ -48,7 +48,7 @@ def expect(operation, arguments, message, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [[1.0], None, 1.0], ids=repr)
-def test_what_is_no_array(bad, implementation):
+def test_arguments_that_are_not_arrays(bad, implementation):
   kind = type(bad).__name__
   for operation in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"):
     for name in norm(operation):
@@ -71,7 +71,7 @@ def test_what_is_no_array(bad, implementation):
 @pytest.mark.parametrize(
   "epsilon", [0.0, -1e-6, NAN, INF, 1e-60, "1e-6", True, np.ones(()), jnp.ones(())], ids=repr
 )
-def test_epsilon(epsilon, implementation):
+def test_bad_epsilon(epsilon, implementation):
   for operation in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"):
     message = "epsilon must be a positive number, got"
     expect(operation, norm(operation, epsilon=epsilon), message, implementation)
@@ -97,7 +97,7 @@ def test_epsilon(epsilon, implementation):
     ),
   ],
 )  # fmt: skip
-def test_options(operation, make, name, values, implementation):
+def test_bad_options(operation, make, name, values, implementation):
   for value in values:
     expect(operation, make(**{name: value}), f"{name} must be", implementation)
 
@@ -111,12 +111,12 @@ def test_options(operation, make, name, values, implementation):
     ("head_layout", ["dn", None, 3]),
   ],
 )
-def test_options_of_the_loss(name, values):
+def test_bad_options_of_the_loss(name, values):
   for value in values:
     expect("linear_cross_entropy", loss(**{name: value}), f"{name} must be", None)
 
 
-def test_options_of_a_trace():
+def test_traced_options():
   x, scale = jnp.ones((4, 16)), jnp.ones(16)
   for function, message in (
     (lambda value: kernels.rms_norm(x, scale, epsilon=value), "epsilon"),
@@ -128,13 +128,13 @@ def test_options_of_a_trace():
       jax.jit(function)(1.0)
 
 
-def test_no_features():
+def test_hidden_states_without_features():
   arguments = loss(hidden=jnp.ones((4, 0)), head=jnp.ones((0, 9)))
-  expect("linear_cross_entropy", arguments, "hidden must have a D of at least 1, got", None)
+  expect("linear_cross_entropy", arguments, "hidden must have a D of at least 1", None)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_shardings(implementation):
+def test_bad_shardings(implementation):
   sharding = kernels.Sharding(mesh())
   every = [("rms_norm", norm("rms_norm")), ("rotary_embedding", rotary())]
   if implementation != "pallas":
@@ -157,26 +157,26 @@ def test_shardings(implementation):
     (("m", "dp", "mp"), r"batch_axes must be a tuple of names, such as \('dp',\), got 'dp'"),
     (("m", ["dp"], "mp"), r"batch_axes must be a tuple of names, such as \('dp',\), got \['dp'\]"),
     (("m", (0,), "mp"), "batch_axes must be a tuple of names"),
-    (("m", ("dp", "mp"), "mp"), "an axis can split one dimension only, got dp, mp, mp"),
-    (("m", ("dp", "dp"), None), "an axis can split one dimension only, got dp, dp"),
+    (("m", ("dp", "mp"), "mp"), "axis can split .* got dp, mp, mp"),
+    (("m", ("dp", "dp"), None), "axis can split .* got dp, dp"),
     (("m", ("dp",), ("mp",)), r"head_axis must be a name or None, got \('mp',\)"),
     (("m", ("dp",), ""), "the mesh has the axes .*, got "),
   ],
 )
-def test_a_sharding_itself(arguments, message):
+def test_bad_fields_of_a_sharding(arguments, message):
   arguments = [mesh() if argument == "m" else argument for argument in arguments]
   with pytest.raises(ValueError, match=message):
     kernels.Sharding(*arguments)
 
 
 @pytest.mark.parametrize("name", [["v4"], None, "V4", {}], ids=repr)
-def test_targets(name):
+def test_unknown_targets(name):
   with pytest.raises(ValueError, match="unknown TPU generation .*; expected one of v4, v5e"):
     kernels.target(name)
 
 
 @pytest.mark.parametrize("operation", ["rms_norm", "rotary_embedding", "linear_cross_entropy"])
-def test_explain_refuses_unknown_keywords(operation):
+def test_explain_rejects_unknown_keywords(operation):
   arguments = {"rms_norm": norm("rms_norm"), "rotary_embedding": rotary()}.get(operation, loss())
   with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
     kernels.explain(operation, **arguments, colour="red")
@@ -184,7 +184,7 @@ def test_explain_refuses_unknown_keywords(operation):
 
 @pytest.mark.parametrize("with_sharding", [True, False])
 def test_empty_arrays(with_sharding):
-  """Plain jnp gives empty results, and zero gradients; the kernel is refused by name."""
+  """Plain jnp returns empty results and zero gradients; the kernel raises an error."""
   sharding = kernels.Sharding(mesh()) if with_sharding else None
   for shape in ((0, 16), (4, 0), (0, 3, 16)):
     x, scale = jnp.ones(shape), jnp.ones(shape[-1])
@@ -197,7 +197,7 @@ def test_empty_arrays(with_sharding):
 
     bars = jax.jit(jax.grad(total, (0, 1)))(x, scale)
     assert bars[0].shape == shape and not np.asarray(bars[1]).any()
-    with pytest.raises(NotImplementedError, match="x: it is empty"):
+    with pytest.raises(NotImplementedError, match="x: .* at least one element"):
       total(x, scale, "pallas")
   for shape in ((0, 8, 2, 16), (4, 0, 2, 16), (4, 8, 0, 16)):
     query, positions = jnp.ones(shape), jnp.zeros(shape[:2], jnp.int32)
@@ -206,7 +206,7 @@ def test_empty_arrays(with_sharding):
         query, query, positions, implementation=implementation, sharding=sharding
       )
       assert turned.shape == shape
-    with pytest.raises(NotImplementedError, match="query: it is empty"):
+    with pytest.raises(NotImplementedError, match="query: .* at least one element"):
       kernels.rotary_embedding(query, query, positions, implementation="pallas")
   hidden = jnp.ones((0, 16))
   losses = kernels.linear_cross_entropy(

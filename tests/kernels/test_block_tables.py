@@ -1,4 +1,4 @@
-"""Tables of block sizes: what is in them, who reads them, and what is refused."""
+"""Tables of block sizes: their effect on the kernels, and their errors."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def test_length_bucket(length, bucket):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-  """Writes a table for `PROBLEM` and points to it."""
+  """Writes a table for `PROBLEM` and names it in the environment variable."""
   key = block_sizes.key_of(PROBLEM, V5E)
   limits = {"queries": 512, "keys": 256, "queries_backward": 256, "keys_backward": 128}
   path = tmp_path / "mine.json"
@@ -32,11 +32,11 @@ def mine(tmp_path, monkeypatch):
   return path
 
 
-def test_a_table_of_the_users_decides(mine):
+def test_a_users_table_overrides_the_rule(mine):
   assert block_sizes.default_blocks(PROBLEM, V5E) == BlockSizes(512, 256, 4096, 256, 128, 4096)
   shorter = block_sizes.Problem(3000, 3000, 128, 128, 2, has_segments=False, mask="full")
   chosen = block_sizes.default_blocks(shorter, V5E)
-  assert chosen.keys <= 256 and chosen.queries <= 512, "the same bucket of lengths"
+  assert chosen.keys <= 256 and chosen.queries <= 512, "both lengths are in one bucket"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_table_of_the_users_decides(mine):
   [{"mask": "window"}, {"itemsize": 4}, {"queries": 1000, "keys": 1000}, {"head_dim": 72}],
   ids=str,
 )
-def test_other_problems_follow_the_rule(mine, change):
+def test_other_problems_use_the_rule(mine, change):
   problem = dataclasses.replace(PROBLEM, **change)
   before = block_sizes.default_blocks(problem, V5E)
   mine.unlink()
@@ -54,7 +54,7 @@ def test_other_problems_follow_the_rule(mine, change):
     assert block_sizes.default_blocks(problem, V5E) == before
 
 
-def test_limits_that_do_not_fit_are_not_followed(tmp_path, monkeypatch):
+def test_limits_that_do_not_fit_still_give_blocks_that_fit(tmp_path, monkeypatch):
   problem = block_sizes.Problem(4096, 4096, 256, 256, 4, has_segments=True, mask="full")
   v4 = GENERATIONS["v4"]
   key = block_sizes.key_of(problem, v4)
@@ -64,7 +64,7 @@ def test_limits_that_do_not_fit_are_not_followed(tmp_path, monkeypatch):
   block_sizes.check(block_sizes.default_blocks(problem, v4), problem, v4)
 
 
-def test_norms_read_tables_too():
+def test_norms_use_tables_too():
   problem = norm_blocks.Problem(8192, 2048, 2, 3, 1, 1)
   with block_tables.force({"norm_backward": {"block_bytes": 2**19, "tile": 2**16}}):
     chosen = norm_blocks.choose_blocks(problem, V5E)
@@ -76,14 +76,14 @@ def test_norms_read_tables_too():
   ["", "{", "[1]", json.dumps([{"operation": "x"}]), json.dumps([{"limits": 3}])],
   ids=repr,
 )
-def test_what_is_not_a_table_is_refused(tmp_path, monkeypatch, content):
+def test_files_that_are_not_tables_raise(tmp_path, monkeypatch, content):
   (tmp_path / "mine.json").write_text(content)
   monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "mine.json"))
-  with pytest.raises(ValueError, match="mine.json: is not a table"):
+  with pytest.raises(ValueError, match="mine.json is not a table"):
     block_sizes.default_blocks(PROBLEM, V5E)
 
 
-def test_a_table_that_is_missing_is_refused(tmp_path, monkeypatch):
+def test_a_missing_table_raises(tmp_path, monkeypatch):
   monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "none.json"))
-  with pytest.raises(ValueError, match="none.json: cannot be read"):
+  with pytest.raises(ValueError, match="none.json cannot be read"):
     block_sizes.default_blocks(PROBLEM, V5E)

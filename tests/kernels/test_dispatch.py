@@ -1,4 +1,4 @@
-"""Which implementation runs, and which TPU it is laid out for."""
+"""The choice of an implementation, and of the TPU that it is laid out for."""
 
 import functools
 
@@ -31,7 +31,7 @@ def lowered(platform, **options):
   ],
 )
 def test_the_lowering_platform_decides(platform, options, has_kernel):
-  """This host has nothing but a CPU."""
+  """The host has only a CPU."""
   assert ("tpu_custom_call" in lowered(platform, **options)) == has_kernel
 
 
@@ -41,7 +41,7 @@ def test_the_kernel_itself_does_not_lower_for_a_cpu():
 
 
 @pytest.mark.parametrize("name", dispatch.GENERATIONS)
-def test_target_is_what_kernels_are_laid_out_for(name):
+def test_kernels_are_laid_out_for_the_target(name):
   assert dispatch.generation().name == "v5e"
   with kernels.target(name):
     assert dispatch.generation().name == name
@@ -50,7 +50,7 @@ def test_target_is_what_kernels_are_laid_out_for(name):
 
 
 def test_one_function_is_traced_for_each_target():
-  """The target is part of what traces are cached by."""
+  """The target is part of the key of jax's trace caches."""
   seen = []
   function = jax.jit(lambda x: seen.append(dispatch.generation().name) or x)
   for name in ("v4", "v6e", "v4"):
@@ -59,7 +59,7 @@ def test_one_function_is_traced_for_each_target():
   assert seen == ["v4", "v6e"]
 
 
-def test_the_device_of_the_mesh_comes_first():
+def test_the_device_of_the_mesh_decides():
   mesh = AbstractMesh((2,), ("dp",), abstract_device=AbstractDevice("TPU v5p", 2, "tpu"))
   with jax.sharding.use_abstract_mesh(mesh):
     assert dispatch.generation().name == "v5p"
@@ -82,7 +82,7 @@ def test_explanations_say_what_and_why():
   assert kernels.explain(kernels.rms_norm, X, SCALE).startswith("rms_norm: pallas where lowered")
   positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
   text = kernels.explain("rotary_embedding", QUERY, QUERY, positions, implementation="xla")
-  assert text == "rotary_embedding: xla, on every platform (asked for)"
+  assert text == "rotary_embedding: xla, on every platform (requested)"
   head = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
   text = kernels.explain(
     kernels.linear_cross_entropy, X, head, jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -94,7 +94,7 @@ def test_explanations_say_what_and_why():
 
 
 def rms_norm(*_):
-  """Has a name that one of the operations has."""
+  """Has the same name as one of the operations."""
 
 
 def test_mistakes_are_explained():
@@ -102,7 +102,7 @@ def test_mistakes_are_explained():
     kernels.target("v9")
   with pytest.raises(ValueError, match="unknown operation 'softmax'; expected one of flash_att"):
     kernels.explain("softmax", X)
-  # Another function of the same name is another function.
+  # Functions are compared by identity, not by name.
   for other in (jax.nn.softmax, functools.partial(kernels.rms_norm), rms_norm):
     with pytest.raises(ValueError, match="unknown operation .* or the function"):
       kernels.explain(other, X, SCALE)

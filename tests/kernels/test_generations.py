@@ -1,4 +1,4 @@
-"""One answer to which TPU a call is laid out for, on meshes and under targets."""
+"""The TPU that a call is laid out for, on meshes and under targets."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from ll3m_kernels.sharding import laid_out_for, map_shards
 
 AXES = ("dp", "fsdp", "mp")
 V4 = AbstractDevice("TPU v4", 2, "tpu")
-TOO_WIDE = 2**16  # rows of so many elements fit a v5e, and not a v4
+TOO_WIDE = 2**16  # rows of this many elements fit a v5e but not a v4
 
 
 def mesh_here(axis_type=AxisType.Auto):
@@ -48,12 +48,12 @@ def test_the_mesh_of_the_sharding_decides(sizes):
   assert set(seen) == {"v4"}
 
 
-def test_what_does_not_fit_there_is_refused():
+def test_rows_that_do_not_fit_the_mesh_raise():
   sharding = kernels.Sharding(mesh_of(V4))
   arrays = norm(64, TOO_WIDE)
   assert "laid out for v5e" in kernels.explain("rms_norm", *arrays)
   text = kernels.explain("rms_norm", *arrays, sharding=sharding)
-  assert "rms_norm: xla, on every platform" in text and "a core of a v4 has 16 MiB" in text
+  assert "rms_norm: xla, on every platform" in text and "v4 core has 16 MiB" in text
 
   def call(implementation):
     def function(x, scale):
@@ -62,14 +62,14 @@ def test_what_does_not_fit_there_is_refused():
     return jax.eval_shape(function, *arrays)
 
   assert call(None).shape == arrays[0].shape
-  with pytest.raises(NotImplementedError, match="x: rows of .* a core of a v4 has 16 MiB"):
+  with pytest.raises(NotImplementedError, match="x: rows of .* v4 core has 16 MiB"):
     call("pallas")
   v3 = kernels.Sharding(mesh_of(AbstractDevice("TPU v3", 1, "tpu")))
   assert "no kernels for TPU v3" in kernels.explain("rms_norm", *norm(64, 128), sharding=v3)
 
 
-def test_the_target_holds_on_a_mesh_of_other_devices():
-  """Also inside of the map, whose mesh is one of CPUs."""
+def test_the_target_applies_on_a_mesh_of_other_devices():
+  """It also applies inside the map, whose mesh consists of CPUs."""
   sharding = kernels.Sharding(mesh_here())
   seen = []
 
@@ -106,23 +106,23 @@ def test_target_and_set_mesh_in_either_order(target_first, jit):
   assert dispatch.generation().name == "v5e"
 
 
-def test_a_mesh_of_tpus_comes_before_the_target():
+def test_a_mesh_of_tpus_takes_precedence_over_the_target():
   with jax.sharding.use_abstract_mesh(mesh_of(V4)), kernels.target("v6e"):
     assert dispatch.generation().name == "v4"
 
 
-def test_explanations_are_of_what_one_device_has():
+def test_explanations_describe_the_shard_of_one_device():
   x = jax.ShapeDtypeStruct((128, 4096), jnp.bfloat16)
   scale = jax.ShapeDtypeStruct((4096,), jnp.bfloat16)
   sharding = kernels.Sharding(mesh_here(), ("dp", "fsdp", "mp"), None)
-  # 128 rows on one device; on each of eight, 16.
+  # 128 rows are 16 rows on each of eight devices.
   own = jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
   whole, part = (kernels.explain("rms_norm", y, scale) for y in (x, own))
   assert whole != part == kernels.explain("rms_norm", x, scale, sharding=sharding)
 
 
 def test_explicit_axes():
-  """Norms take them, where arrays lie as the sharding says; the loss says that it does not."""
+  """Norms support them if arrays have the sharding's layout; the loss raises an error."""
   mesh = mesh_here(AxisType.Explicit)
   sharding = kernels.Sharding(mesh)
   with jax.set_mesh(mesh):

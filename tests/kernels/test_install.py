@@ -1,4 +1,4 @@
-"""Another project installs the kernels alone: no extra, nothing but jax, jaxtyping and numpy."""
+"""Installation of the kernels alone in another project, with only jax, jaxtyping and numpy."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What jax and jaxtyping ask for themselves; everything else would be ours.
+# The packages that jax and jaxtyping require; any other one would be a requirement of ours.
 ALLOWED = {
   "ll3m", "jax", "jaxlib", "jaxtyping", "numpy", "ml_dtypes", "opt_einsum", "scipy",
   "wadler_lindig", "pip", "setuptools",
@@ -25,7 +25,7 @@ print(json.dumps({
 """
 
 
-def test_kernels_need_little(tmp_path):
+def test_kernels_need_only_jax_jaxtyping_and_numpy(tmp_path):
   subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
   python = tmp_path / "venv" / "bin" / "python"
   done = subprocess.run(

@@ -8,7 +8,7 @@ from ll3m_kernels.soft_cap import soft_cap
 
 
 def test_values_and_slopes():
-  """The slope to float32's digits everywhere, also where 1 - tanh^2 has none left."""
+  """The slope is accurate everywhere, even where 1 - tanh^2 cancels."""
   x = jnp.asarray(np.linspace(-120, 120, 2401), jnp.float32)
   capped, slope = jax.jit(lambda x: soft_cap(x, 5.0))(x)
   wide = np.asarray(x, np.float64) / 5

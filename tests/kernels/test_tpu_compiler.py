@@ -1,7 +1,7 @@
-"""Kernels against the real TPU compiler, which libtpu brings and which needs no TPU.
+"""Compilation of the kernels by the real TPU compiler, which libtpu contains; it needs no TPU.
 
-In a process of its own: libtpu, once loaded, changes what jax sees. What compiled is kept from run
-to run. The whole matrix is `make tpu-check`.
+The compiler runs in a separate process, because libtpu changes jax's devices once it is loaded.
+Results are cached between runs. `make tpu-check` compiles the whole matrix.
 """
 
 import json
@@ -55,7 +55,7 @@ print(json.dumps(compiled.memory_analysis().temp_size_in_bytes))
 
 @pytest.fixture
 def run(kept):
-  """Returns a function that returns the lines that a program prints."""
+  """Returns a function that runs a program and returns the lines that it prints."""
 
   def compiled(code: str, *arguments: str) -> list:
     done = subprocess.run(
@@ -79,14 +79,14 @@ def test_every_kind_of_kernel_compiles(run, generation):
     assert max(memory.values()) <= GENERATIONS[generation].vmem_bytes
 
 
-def test_memory_of_attention_grows_with_the_length_and_not_its_square(run):
+def test_memory_of_attention_is_linear_in_the_length(run):
   (found,) = run(SCALING)
-  # Twice the tokens take twice the memory; one array of T x S would make it four times. (Short
-  # sequences do not show it: the compiler keeps their arrays in vector memory.)
+  # Twice the tokens take twice the memory; an array of T x S would take four times as much. (Short
+  # sequences do not show this, because the compiler keeps their arrays in vector memory.)
   assert 0 < found["32768"] <= 2.1 * found["16384"]
 
 
 def test_the_loss_has_no_logits_in_memory(run):
   (found,) = run(HEAD)
-  # Both passes take at most an eighth of what the logits would, as float32.
+  # Both passes take at most an eighth of the memory of the float32 logits.
   assert 0 < found <= 8192 * 256_000 * 4 / 8

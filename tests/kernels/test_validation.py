@@ -1,4 +1,4 @@
-"""The checks of arguments that the operations share."""
+"""The argument checks shared by the operations."""
 
 import re
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize("x", NO_ARRAYS, ids=repr)
-def test_what_is_no_array(x):
+def test_arguments_that_are_not_arrays(x):
   name = re.escape(type(x).__name__)
   for check in (
     validation.check_array,
@@ -65,8 +65,8 @@ def test_ids_that_do_not_fit(ids):
     validation.int32_ids("ids", ids)
 
 
-def test_wide_ids_of_a_trace_are_taken_modulo():
-  """Which is what the documentation says: nobody can look at them."""
+def test_traced_wide_ids_are_taken_modulo_2_to_32():
+  """The documentation says so; their values are not known."""
   with jax.enable_x64(True):
     at_hand = jnp.array([3, 2**32 + 3])
     with pytest.raises(ValueError, match="ids must fit in int32, got 4294967299"):
@@ -83,7 +83,7 @@ def test_numbers(value):
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS + NO_FINITE_NUMBERS, ids=lambda x: repr(x)[:20])
-def test_what_is_no_number(value):
+def test_values_that_are_not_finite_numbers(value):
   with pytest.raises(ValueError, match="epsilon must be a finite number, got"):
     validation.finite_number("epsilon", value)
 
@@ -103,7 +103,7 @@ def test_numbers_out_of_range(value, limits, message):
     validation.finite_number("epsilon", value, **limits)
 
 
-def test_numbers_of_a_trace_are_refused():
+def test_traced_numbers_are_refused():
   for check in (validation.finite_number, validation.whole_number, validation.flag):
     with pytest.raises(ValueError, match=r"theta must be .*, got an array of shape \(\)"):
       jax.jit(lambda x, check=check: check("theta", x))(1)

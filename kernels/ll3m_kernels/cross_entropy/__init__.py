@@ -1,1 +1,1 @@
-"""Softmax cross-entropy of a linear head whose logits are never in memory as a whole."""
+"""Softmax cross-entropy of a linear head, without ever materialising all logits."""

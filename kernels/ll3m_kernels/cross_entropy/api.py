@@ -1,4 +1,4 @@
-"""The public cross-entropy function: checks its arguments and makes it differentiable."""
+"""The public cross-entropy function: argument checks and derivatives."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from ll3m_kernels.sharding import Sharding, check_sharding, laid_out_for, vary_a
 from ll3m_kernels.validation import check_array, finite_number, flag, floating, integers
 
 _REFUSAL = (
-  "this operation: it has no kernel, since plain jnp is as fast on TPUs by the compiler's static "
-  "profile (see ll3m_kernels/cross_entropy/xla.py)"
+  "this operation: it has no kernel, because the compiler's static profile estimates plain jnp to "
+  "be as fast on TPUs (see ll3m_kernels/cross_entropy/xla.py)"
 )
 
 
@@ -39,40 +39,40 @@ def linear_cross_entropy(
 ):
   """Computes -log softmax(hidden @ head + bias)[label] and the z-loss of every token.
 
-  The [.., V] logits are never in memory, forward or backward: the vocabulary is taken in chunks,
-  as in "Cut Your Losses" (Wijmans et al., 2024). All sums, those of the gradients of hidden and
-  head among them, are in float32, and so is every number that enters them: with bfloat16 inputs,
-  a gradient is the exact one rounded once, up to 1e-6 of the largest.
+  The [.., V] logits are never in memory, forward or backward: the vocabulary is processed in
+  chunks, as in "Cut Your Losses" (Wijmans et al., 2024). All sums are in float32, including those
+  in the gradients of hidden and head, and so are their terms. With bfloat16 inputs, a gradient is
+  therefore the exact one rounded once, up to 1e-6 of its largest value.
 
   Args:
-    hidden: what the head reads.
-    head: its weight, [D, V] or, for a tied embedding, [V, D].
-    labels: 0 <= label < V. Any other number, of any width, is no column's: its token's loss is
-      log Z, and it is never correct.
-    head_layout: "dv" or "vd": which of the two the head is.
-    bias: added to the logits. -inf takes a column out of the vocabulary: a label there has a loss
-      of inf, and finite gradients. (With a soft cap it does not: the cap is applied afterwards.) A
-      token with no column left has a loss of inf, or of -inf if its label is no column's; it is
-      never correct, and has no gradients.
-    mask: multiplies both losses. A token whose mask is 0 might as well not be there: whatever its
-      hidden state holds, even NaN, its losses and all gradients through it are 0 (the mask's own
-      too).
-    logits_soft_cap: logits become cap * tanh(logits / cap) (Gemma Team, 2024, Gemma 2).
-    z_loss: weight of log(Z)^2, at least 0 (Chowdhery et al., 2022, PaLM).
-    return_correct: also return whether the label has the largest logit, which costs nothing here.
+    hidden: Hidden states, the input of the head.
+    head: Weight of the head, [D, V] or, for a tied embedding, [V, D].
+    labels: Labels, 0 <= label < V. Any other integer, of any width, matches no column: the token's
+      loss is log Z, and it is never correct.
+    head_layout: Layout of the head, "dv" or "vd".
+    bias: Bias added to the logits. A bias of -inf removes a column from the vocabulary: a token
+      with this label has a loss of inf and finite gradients. (With a soft cap it does not remove
+      the column, because the cap is applied afterwards.) A token with no column left has a loss of
+      inf, or -inf if its label matches no column; it is never correct and has no gradients.
+    mask: Factor of both losses. A token whose mask is 0 has no effect: its losses and all gradients
+      through it (the mask's too) are 0, even if its hidden state contains NaN.
+    logits_soft_cap: Cap of the logits, which become cap * tanh(logits / cap) (Gemma Team, 2024,
+      Gemma 2).
+    z_loss: Weight of log(Z)^2, at least 0 (Chowdhery et al., 2022, PaLM).
+    return_correct: Whether to also return if the label has the largest logit; this costs nothing.
     implementation: None or "xla"; see `dispatch.resolve`. There is no "pallas".
-    sharding: how the arrays lie on a mesh: tokens over the batch axes, the vocabulary over the
-      head axis if it divides. The mesh's axes must not be Explicit. Without it the result is the
-      same, but the devices among which the vocabulary is split all compute the whole.
+    sharding: Layout of the arrays on a mesh: tokens over the batch axes, the vocabulary over the
+      head axis if it divides evenly. The mesh's axes must not be Explicit. Without a sharding the
+      result is the same, but all devices that share the vocabulary compute the whole.
 
   Returns:
-    (loss, z_loss): float32 in the labels' shape; the first does not contain the second. With
-    `return_correct`, a third array of booleans (False where the mask is 0), without a gradient.
+    (loss, z_loss): Float32 arrays in the labels' shape; `loss` does not include `z_loss`. With
+    `return_correct`, also a boolean array (False where the mask is 0), without a gradient.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the implementation is "pallas" or unknown, the mesh's axes are Explicit, or
-      this is differentiated twice.
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: The implementation is "pallas" or unknown, the mesh has Explicit axes, or
+      the call is differentiated twice.
   """
   plan = make_plan(
     hidden=hidden,
@@ -110,7 +110,7 @@ def _forward(options, hidden, head, bias, labels, keep):
   )
   vocabulary = head.shape[options.head_layout.index("v")]
   is_column = (labels >= 0) & (labels < vocabulary)
-  # Of a token without a column left, log Z and the label's logit are both -inf.
+  # If a token has no column left, log Z and the label's logit are both -inf.
   loss = jnp.where(is_column & (picked == -jnp.inf), jnp.inf, log_z - picked)
   penalty = options.z_loss * log_z**2 if options.z_loss else jnp.zeros_like(log_z)
   loss, penalty = _kept(loss, keep), _kept(penalty, keep)
@@ -134,25 +134,25 @@ def _backward(options, residuals, cotangents):
   return (*bars, None, None)
 
 
-# An output that a vmap's rows share has one cotangent, not one for each row.
+# In a vmap, an output that is not batched has one cotangent, not one per element of the batch.
 _losses.defvjp(_forward, _backward, generic_batching=True)
 
 
 def _kept(x: Array, keep: Bool[Array, " N"] | None) -> Array:
-  """Replaces by 0 what belongs to tokens that are masked out."""
+  """Sets the values of masked tokens to 0."""
   if keep is None:
     return x
   return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
 class Plan(NamedTuple):
-  """What a call and its explanation have in common.
+  """The plan of a call, shared by the call and its explanation.
 
   Attributes:
-    options: what does not change with the data.
-    arrays: hidden, head, labels (int32), bias and mask.
-    returns_correct: whether to return which labels have the largest logit.
-    text: in words.
+    options: Static options of the call.
+    arrays: Hidden states, head, labels (int32), bias and mask.
+    returns_correct: Whether to also return which labels have the largest logit.
+    text: Description in words.
   """
 
   options: xla.Options
@@ -175,7 +175,7 @@ def make_plan(
   implementation: Any,
   sharding: Any,
 ) -> Plan:
-  """Checks the arguments of a call, named as there, and settles what runs."""
+  """Checks the arguments of `linear_cross_entropy` and chooses its implementation."""
   if head_layout not in ("dv", "vd"):
     raise ValueError(f"head_layout must be 'dv' or 'vd', got {head_layout!r}")
   hidden, head = floating("hidden", hidden), floating("head", head)
@@ -206,14 +206,14 @@ def _check_shapes(hidden: Any, head: Any, labels: Any, layout: str, bias: Any, m
   if len(hidden.shape) < 1 or len(head.shape) != 2:
     raise ValueError(f"hidden must be [.., D] and head a matrix, got {hidden.shape}, {head.shape}")
   if not hidden.shape[-1]:
-    raise ValueError(f"hidden must have a D of at least 1, got {hidden.shape}")
+    raise ValueError(f"hidden must have a D of at least 1, got shape {hidden.shape}")
   if head.shape[layout.index("d")] != hidden.shape[-1]:
     raise ValueError(
-      f"head of layout {layout!r} must have {hidden.shape[-1]} as its D, got {head.shape}"
+      f"head with layout {layout!r} must have D = {hidden.shape[-1]}, got shape {head.shape}"
     )
   vocabulary = head.shape[layout.index("v")]
   if not vocabulary:
-    raise ValueError(f"head must have a vocabulary, got {head.shape}")
+    raise ValueError(f"head must have a vocabulary of at least 1, got shape {head.shape}")
   if labels.shape != hidden.shape[:-1]:
     raise ValueError(f"labels must have shape {hidden.shape[:-1]}, got {labels.shape}")
   if bias is not None and bias.shape != (vocabulary,):
@@ -223,7 +223,7 @@ def _check_shapes(hidden: Any, head: Any, labels: Any, layout: str, bias: Any, m
 
 
 def _mask(mask: Any) -> Any:
-  """Returns a mask as jax's array, or its description."""
+  """Returns a mask as a jax array, or its description."""
   check_array("mask", mask)
   if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
     raise ValueError(f"mask must be boolean or floating, got {mask.dtype}")
@@ -231,12 +231,12 @@ def _mask(mask: Any) -> Any:
 
 
 def _columns(labels: Any) -> Any:
-  """Returns labels as int32. What does not fit in it is no column, and stays none."""
+  """Returns labels as int32; labels that do not fit in it still match no column."""
   if not isinstance(labels, jax.Array | np.ndarray | np.generic):
     return labels
   if not np.can_cast(labels.dtype, np.int32):
     most, own = np.iinfo(np.int32), np.iinfo(labels.dtype)
-    # In the labels' own type: a Python number that does not fit in it would raise.
+    # Clipped in the labels' own dtype: a Python number that does not fit in it would raise.
     low, high = max(most.min, own.min), min(most.max, own.max)
     labels = labels.clip(labels.dtype.type(low), labels.dtype.type(high))
   return jnp.asarray(labels.astype(np.int32))

@@ -1,21 +1,21 @@
-"""The loss over a vocabulary taken in chunks, in plain jnp.
+"""The loss over a vocabulary that is processed in chunks, in plain jnp.
 
-N tokens, D model, V vocabulary. The vocabulary, not the tokens, is what is cut: then each chunk of
-the head's gradient is finished at once, and only the hidden states' gradient has to be summed over
-chunks, in float32. The chunks' logits are computed again in the backward pass (the idea of Wijmans
-et al., "Cut Your Losses", 2024, without their filtering).
+N tokens, D model, V vocabulary. Splitting the vocabulary rather than the tokens completes each
+chunk of the head's gradient at once; only the gradient of the hidden states is summed over chunks,
+in float32. The backward pass recomputes the chunks' logits (the idea of Wijmans et al., "Cut Your
+Losses", 2024, without their filtering).
 
-The forward pass sums exp(logits - reference) with a reference that is known before the chunk: the
-largest logit so far. Subtracting the chunk's own maximum would need its logits twice, and so in
-memory; this way the TPU compiler makes product, exponential and all three reductions one fusion,
-and no logits leave the chip.
+The forward pass sums exp(logits - reference), where the reference is known before the chunk: the
+largest logit so far. Subtracting the chunk's own maximum would need its logits twice and therefore
+in memory. With a known reference, the TPU compiler fuses the product, the exponential and all three
+reductions, and no logits leave the chip.
 
-Why there is no kernel: by the compiler's static profile, with 8192 tokens in bfloat16 and D = 2048,
-a chunk's forward and backward pass takes 6.3 times as long on a v5e as one product of its size at
-peak, where the six passes of the matrix unit that it cannot do without take 6 (the logits twice;
-each of the gradients' two products in two passes, since the logits' cotangent is float32). A Pallas
-forward pass of 40 lines reads 1.06 such products on a v5e, where this one reads 1.05; on a v6e 1.25
-against 1.48, which is 3% of both passes.
+Why there is no kernel: the compiler's static profile estimates that one would gain little. The
+estimates are for 8192 tokens in bfloat16 with D = 2048, in units of one product of a chunk's size
+at peak. On a v5e, a chunk's forward and backward pass takes 6.3; the minimum is 6 passes of the
+matrix unit (the logits twice; each of the gradients' two products in two passes, since the logits'
+cotangent is float32). A Pallas forward pass of 40 lines takes 1.06 on a v5e, and this one 1.05. On
+a v6e they take 1.25 and 1.48; the difference is 3% of both passes.
 """
 
 from collections.abc import Callable
@@ -31,27 +31,27 @@ from ll3m_kernels.block_arithmetic import LANES
 from ll3m_kernels.sharding import Sharding, vary_alike
 from ll3m_kernels.soft_cap import soft_cap
 
-# A chunk has at most so many columns, and logits (128 MiB of them), unless it would be too narrow
-# for the sums of the hidden states' gradient to hide behind its products.
+# Maximum columns of a chunk, and maximum logits (128 MiB of them). Chunks of fewer than 1024
+# columns would be too narrow to hide the sums of the hidden states' gradient behind their products.
 _MOST_COLUMNS = 4096
 _MOST_LOGITS = 2**25
 _FEWEST_COLUMNS = 1024
 
-# How far a logit may exceed the reference: sums of a chunk's exp(75) stay below float32's largest
-# number, and exp(-75), which rescales them, is not subnormal (TPUs round these to 0).
+# How far a logit may exceed the reference: the sum of a chunk's exp(75) does not overflow float32,
+# and exp(-75), which rescales it, is not subnormal (TPUs flush subnormal numbers to 0).
 _REACH = 75.0
-# Below any logit but -inf, for whose sake it is: the difference of two infinities is no number.
+# A reference below all finite logits, instead of -inf, because -inf - -inf is NaN.
 _LEAST_REFERENCE = float(np.finfo(np.float32).min)
 
 
 class Options(NamedTuple):
-  """What does not change with the data: hashable, so that it may be a static argument.
+  """The static options of a call; hashable, so they can be a static argument.
 
   Attributes:
     head_layout: "dv" or "vd".
-    logits_soft_cap: logits become cap * tanh(logits / cap).
-    z_loss: weight of log(Z)^2.
-    sharding: of the arrays; None on one device.
+    logits_soft_cap: Cap of the logits, which become cap * tanh(logits / cap).
+    z_loss: Weight of log(Z)^2.
+    sharding: Sharding of the arrays; None on one device.
   """
 
   head_layout: str
@@ -61,14 +61,14 @@ class Options(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """What the forward pass knows of the logits so far, per token.
+  """The forward pass's running sums and maxima over the chunks so far, per token.
 
   Attributes:
-    largest: the largest logit.
-    reference: the same, or what the walk began with, whichever is larger; finite.
-    total: sum of exp(logits - reference).
-    reach: how far a logit exceeded the reference that it met.
-    picked: the label's logit; 0 before it was met.
+    largest: Largest logit.
+    reference: Maximum of the largest logit and the initial reference; finite.
+    total: Sum of exp(logits - reference).
+    reach: Largest excess of a logit over the reference of its chunk.
+    picked: Logit of the label; 0 before the label's chunk.
   """
 
   largest: Float[Array, " N"]
@@ -85,9 +85,9 @@ def forward(
   bias: Float[Array, " V"] | None,
   labels: Int[Array, " N"],
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
-  """Returns every token's log Z, its label's logit, and its largest logit, in float32.
+  """Returns log Z, the label's logit and the largest logit of every token, in float32.
 
-  All are -inf where all logits are.
+  All three are -inf for a token whose logits are all -inf.
   """
   vocabulary = _Vocabulary(options, head, bias)
 
@@ -106,20 +106,21 @@ def forward(
       picked=sums.picked + jnp.sum(jnp.where(is_label, logits, 0.0), axis=1),
     )
 
-  def walk(reference: Float[Array, " N"]) -> Sums:
+  def sum_chunks(reference: Float[Array, " N"]) -> Sums:
     zero = jnp.zeros_like(reference)
     reference = jnp.maximum(reference, _LEAST_REFERENCE)
     sums = Sums(jnp.full_like(reference, -jnp.inf), reference, zero, zero, zero)
     return vocabulary.for_each_chunk(len(hidden), add_chunk, sums)
 
-  # A few logits tell where the others lie. Should one lie beyond all reason, walk again from what
-  # is then known to be the largest: one loop, so that the walk is compiled once.
+  # The first reference is the largest of a few logits. If another logit exceeds it by more than
+  # _REACH, the chunks are summed again, starting from the largest logit, which is then known. This
+  # is one loop, so that `sum_chunks` is compiled once.
   few, _ = _logits(options, hidden, vocabulary.columns(np.int32(0), vocabulary.fewest))
   guess = jnp.max(few, axis=1)
   zero = jnp.zeros_like(guess)
   sums = jax.lax.while_loop(
     lambda sums: jnp.any(sums.reach > _REACH),
-    lambda sums: walk(sums.largest),
+    lambda sums: sum_chunks(sums.largest),
     Sums(guess, guess, zero, jnp.full_like(guess, jnp.inf), zero),
   )
   return sums.reference + jnp.log(sums.total), sums.picked, sums.largest
@@ -135,17 +136,17 @@ def backward(
   softmax_bar: Float[Array, " N"],
   label_bar: Float[Array, " N"],
 ) -> tuple[Array, Array, Array | None]:
-  """Returns the cotangents of hidden, head and bias, each in the dtype of what it is one of.
+  """Returns the cotangents of hidden, head and bias, in the dtypes of hidden, head and bias.
 
   Args:
-    options: of the call.
-    hidden: as in `forward`, like all that follow.
-    head: as there.
-    bias: as there.
-    labels: as there.
-    log_z: what `forward` returned.
-    softmax_bar: what multiplies the softmax in the logits' cotangent.
-    label_bar: what is subtracted from that at the label.
+    options: Options of the call.
+    hidden: See `forward`.
+    head: See `forward`.
+    bias: See `forward`.
+    labels: See `forward`.
+    log_z: First result of `forward`.
+    softmax_bar: Factor of the softmax in the logits' cotangent.
+    label_bar: Value that is subtracted from the logits' cotangent at the label.
   """
   vocabulary = _Vocabulary(options, head, bias)
   is_dv = options.head_layout == "dv"
@@ -185,9 +186,9 @@ class _Columns(NamedTuple):
   """A chunk's columns of the logits.
 
   Attributes:
-    head: [D, c] or [c, D], as the head is laid out.
-    bias: of each column, if any.
-    index: of each column, in the vocabulary.
+    head: Weights, [D, c] or [c, D], in the head's layout.
+    bias: Bias of each column, if any.
+    index: Index of each column in the vocabulary.
   """
 
   head: Array
@@ -196,17 +197,17 @@ class _Columns(NamedTuple):
 
 
 class _Vocabulary:
-  """The head and its bias, to be taken by chunks.
+  """The head and its bias, processed in chunks.
 
-  The vocabulary is seen as P stripes of V / P columns, and a chunk takes some of each stripe. On a
-  mesh P is the number of devices that the vocabulary is split over: each of them then finds its
-  part of every chunk in what it holds. Elsewhere P is 1.
+  The vocabulary is viewed as P stripes of V / P columns, and a chunk takes the same columns of each
+  stripe. On a mesh, P is the number of devices that the vocabulary is split over, so each device
+  holds its part of every chunk. Elsewhere, P is 1.
 
   Attributes:
-    head: [D, P, V / P] or [P, V / P, D].
-    axis: of V / P in the head.
-    bias: [P, V / P], or None.
-    fewest: how many columns of a stripe are worth taking.
+    head: Head as [D, P, V / P] or [P, V / P, D].
+    axis: Axis of V / P in `head`.
+    bias: Bias as [P, V / P], or None.
+    fewest: Smallest number of columns of a stripe that is worth processing.
   """
 
   def __init__(self, options: Options, head: Array, bias: Array | None):
@@ -226,15 +227,16 @@ class _Vocabulary:
       self.head = jax.lax.with_sharding_constraint(self.head, placement)
 
   def for_each_chunk[T](self, tokens: int, body: Callable[[Any, int, T], T], carry: T) -> T:
-    """Calls `carry = body(start, size, carry)` for chunks of one size, and one for any rest.
+    """Calls `carry = body(start, size, carry)` for chunks of one size, and once for any remainder.
 
-    A loop: unrolled, 32 chunks take the TPU compiler a minute, and compilers that find the same
-    logits in the forward and the backward pass keep those of all chunks from one to the other.
+    This is a loop, because unrolling 32 chunks takes the TPU compiler a minute. Besides, compilers
+    that recognise the same unrolled logits in both passes keep those of all chunks in memory.
 
     Args:
-      tokens: N, which limits a chunk's size.
-      body: gets the first column within each stripe, int32, and the number of them.
-      carry: what it begins with.
+      tokens: Number of tokens N, which limits a chunk's size.
+      body: Function of the first column within each stripe (int32), the number of columns, and the
+        carry.
+      carry: Initial carry.
     """
     stripes, length = self._split
     most = min(_MOST_COLUMNS, max(_MOST_LOGITS // max(tokens, 1), _FEWEST_COLUMNS))
@@ -263,7 +265,7 @@ class _Vocabulary:
     )
 
   def put(self, array: Array, axis: int, start: Any, part: Float[Array, "..."]) -> Array:
-    """Writes the columns that begin at `start` into an array of the head's or bias's shape."""
+    """Writes the columns from `start` on into an array of the head's or bias's shape."""
     shape = (
       *array.shape[:axis],
       part.size * self._split[1] // array.size,
@@ -274,7 +276,7 @@ class _Vocabulary:
 
 
 def _chunk_size(length: int, most: int) -> int:
-  """Returns a chunk's columns: whole lanes, and so that no rest is left if that costs little."""
+  """Returns a chunk's columns: a multiple of the lanes, with no remainder if that costs little."""
   if length <= most:
     return length
   most = max(most - most % LANES, LANES)
@@ -285,7 +287,7 @@ def _chunk_size(length: int, most: int) -> int:
 def _logits(
   options: Options, hidden: Float[Array, "N D"], columns: _Columns
 ) -> tuple[Float[Array, "N c"], Float[Array, "N c"] | None]:
-  """Returns logits, and the slope of the soft cap there, if any."""
+  """Returns logits, and the slope of their soft cap, if any."""
   logits = _dot(hidden, columns.head, (1, options.head_layout.index("d")))
   if columns.bias is not None:
     logits = logits + columns.bias.astype(jnp.float32)[None]
@@ -295,11 +297,11 @@ def _logits(
 
 
 def _dot(left: Array, right: Array, axes: tuple[int, int]) -> Float[Array, "a b"]:
-  """Multiplies matrices in float32, which on a TPU has to be asked for.
+  """Multiplies matrices in float32, which on a TPU needs an explicit precision.
 
-  Two bfloat16 operands have exact products. A float32 one with a bfloat16 one is taken as the sum
-  of two bfloat16 numbers (HIGH takes both operands so; the compiler drops the pass for the half
-  that is 0), two float32 ones as sums of three.
+  Products of two bfloat16 operands are exact. A float32 operand beside a bfloat16 one is split into
+  a sum of two bfloat16 numbers. (HIGH splits both operands; the compiler drops the pass for the
+  half that is 0.) Two float32 operands are split into sums of three.
   """
   narrow = [x.dtype == jnp.bfloat16 for x in (left, right)]
   precision = None

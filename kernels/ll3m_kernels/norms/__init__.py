@@ -1,1 +1,1 @@
-"""RMSNorm and LayerNorm, with or without the residual addition before them."""
+"""RMSNorm and LayerNorm, with or without a residual addition before them."""

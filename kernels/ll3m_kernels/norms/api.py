@@ -1,6 +1,6 @@
-"""The public norms: they check their arguments and choose an implementation.
+"""The public norms: argument checks and the choice of implementation.
 
-RMSNorm (Zhang & Sennrich, 2019) and LayerNorm (Ba et al., 2016), with or without the residual
+RMSNorm (Zhang & Sennrich, 2019) and LayerNorm (Ba et al., 2016), with or without a residual
 addition before them. Statistics and the affine part are computed in float32; outputs have the
 input's dtype.
 """
@@ -24,19 +24,19 @@ def rms_norm(
   """Normalises by the root mean square: x / sqrt(mean(x^2) + epsilon) * (scale_offset + scale).
 
   Args:
-    x: the activations.
-    scale: the weight.
-    epsilon: added to the mean square; positive.
-    scale_offset: added to the weight in float32; 1.0 for Gemma, whose weights are stored less 1.
-    implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
-    sharding: how x lies on a mesh: its first dimension may be split, weights may not.
+    x: Activations.
+    scale: Learned scale.
+    epsilon: Constant added to the mean square; positive.
+    scale_offset: Constant added to the scale in float32; 1.0 for Gemma, which stores scale - 1.
+    implementation: See `dispatch.resolve`. The kernel supports bfloat16 and float32.
+    sharding: Layout of x on a mesh. Its first dimension may be split, weights may not.
 
   Returns:
     The normalised activations, in x's dtype.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument, or this is
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: The named implementation does not support an argument, or the call is
       differentiated twice.
   """
   plan = make_plan(
@@ -63,19 +63,19 @@ def layer_norm(
   """Normalises to mean 0 and variance 1: (x - mean) / sqrt(var + epsilon) * scale + bias.
 
   Args:
-    x: the activations.
-    scale: the weight.
-    bias: added last, if given.
-    epsilon: added to the (biased) variance; positive.
-    implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32.
-    sharding: how x lies on a mesh: its first dimension may be split, weights may not.
+    x: Activations.
+    scale: Learned scale.
+    bias: Learned bias, if any; added last.
+    epsilon: Constant added to the (biased) variance; positive.
+    implementation: See `dispatch.resolve`. The kernel supports bfloat16 and float32.
+    sharding: Layout of x on a mesh. Its first dimension may be split, weights may not.
 
   Returns:
     The normalised activations, in x's dtype.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument, or this is
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: The named implementation does not support an argument, or the call is
       differentiated twice.
   """
   plan = make_plan(
@@ -103,21 +103,21 @@ def add_rms_norm(
   """Adds a block's output to the residual stream and normalises the sum (see `rms_norm`).
 
   Args:
-    x: the block's output.
-    residual: the residual stream, of x's dtype.
-    scale: as in `rms_norm`, like all that follow.
-    epsilon: as there.
-    scale_offset: as there.
-    implementation: as there.
-    sharding: as there.
+    x: Output of the block.
+    residual: Residual stream, in x's dtype.
+    scale: See `rms_norm`.
+    epsilon: See `rms_norm`.
+    scale_offset: See `rms_norm`.
+    implementation: See `rms_norm`.
+    sharding: See `rms_norm`.
 
   Returns:
-    (normed, sum): the normalised sum, and the sum rounded to x's dtype, which is also what is
+    (normed, sum): The normalised sum and the sum. The sum is rounded to x's dtype before it is
     normalised.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: as in `rms_norm`.
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: See `rms_norm`.
   """
   plan = make_plan(
     "add_rms_norm",
@@ -145,21 +145,21 @@ def add_layer_norm(
   """Adds a block's output to the residual stream and normalises the sum (see `layer_norm`).
 
   Args:
-    x: the block's output.
-    residual: the residual stream, of x's dtype.
-    scale: as in `layer_norm`, like all that follow.
-    bias: as there.
-    epsilon: as there.
-    implementation: as there.
-    sharding: as there.
+    x: Output of the block.
+    residual: Residual stream, in x's dtype.
+    scale: See `layer_norm`.
+    bias: See `layer_norm`.
+    epsilon: See `layer_norm`.
+    implementation: See `layer_norm`.
+    sharding: See `layer_norm`.
 
   Returns:
-    (normed, sum): the normalised sum, and the sum rounded to x's dtype, which is also what is
+    (normed, sum): The normalised sum and the sum. The sum is rounded to x's dtype before it is
     normalised.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: as in `layer_norm`.
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: See `layer_norm`.
   """
   plan = make_plan(
     "add_layer_norm",

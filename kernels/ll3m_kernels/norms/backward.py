@@ -1,9 +1,9 @@
 """The backward pass of the norms on a TPU: one kernel for all gradients.
 
-The statistics are computed again, from what was normalised: nothing else is kept. Every row is
-read once and its gradient written once. The gradients of scale and bias are summed over the rows
-in float32, by each core in an [8, D] of its own: its row i is the sum of the rows i, i + 8, .. that
-the core has seen. XLA adds up what is left, [8 * cores, D], with whatever consumes it.
+The statistics are recomputed from the input of the norm; nothing else is saved. Each row is read
+once and its gradient written once. The gradients of scale and bias are summed over the rows in
+float32. Each core accumulates an [8, D] array of its own, whose row i is the sum of the core's rows
+i, i + 8, ... XLA sums the remaining [8 * cores, D] and fuses that sum with its consumer.
 """
 
 import functools
@@ -30,7 +30,7 @@ def backward(
   y_bar: Float[Array, "*B D"],
   sum_bar: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
-  """Computes the cotangents of x, and in float32 those of scale and bias; see `xla.backward`."""
+  """Computes the cotangents of x and, in float32, of scale and bias; see `xla.backward`."""
   shape = x.shape
   arrays = [array.reshape(-1, shape[-1]) for array in (x, y_bar, sum_bar) if array is not None]
   num_rows, size = arrays[0].shape
@@ -42,7 +42,7 @@ def backward(
 
   def place(core, step):
     index = core * steps + step
-    # A core without a block of its own at the end does the last one again, which changes nothing.
+    # A core with fewer blocks repeats the last one, which changes nothing.
     return (jnp.minimum(index, num_blocks - 1) if num_blocks % cores else index), 0
 
   block = pl.BlockSpec((blocks.rows, size), place)
@@ -69,7 +69,7 @@ def backward(
 
 
 def blocks_of(x: Any, bias: Any, adds: bool) -> tuple[sizes.Blocks, int]:
-  """Returns how the backward pass cuts x, and the vector memory that this takes, in bytes."""
+  """Returns the blocks of x in the backward pass, and the pass's VMEM in bytes."""
   problem = sizes.problem_of(x, 4 if adds else 3, 1, 1 if bias is None else 2)
   blocks = sizes.choose_blocks(problem, dispatch.generation())
   return blocks, sizes.vmem_bytes(problem, blocks)
@@ -104,7 +104,7 @@ def _kernel(spec, blocks, num_rows, steps, cores, adds, has_bias, *refs):
       row_chunks.write(x_bar_ref, rows, part, x_bar)
       for ref, terms in zip(sum_refs, (scale_terms, y_bar), strict=False):
         if is_ragged:
-          # Rows beyond the end hold anything, and what comes of it: NaN, say.
+          # Rows beyond the end have arbitrary values, possibly NaN.
           terms = jnp.where(row_chunks.exist(terms, rows, left), terms, 0.0)
         ref[:, part] += jnp.sum(terms, axis=0)
 

@@ -30,13 +30,13 @@ def add_forward(
   scale: Float[Array, " D"],
   bias: Float[Array, " D"] | None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-  """Returns the normalised sum, and the sum; see `add_rms_norm`."""
+  """Returns the normalised sum and the sum; see `add_rms_norm`."""
   normed, total = _call(spec, (x, residual), scale, bias)
   return normed, total
 
 
 def blocks_of(x: Any, bias: Any, adds: bool) -> tuple[sizes.Blocks, int]:
-  """Returns how the forward pass cuts x, and the vector memory that this takes, in bytes."""
+  """Returns the blocks of x in the forward pass, and the pass's VMEM in bytes."""
   problem = sizes.problem_of(x, 4 if adds else 2, 1 if bias is None else 2, 0)
   blocks = sizes.choose_blocks(problem, dispatch.generation())
   return blocks, sizes.vmem_bytes(problem, blocks)
@@ -79,7 +79,7 @@ def _kernel(spec, blocks, adds, has_bias, *refs):
 
   def do(rows):
     if adds:
-      # What is normalised is the sum as it is kept: the backward pass sees no other.
+      # The rounded sum is normalised, because the backward pass recomputes statistics from it.
       total = row_chunks.read(x_ref, rows) + row_chunks.read(residual_ref, rows)
       row_chunks.write(sum_ref, rows, row_chunks.ALL, total)
     source_ref = sum_ref if adds else x_ref

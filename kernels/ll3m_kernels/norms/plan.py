@@ -1,4 +1,4 @@
-"""What a call of a norm will run: its arguments checked and its implementation chosen."""
+"""The plan of a norm's call: its checked arguments and its implementation."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from ll3m_kernels.validation import finite_number, floating
 
 
 class Plan(NamedTuple):
-  """What a call and its explanation have in common.
+  """The plan of a call, shared by the call and its explanation.
 
   Attributes:
-    static: what the operation takes beside arrays.
-    arrays: what it takes of x, residual, scale and bias.
-    text: in words.
+    static: Static arguments of the operation.
+    arrays: Arrays of the operation: x, the residual if it is added, scale and bias.
+    text: Description in words.
   """
 
   static: Static
@@ -39,17 +39,17 @@ def make_plan(
   implementation: Any,
   sharding: Any,
 ) -> Plan:
-  """Checks the arguments of a norm, named as there, and settles what runs.
+  """Checks the arguments of a norm and chooses its implementation; see `rms_norm` for arguments.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument.
+    ValueError: A shape, dtype or option is invalid.
+    NotImplementedError: The named implementation does not support an argument.
   """
   adds, is_centred = operation.startswith("add_"), operation.endswith("layer_norm")
   x, scale = floating("x", x), floating("scale", scale)
   bias = None if bias is None else floating("bias", bias)
   if not x.shape:
-    raise ValueError("x must have a last axis, got ()")
+    raise ValueError("x must have at least one dimension, got shape ()")
   for name, weight in (("scale", scale), ("bias", bias)):
     if weight is not None and weight.shape != x.shape[-1:]:
       raise ValueError(f"{name} must have shape {x.shape[-1:]}, got {weight.shape}")
@@ -57,7 +57,7 @@ def make_plan(
     residual = floating("residual", residual)
     if x.shape != residual.shape or x.dtype != residual.dtype:
       raise ValueError(
-        f"x and residual must have one shape and dtype, got {x.shape} {x.dtype} and "
+        f"x and residual must have the same shape and dtype, got {x.shape} {x.dtype} and "
         f"{residual.shape} {residual.dtype}"
       )
   spec = Spec(
@@ -80,24 +80,24 @@ def make_plan(
 
 
 def _refusal(x: Any, scale: Any, bias: Any, own: Any, adds: bool) -> str | None:
-  """Says why the kernel cannot serve these arrays, of which a device has its own part, if so."""
+  """Returns why the kernel does not support these arrays, if so; `own` is one device's shard."""
   for name, array in (("x", x), ("scale", scale), ("bias", bias)):
     if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
       return f"{name}: expected bfloat16 or float32, got {array.dtype}"
   if 0 in x.shape:
-    return f"x: it is empty, {x.shape}"
+    return f"x: expected at least one element, got shape {x.shape}"
   generation = dispatch.generation()
   needed = max(kernel.blocks_of(own, bias, adds)[1] for kernel in (forward, backward))
   if needed > generation.vmem_bytes:
     return (
       f"x: rows of {x.shape[-1]} elements need {needed / dispatch.MIB:.1f} MiB of vector memory, "
-      f"a core of a {generation.name} has {generation.vmem_bytes / dispatch.MIB:.0f} MiB"
+      f"but a {generation.name} core has {generation.vmem_bytes / dispatch.MIB:.0f} MiB"
     )
   return None
 
 
 def _kernels(own: Any, bias: Any, adds: bool) -> dict[str, tuple[str, int]]:
-  """Returns how each pass is laid out, and the vector memory it takes; see `dispatch.describe`."""
+  """Returns the layout of each pass in words, and its VMEM; see `dispatch.describe`."""
   found = {}
   for name, kernel in (("forward", forward), ("backward", backward)):
     blocks, needed = kernel.blocks_of(own, bias, adds)

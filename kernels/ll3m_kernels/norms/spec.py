@@ -1,7 +1,7 @@
-"""What a norm computes, in float32: the formulas of both implementations.
+"""The formulas of a norm in float32, shared by both implementations.
 
-Arrays are [.., D] and what is known of their rows is [.., 1]; weights have as many axes and
-broadcast against them. Gain is the scale with its offset.
+Arrays are [.., D] and row statistics [.., 1]. Weights have as many axes and broadcast against
+them. `gain` is the scale plus its offset.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 
 
 class Spec(NamedTuple):
-  """The options of a call that do not change with its data.
+  """The static options of a call.
 
   Attributes:
-    is_centred: LayerNorm, which subtracts the mean; else RMSNorm.
-    epsilon: added to the mean square.
-    scale_offset: added to the scale.
+    is_centred: True for LayerNorm, which subtracts the mean; False for RMSNorm.
+    epsilon: Constant added to the mean square.
+    scale_offset: Constant added to the scale.
   """
 
   is_centred: bool
@@ -27,29 +27,30 @@ class Spec(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What the forward pass has to know of each row.
+  """The row statistics of the forward pass.
 
   Attributes:
-    inverse: 1 / sqrt(mean((x - mean)^2) + epsilon).
-    mean: of x, rounded; None, as if it were 0, for RMSNorm.
-    rest: what the mean is more than that. Of float32 rows whose mean is 1e4 times their deviation,
-      a sum in float32 has the mean with an error of 1e-3 of the deviation; a second sum, of what is
-      left then, has the error. None, as if it were 0, for RMSNorm and for narrower dtypes: where
-      the mean is large beside the deviation, their few bits add up in float32 without rounding, and
-      that of the division, 1e-7 of the mean, is far less than the distance of two such numbers.
+    rstd: Reciprocal standard deviation, 1 / sqrt(mean((x - mean)^2) + epsilon).
+    mean: Rounded mean of x; None (meaning 0) for RMSNorm.
+    mean_residual: Correction to `mean`. If a float32 row's mean is 1e4 times its standard
+      deviation, one float32 sum is off by 1e-3 standard deviations; summing the centred values once
+      more recovers that error. None (meaning 0) for RMSNorm and for narrower dtypes: if the mean of
+      such a row is large compared with its standard deviation, the few bits of its values add up in
+      float32 without rounding, and the division's rounding error, 1e-7 of the mean, is far less
+      than the spacing of the values.
   """
 
-  inverse: Float[Array, "*B 1"]
+  rstd: Float[Array, "*B 1"]
   mean: Float[Array, "*B 1"] | None
-  rest: Float[Array, "*B 1"] | None
+  mean_residual: Float[Array, "*B 1"] | None
 
 
 class RowBars(NamedTuple):
-  """What the backward pass has to know of each row besides: what the statistics take back.
+  """The row statistics of the backward pass; `gradients` subtracts slope * (x - mean) + shift.
 
   Attributes:
-    slope: of x_bar in x - mean.
-    shift: of x_bar; None for RMSNorm.
+    slope: Coefficient of x - mean.
+    shift: Constant per row; None for RMSNorm.
   """
 
   slope: Float[Array, "*B 1"]
@@ -57,17 +58,17 @@ class RowBars(NamedTuple):
 
 
 def measure(spec: Spec, x: Float[Array, "*B D"], dtype: DTypeLike) -> Rows:
-  """Computes the statistics of x in float32, which had `dtype` before it was widened."""
+  """Computes the row statistics of x, a float32 copy of an array of dtype `dtype`."""
   if not spec.is_centred:
     return Rows(jax.lax.rsqrt(_mean(x * x) + spec.epsilon), None, None)
   mean = _mean(x)
   centred = x - mean
   if jnp.finfo(dtype).bits < 32:
     return Rows(jax.lax.rsqrt(_mean(centred * centred) + spec.epsilon), mean, None)
-  # These two means do not wait for each other.
-  rest, square = _mean(centred), _mean(centred * centred)
-  variance = jnp.maximum(square - rest * rest, 0.0)
-  return Rows(jax.lax.rsqrt(variance + spec.epsilon), mean, rest)
+  # Neither of these two means depends on the other.
+  mean_residual, square = _mean(centred), _mean(centred * centred)
+  variance = jnp.maximum(square - mean_residual * mean_residual, 0.0)
+  return Rows(jax.lax.rsqrt(variance + spec.epsilon), mean, mean_residual)
 
 
 def normalise(
@@ -76,29 +77,29 @@ def normalise(
   gain: Float[Array, "*b D"],
   bias: Float[Array, "*b D"] | None,
 ) -> Float[Array, "*B D"]:
-  """Computes (x - mean) * inverse * gain + bias."""
-  y = _centre(x, rows) * rows.inverse * gain
+  """Computes (x - mean) * rstd * gain + bias."""
+  y = _centre(x, rows) * rows.rstd * gain
   return y if bias is None else y + bias
 
 
 def measure_bars(
   x: Float[Array, "*B D"], rows: Rows, gain: Float[Array, "*b D"], y_bar: Float[Array, "*B D"]
 ) -> RowBars:
-  """Computes what `gradients` subtracts.
+  """Computes the row statistics of the backward pass.
 
-  No mean waits for the inverse, nor for the mean's rest, so that a TPU can reduce them together
-  with the statistics.
+  No mean depends on `rstd` or `mean_residual`, so a TPU can reduce them together with the
+  statistics of the forward pass.
   """
   h = y_bar * gain
   if rows.mean is None:
     product, shift = _mean(h * x), None
   else:
     total, product = _mean(h), _mean(h * (x - rows.mean))
-    shift = total * rows.inverse
-    if rows.rest is not None:
-      product = product - total * rows.rest
-  # Factor by factor: the inverse to the third alone would underflow long before the product does.
-  return RowBars(product * rows.inverse * rows.inverse * rows.inverse, shift)
+    shift = total * rows.rstd
+    if rows.mean_residual is not None:
+      product = product - total * rows.mean_residual
+  # Multiplied factor by factor: rstd^3 alone would underflow long before the product does.
+  return RowBars(product * rows.rstd * rows.rstd * rows.rstd, shift)
 
 
 def gradients(
@@ -108,15 +109,15 @@ def gradients(
   gain: Float[Array, "*b D"],
   y_bar: Float[Array, "*B D"],
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-  """Computes the cotangent of x, and what summed over the rows is that of the scale.
+  """Computes the cotangent of x, and the terms whose sum over rows is the cotangent of the scale.
 
-  With c = x - mean, r the inverse and h = y_bar * gain:
+  With c = x - mean, r = rstd and h = y_bar * gain:
 
     x_bar = r h - c r^3 mean(h c) - r mean(h)        scale_bar = sum of (y_bar r) c
 
-  the last term of x_bar for LayerNorm only.
+  The last term of x_bar applies to LayerNorm only.
   """
-  centred, scaled = _centre(x, rows), y_bar * rows.inverse
+  centred, scaled = _centre(x, rows), y_bar * rows.rstd
   x_bar = scaled * gain - centred * bars.slope
   if bars.shift is not None:
     x_bar = x_bar - bars.shift
@@ -124,7 +125,7 @@ def gradients(
 
 
 def _centre(x: Float[Array, "*B D"], rows: Rows) -> Float[Array, "*B D"]:
-  for part in (rows.mean, rows.rest):
+  for part in (rows.mean, rows.mean_residual):
     if part is not None:
       x = x - part
   return x

@@ -1,7 +1,7 @@
-"""Norms as differentiable operations: either implementation, on one device or on a mesh.
+"""Norms as differentiable operations, in either implementation, on one device or on a mesh.
 
-For the backward pass only the inputs are kept, or the sum: the statistics are cheaper to compute
-again than to read.
+Only the inputs (or the sum) are saved for the backward pass, because recomputing the statistics is
+cheaper than reading them.
 """
 
 import functools
@@ -19,13 +19,13 @@ from ll3m_kernels.sharding import Sharding, map_shards
 
 
 class Static(NamedTuple):
-  """What does not change with the data.
+  """The static arguments of a norm.
 
   Attributes:
-    operation: the public function's name.
-    spec: the options of the call.
-    implementation: as `dispatch.choose` returns it.
-    sharding: of the activations; None on one device.
+    operation: Name of the public function.
+    spec: Options of the call.
+    implementation: Result of `dispatch.choose`.
+    sharding: Sharding of the activations; None on one device.
   """
 
   operation: str
@@ -36,7 +36,7 @@ class Static(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def norm(static: Static, x: Array, scale: Array, bias: Array | None) -> Array:
-  """Returns what is normalised, [.., D]; see `rms_norm`."""
+  """Returns the normalised activations, [.., D]; see `rms_norm`."""
   return _norm_forward(static, x, scale, bias)[0]
 
 
@@ -50,7 +50,7 @@ def _norm_backward(static, residuals, y_bar):
   return _backward(static, *residuals, y_bar, None)
 
 
-# An output that a vmap's rows share has one cotangent, not one for each row.
+# In a vmap, an output that is not batched has one cotangent, not one per element of the batch.
 norm.defvjp(_norm_forward, _norm_backward, generic_batching=True)
 
 
@@ -82,7 +82,7 @@ def _backward(static, x, scale, bias, y_bar, sum_bar):
   rows, whole = _specs(static, x)
 
   def add_up(x_bar, *sums):
-    # Weights have the gradients of all rows, those of other devices too.
+    # The gradients of weights are summed over the rows of all devices.
     return x_bar, *jax.lax.psum(sums, static.sharding.batch_axes)
 
   run = _mapped(
@@ -99,13 +99,13 @@ def _backward(static, x, scale, bias, y_bar, sum_bar):
 
 
 def rows_spec(sharding: Sharding | None, ndim: int) -> PartitionSpec:
-  """Returns how activations of so many dimensions lie on the mesh: whole, if it has one device."""
+  """Returns the partition spec of activations with `ndim` dimensions; unsplit on one device."""
   is_split = sharding is not None and sharding.mesh.size > 1 and ndim > 1
   return sharding.rows(ndim) if is_split else PartitionSpec()
 
 
 def _specs(static: Static, x: Array) -> tuple[PartitionSpec, PartitionSpec]:
-  """Returns how x lies on the mesh, and how weights do: everywhere."""
+  """Returns the partition specs of x and of the weights, which are replicated."""
   return rows_spec(static.sharding, x.ndim), PartitionSpec()
 
 
@@ -117,7 +117,7 @@ def _mapped(
   out_specs: Any,
   finish: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-  """Returns one pass as a function of arrays, each device's part of them; see `map_shards`."""
+  """Returns one pass as a function of arrays, mapped over shards; see `map_shards`."""
 
   def run(*arrays):
     results = dispatch.run(

@@ -26,7 +26,7 @@ def add_forward(
   scale: Float[Array, " D"],
   bias: Float[Array, " D"] | None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-  """Returns the normalised sum, and the sum; see `add_rms_norm`."""
+  """Returns the normalised sum and the sum; see `add_rms_norm`."""
   total = _add(x, residual)
   return forward(spec, total, scale, bias), total
 
@@ -39,15 +39,15 @@ def backward(
   y_bar: Float[Array, "*B D"],
   sum_bar: Float[Array, "*B D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Float[Array, " D"], Float[Array, " D"] | None]:
-  """Computes the cotangents of x, and in float32 those of scale and bias.
+  """Computes the cotangents of x and, in float32, of scale and bias.
 
   Args:
-    spec: of the call.
-    x: what was normalised.
-    scale: the weight.
-    bias: added last, if given.
-    y_bar: the cotangent of the normalised activations.
-    sum_bar: for the fused addition, the cotangent of the sum, which x is.
+    spec: Options of the call.
+    x: Input of the norm; with a fused addition, the sum.
+    scale: Learned scale.
+    bias: Learned bias, if any.
+    y_bar: Cotangent of the normalised activations.
+    sum_bar: Cotangent of the sum, with a fused addition.
   """
   wide, y_bar = _wide(x), _wide(y_bar)
   gain = _row(scale, x.ndim) + spec.scale_offset
@@ -61,7 +61,7 @@ def backward(
 
 
 def _add(x: Float[Array, "*B D"], residual: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-  """Adds, and rounds whatever XLA fuses this with: it likes to skip a rounding to bfloat16."""
+  """Adds, and rounds explicitly, because XLA may skip a rounding to bfloat16 when it fuses."""
   if x.dtype.itemsize >= 4:
     return x + residual
   limits = jnp.finfo(x.dtype)

@@ -1,1 +1,1 @@
-"""Rotary position embeddings: a TPU kernel, plain jnp, and the exact angles that both turn by."""
+"""Rotary position embeddings: a TPU kernel, plain jnp, and the exact angles that both use."""

@@ -1,11 +1,12 @@
 """Angles of rotary embeddings that are exact at any position (Su et al., 2021).
 
-Angles are counted in turns, not radians: whole turns then fall away without a rounding. A
-frequency is cut into a whole number of 2**-32 turns and a rest below that. Position times whole
-number is an int32 product that wraps around, once per turn; the rest adds little more than a
-rounding. A float32 product of position and frequency is off by 3e-2 radians at a million.
+Angles are counted in turns rather than radians, so whole turns drop out without rounding. A
+frequency is split into a multiple of 2**-32 turns and a remainder. Position times multiple is an
+int32 product that wraps around once per turn; position times remainder adds little more than a
+rounding error. A float32 product of position and frequency would be off by 3e-2 radians at
+position one million.
 
-Dimensions: R dimensions of a head that are rotated, R/2 pairs of them.
+Dimensions: R rotated dimensions of a head, in R/2 pairs.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 
 class Rotation(NamedTuple):
-  """How a call rotates, whatever its data.
+  """The static options of a rotation.
 
   Attributes:
-    theta: base of the frequencies.
-    rotary_dim: R.
-    scaling_factor: what the frequencies are divided by.
-    is_inverse: turns back; so do cotangents.
+    theta: Base of the frequencies.
+    rotary_dim: Number of rotated dimensions, R.
+    scaling_factor: Divisor of the frequencies.
+    is_inverse: Whether to rotate backwards, as for cotangents.
   """
 
   theta: float
@@ -38,7 +39,7 @@ class Rotation(NamedTuple):
 
 
 def frequencies(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
-  """Returns turns per position: whole 2**-32 turns, int32 [R/2], and the rest, float32 [R/2].
+  """Returns turns per position: multiples of 2**-32, int32 [R/2], and remainders, float32 [R/2].
 
   The inverse frequencies theta**(-2i/R) are rounded to float32, and again when they are divided by
   the scaling factor, as in every published implementation.
@@ -48,7 +49,7 @@ def frequencies(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
     rotation.scaling_factor
   )
   turns = radians.astype(np.float64) / (2 * np.pi)
-  turns -= np.floor(turns)  # a frequency of several turns (theta < 1) is as good as its last one
+  turns -= np.floor(turns)  # whole turns per position (theta < 1) have no effect
   whole = np.rint(turns * 2.0**32)
   rest = turns - whole * 2.0**-32
   return whole.astype(np.int64).astype(np.int32), rest.astype(np.float32)
@@ -63,10 +64,10 @@ def cos_sin(
   """Returns cos and sin of positions * frequencies in float32, negative sin for the inverse.
 
   Args:
-    rotation: of the call.
-    positions: int32, of the frequencies' number of dimensions, to broadcast against them.
-    whole: frequencies as `frequencies` returns them.
-    rest: as there.
+    rotation: Options of the call.
+    positions: Int32 positions, which broadcast against the frequencies.
+    whole: First result of `frequencies`.
+    rest: Second result of `frequencies`.
   """
   turns = (positions * whole).astype(jnp.float32) * 2.0**-32
   turns += positions.astype(jnp.float32) * rest
@@ -76,16 +77,16 @@ def cos_sin(
 
 
 def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[float]:
-  """Returns coefficients in x**2, lowest first, of a function of x**2 for |x| up to half a turn.
+  """Returns coefficients in x**2, lowest first, of an even function for |x| up to half a turn.
 
-  Interpolation in Chebyshev nodes is almost minimax. With degree 6 it is off by 1e-8 (cos) and
-  2e-9 (sin): what is left is float32's rounding, 5e-7 in all. At 0 the cosine is exactly 1.
+  Interpolation at Chebyshev nodes is almost minimax. With degree 6 it is off by 1e-8 (cos) and
+  2e-9 (sin), so float32 rounding dominates the total error of 5e-7. At 0 the cosine is exactly 1.
   """
   series = Chebyshev.interpolate(lambda y: function(np.sqrt(y)), degree, domain=[0, 0.25])
   return [float(c) for c in series.convert(kind=Polynomial).coef.astype(np.float32)]
 
 
-# By polynomial, so that the kernel and plain jnp do the same arithmetic, on every platform.
+# Polynomials, so that the kernel and plain jnp do the same arithmetic on every platform.
 _COS = _interpolate(lambda x: np.cos(2 * np.pi * x), 6)
 _SIN = _interpolate(lambda x: 2 * np.pi * np.sinc(2 * x), 6)  # sin(2 pi x) / x
 

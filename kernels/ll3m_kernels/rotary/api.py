@@ -1,4 +1,4 @@
-"""The public rotary embedding: checks its arguments and chooses an implementation."""
+"""The public rotary embedding: argument checks and the choice of implementation."""
 
 import functools
 import math
@@ -24,7 +24,8 @@ from ll3m_kernels.sharding import (
 from ll3m_kernels.validation import finite_number, floating, int32_ids, whole_number
 
 MAX_HEAD_DIM = 512
-# Frequencies are then below 160 turns, which float64 holds to 2e-8 of a turn times 2**20 positions.
+# Frequencies then stay below 160 turns per position. In float64, 2**20 times such a frequency is
+# accurate to 2e-8 turns.
 _LEAST_THETA = 1e-3
 
 
@@ -41,54 +42,55 @@ def rotary_embedding(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
   """Rotates queries and keys by their positions (Su et al., 2021), in the half-split convention.
 
-  The pair (x[i], x[i + R/2]), i < R/2, turns by positions * theta**(-2i/R), with R = rotary_dim:
+  The pair (x[i], x[i + R/2]), i < R/2, is rotated by the angle positions * theta**(-2i/R), with
+  R = rotary_dim:
 
       y[i] = x[i] cos - x[i + R/2] sin        y[i + R/2] = x[i + R/2] cos + x[i] sin
 
-  With a scaling factor, positions are divided by it (linear scaling; Chen et al., 2023).
-  The dimensions from R on pass unchanged. The inverse frequencies are rounded to float32, as in
-  every published implementation; their products with the positions are not: angles are reduced
-  to one turn exactly, so that cos and sin are within 1e-6 at any position up to 2**20.
+  Positions are divided by the scaling factor (linear scaling; Chen et al., 2023). Dimensions from R
+  on are unchanged. The inverse frequencies are rounded to float32, as in every published
+  implementation. Their products with the positions are not rounded: angles are reduced to one turn
+  exactly, so cos and sin are within 1e-6 at any position up to 2**20.
 
-  Only the positions are kept for the backward pass, which turns the cotangents back. It may be
+  The backward pass keeps only the positions and rotates the cotangents back. It may be
   differentiated again, in reverse mode.
 
   Args:
-    query: the queries.
-    key: the keys.
-    positions: each token's position, from -2**20 to 2**20, in any order. Others that fit in int32
-      are taken, but less exactly. Those that do not are refused, except in traced 64-bit arrays,
-      whose values are not at hand: they are taken modulo 2**32.
-    theta: base of the frequencies, at least 1e-3 (below, float64 does not hold them).
-    scaling_factor: what positions are divided by, at least 1.
-    rotary_dim: R, even; the whole head by default.
-    implementation: see `dispatch.resolve`. The kernel serves bfloat16 and float32, and heads of
-      at most 512. None takes "xla" for fewer than 128 tokens a row, as in decoding.
-    sharding: how the arrays lie on a mesh: batch and heads may be split.
+    query: Queries.
+    key: Keys.
+    positions: Position of each token, from -2**20 to 2**20, in any order. Other int32 values are
+      accepted, but rotated less exactly. Values that do not fit in int32 raise an error, except in
+      traced 64-bit arrays, whose values are unknown: these are taken modulo 2**32.
+    theta: Base of the frequencies, at least 1e-3 (float64 is not accurate enough for lower ones).
+    scaling_factor: Divisor of the positions, at least 1.
+    rotary_dim: Number of rotated dimensions, R; even. None rotates the whole head.
+    implementation: See `dispatch.resolve`. The kernel supports bfloat16 and float32, and head dims
+      of at most 512. None selects "xla" for rows of fewer than 128 tokens, as in decoding.
+    sharding: Layout of the arrays on a mesh; batch and heads may be split.
 
   Returns:
-    The rotated queries and keys, in their own dtypes; the rotation is done in float32.
+    The rotated queries and keys, in their own dtypes; the rotation is computed in float32.
 
   Raises:
-    ValueError: shapes, dtypes, positions or options that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument.
+    ValueError: A shape, dtype, position or option is invalid.
+    NotImplementedError: The named implementation does not support an argument.
   """
   plan = make_plan(
     query, key, positions, theta, scaling_factor, rotary_dim, implementation, sharding
   )
   query, key, positions = plan.arrays
-  # Each like the positions, not like each other: keys that devices share stay shared.
+  # Each varies like the positions, not like the other: keys that devices share stay shared.
   (query, _), (key, _) = vary_alike(query, positions), vary_alike(key, positions)
   return _rotate(plan.static, query, key, positions)
 
 
 class _Static(NamedTuple):
-  """What does not change with the data.
+  """The static arguments of the operation.
 
   Attributes:
-    rotation: the options of the call.
-    implementation: as `dispatch.choose` returns it.
-    sharding: of the arrays; None on one device.
+    rotation: Options of the call.
+    implementation: Result of `dispatch.choose`.
+    sharding: Sharding of the arrays; None on one device.
   """
 
   rotation: Rotation
@@ -96,7 +98,7 @@ class _Static(NamedTuple):
   sharding: Sharding | None
 
   def spec(self, x: Any) -> PartitionSpec | None:
-    """Returns how queries or keys are split: by heads too where these divide."""
+    """Returns the partition spec of queries or keys; heads are split if they divide evenly."""
     if self.sharding is None:
       return None
     splits = x.shape[2] % self.sharding.head_shards == 0
@@ -122,22 +124,23 @@ def _forward(static, query, key, positions):
 
 
 def _backward(static, positions, cotangents):
-  # A rotation is linear and its transpose is its inverse: the same operation, gradients included.
+  # A rotation is linear and its transpose is its inverse, so this is the same operation and can
+  # itself be differentiated.
   static = static._replace(rotation=static.rotation.inverse())
   return (*_rotate(static, *cotangents, positions), None)
 
 
-# An output that a vmap's rows share has one cotangent, not one for each row.
+# In a vmap, an output that is not batched has one cotangent, not one per element of the batch.
 _rotate.defvjp(_forward, _backward, generic_batching=True)
 
 
 class Plan(NamedTuple):
-  """What a call and its explanation have in common.
+  """The plan of a call, shared by the call and its explanation.
 
   Attributes:
-    static: what the operation takes beside arrays.
-    arrays: query, key and positions.
-    text: in words.
+    static: Static arguments of the operation.
+    arrays: Query, key and positions.
+    text: Description in words.
   """
 
   static: _Static
@@ -155,7 +158,7 @@ def make_plan(
   implementation: Any,
   sharding: Any,
 ) -> Plan:
-  """Checks the arguments of a call, named as there, and settles what runs."""
+  """Checks the arguments of `rotary_embedding` and chooses its implementation."""
   query, key = floating("query", query), floating("key", key)
   positions = int32_ids("positions", positions)
   rotation = _check(query, key, positions, theta, scaling_factor, rotary_dim)
@@ -180,17 +183,18 @@ def make_plan(
 
 
 def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
-  """Says why the kernel cannot serve these arrays, or why it is not chosen for them, if so."""
+  """Returns why the kernel does not support these arrays, or is not chosen for them, if so."""
   for name, array in (("query", query), ("key", key)):
     if array.dtype not in (jnp.bfloat16, jnp.float32):
       return f"{name}: expected bfloat16 or float32, got {array.dtype}"
     if not math.prod(array.shape):
-      return f"{name}: it is empty, {array.shape}"
+      return f"{name}: expected at least one element, got shape {array.shape}"
   if query.shape[3] > MAX_HEAD_DIM:
     return f"query: expected a head dim of at most {MAX_HEAD_DIM}, got {query.shape[3]}"
   if implementation is None and query.shape[1] < LANES:
-    # By the compiler's estimate 40% fewer cycles for one token, 25% for a batch of 64.
-    return f"query: rows of {query.shape[1]} tokens are too short to be worth a kernel"
+    # By the compiler's estimate, plain jnp takes 40% fewer cycles for one token, 25% fewer for a
+    # batch of 64.
+    return f"query: rows of {query.shape[1]} tokens are too short to benefit from the kernel"
   return None
 
 
@@ -199,11 +203,14 @@ def _check(
 ) -> Rotation:
   if len(query.shape) != 4 or len(key.shape) != 4 or key.shape[:2] != query.shape[:2]:
     raise ValueError(
-      f"query and key must be [B, T, heads, H] with one B and T, got {query.shape} and {key.shape}"
+      f"query and key must be [B, T, heads, H] with the same B and T, got {query.shape} and "
+      f"{key.shape}"
     )
   head_dim = query.shape[3]
   if key.shape[3] != head_dim:
-    raise ValueError(f"query and key must have one head dim, got {head_dim} and {key.shape[3]}")
+    raise ValueError(
+      f"query and key must have the same head dim, got {head_dim} and {key.shape[3]}"
+    )
   if positions.shape != query.shape[:2]:
     raise ValueError(f"positions must have shape {query.shape[:2]}, got {positions.shape}")
   rotary_dim = head_dim if rotary_dim is None else whole_number("rotary_dim", rotary_dim)

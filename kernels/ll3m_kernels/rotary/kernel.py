@@ -1,13 +1,13 @@
 """Rotary embeddings on a TPU: queries and keys are read once and written once.
 
-Arrays come with tokens last, [B, heads, H, T]. A pair (x[i], x[i + R/2]) then lies in two rows,
-which nothing has to shift or select; a head dim that is no multiple of 128 wastes no lanes; and
-positions are a row and frequencies a column, whose product is the table of angles. Projections
-write this layout, and attention's backward pass reads queries and one copy of the keys in it; for
-the rows that its other products want, XLA transposes both once.
+Arrays have tokens last, [B, heads, H, T]. A pair (x[i], x[i + R/2]) is then in two rows, which need
+no shifts or selects. A head dim that is not a multiple of 128 wastes no lanes. The table of angles
+is the product of a row of positions and a column of frequencies. Projections write this layout, and
+attention's backward pass reads queries and one copy of the keys in it. Its other products need
+tokens in rows, for which XLA transposes both once.
 
-A grid step has a block of tokens of some heads. The table is computed at the first of them, and
-stays in vector memory for the others.
+A grid step has a block of tokens and some of their heads. The table is computed in the first step
+of a block of tokens and stays in vector memory for the others.
 """
 
 import functools
@@ -25,25 +25,26 @@ from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.rotary.angles import Rotation, cos_sin, frequencies
 from ll3m_kernels.sharding import result
 
-# A grid step's queries and keys, which with two blocks in and two out fit the 16 MiB of a v4.
-# Larger ones do not pay on others either: nothing hides the first fetch and the last store.
+# Bytes of a grid step's queries and keys. Two input and two output blocks fit in the 16 MiB of a
+# v4. Larger blocks do not pay on other TPUs either: the first fetch and the last store are not
+# hidden.
 _BLOCK_BYTES = 5 * MIB // 2
 _VMEM_BYTES = 16 * MIB
 _TOKENS = 512
-# Positions come many blocks at a time: a fetch costs 400 cycles, however small.
+# Blocks whose positions are fetched together: a fetch of any size costs at least 400 cycles.
 _BLOCKS_OF_POSITIONS = 64
-# Heads that are turned side by side: 4 to 5% fewer cycles than one after the other.
+# Heads that are rotated side by side, in 4 to 5% fewer cycles than one after the other.
 _UNROLL = 4
 
 
 class Blocks(NamedTuple):
-  """What a grid step works on.
+  """The block of a grid step.
 
   Attributes:
-    tokens: a multiple of 128, or all there are.
-    query_heads: of the queries.
-    key_heads: of the keys.
-    steps: how many blocks of heads there are.
+    tokens: Number of tokens: a multiple of 128, or all.
+    query_heads: Number of query heads.
+    key_heads: Number of key heads.
+    steps: Number of blocks of heads.
   """
 
   tokens: int
@@ -53,13 +54,13 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(rotation: Rotation, query: Any, key: Any) -> tuple[Blocks, int]:
-  """Returns how queries and keys are cut, and the vector memory that this takes, in bytes."""
+  """Returns the blocks of queries and keys, and their VMEM in bytes."""
   _, length = _rows_of_tokens(query)
   blocks = _choose_blocks(length, query, key)
   tokens, half = up(blocks.tokens, LANES), up(rotation.rotary_dim // 2, 8)
   streamed = 2 * _block_bytes(query, key, blocks)
   small = 4 * (tokens * _fetched(length, blocks) + 2 * LANES * half)
-  # The table, and in float32 what is turned side by side.
+  # The table, and the heads that are rotated side by side, in float32.
   working = 4 * tokens * (2 * half + _UNROLL * up(query.shape[3], 8))
   return blocks, 2 * (streamed + small) + working
 
@@ -70,7 +71,7 @@ def rotate(
   key: Float[Array, "B T K H"],
   positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-  """Rotates; see `rotary_embedding`."""
+  """Rotates queries and keys; see `rotary_embedding`."""
   shapes = query.shape, key.shape
   batch, length = _rows_of_tokens(query)
   query, key = (x.reshape(batch, length, *x.shape[2:]) for x in (query, key))
@@ -83,13 +84,13 @@ def rotate(
     last = pl.cdiv(total, count) - 1
 
     def place(b, i, j):
-      # Where the steps are more than the blocks, the last one stays, and is turned again.
+      # If there are more steps than blocks, the last block stays and is rotated again.
       return b, j if last == blocks.steps - 1 else jnp.minimum(j, last), 0, i
 
     return pl.BlockSpec((1, count, head_dim, blocks.tokens), place)
 
   def place_of_positions(b, i, j):
-    # Said to be constant where it is, it costs nothing to check.
+    # Written as a constant where possible, because a constant index costs nothing to check.
     return b, 0, 0 if fetched == token_blocks else jax.lax.div(i, np.int32(fetched))
 
   column = pl.BlockSpec((rotation.rotary_dim // 2, 1), lambda b, i, j: (0, 0))
@@ -125,7 +126,7 @@ def rotate(
 def _kernel(rotation, tokens, fetched, positions_ref, whole_ref, rest_ref, *refs):
   query_ref, key_ref, rotated_query_ref, rotated_key_ref, cos_ref, sin_ref = refs
   half = rotation.rotary_dim // 2
-  # Not inside of the condition, where jax's plain interpreter does not know it.
+  # Read outside the condition, because jax's plain interpreter does not support it inside.
   token_block = pl.program_id(1)
 
   @pl.when(pl.program_id(2) == 0)
@@ -156,7 +157,7 @@ def _kernel(rotation, tokens, fetched, positions_ref, whole_ref, rest_ref, *refs
 
 
 def _rows_of_tokens(query: Any) -> tuple[int, int]:
-  """Returns batch and length; short rows are made one: tokens are lanes, most would be empty."""
+  """Returns batch and length, with short rows merged into one, since tokens fill the lanes."""
   batch, length = query.shape[:2]
   return (batch, length) if length >= LANES else (1, batch * length)
 
@@ -177,7 +178,7 @@ def _choose_blocks(length: int, query: Any, key: Any) -> Blocks:
 
 
 def _fetched(length: int, blocks: Blocks) -> int:
-  """Returns how many blocks' positions are fetched together."""
+  """Returns the number of blocks whose positions are fetched together."""
   return min(pl.cdiv(length, blocks.tokens), _BLOCKS_OF_POSITIONS)
 
 

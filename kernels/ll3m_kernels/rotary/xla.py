@@ -12,7 +12,7 @@ def rotate(
   key: Float[Array, "B T K H"],
   positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-  """Rotates; see `rotary_embedding`."""
+  """Rotates queries and keys; see `rotary_embedding`."""
   whole, rest = (jnp.asarray(x)[None, None, None] for x in frequencies(rotation))
   cos, sin = cos_sin(rotation, positions[:, :, None, None], whole, rest)  # [B, T, 1, R/2]
   return _turn(query, cos, sin), _turn(key, cos, sin)

@@ -1,4 +1,4 @@
-"""What `test_estimates` has priced, in another process."""
+"""Builders of the kernels that `test_estimates` prices in another process."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def product(dtype="bfloat16"):
 
 
 def loop_over_data():
-  """As many products as the data say."""
+  """Returns a kernel whose number of products depends on data."""
 
   def kernel(n_ref, x_ref, z_ref):
     x = x_ref[...]
@@ -44,7 +44,7 @@ def loop_over_data():
 
 
 def in_place():
-  """Writes over its first operand; of v5p's vector memory it takes too much for a copy of that."""
+  """Returns a kernel that overwrites its first operand; v5p's VMEM does not fit a copy of it."""
   array = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
 
   def kernel(x_ref, *refs):

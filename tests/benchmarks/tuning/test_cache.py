@@ -1,4 +1,4 @@
-"""Estimates are made once, kept, and thrown away when what decides them has changed."""
+"""The cache of estimates: its reuse, and its invalidation if the sources change."""
 
 import pytest
 
@@ -11,7 +11,7 @@ KERNEL = Kernel("kernel", 123, 456, False)
 
 @pytest.fixture
 def made(monkeypatch):
-  """Replaces the compiler: a list of what it was asked for."""
+  """Replaces the compiler, and returns a list of its requests."""
   asked = []
 
   def estimate(generation, builder, arguments, **options):
@@ -36,7 +36,7 @@ def run(path, chosen):
   }
 
 
-def test_what_is_known_is_not_estimated_again(tmp_path, made):
+def test_cached_estimates_are_reused(tmp_path, made):
   path, source = tmp_path / "folder" / "estimates.jsonl", tmp_path / "kernel.py"
   source.write_text("first")
   first = run(path, tasks(1, 2, 2, -1, source=source))
@@ -52,14 +52,14 @@ def test_what_is_known_is_not_estimated_again(tmp_path, made):
   assert sorted(made) == [-1, 1, 2, 3]
 
 
-def test_what_was_cut_short_is_tried_again(tmp_path, made):
+def test_unfinished_estimates_are_tried_again(tmp_path, made):
   path = tmp_path / "estimates.jsonl"
   for _ in range(2):
     assert run(path, tasks(0, source=tmp_path)) == {0: "the time is over"}
   assert made == [0, 0] and not path.exists()
 
 
-def test_other_sources_are_other_tasks(tmp_path, made):
+def test_changed_sources_invalidate_estimates(tmp_path, made):
   path, folder = tmp_path / "estimates.jsonl", tmp_path / "kernels"
   folder.mkdir()
   (folder / "kernel.py").write_text("first")
@@ -73,7 +73,7 @@ def test_other_sources_are_other_tasks(tmp_path, made):
   assert made == [1, 1]
 
 
-def test_an_error_is_not_swallowed(tmp_path, monkeypatch):
+def test_unexpected_errors_propagate(tmp_path, monkeypatch):
   def broken(*_, **__):
     raise RuntimeError("unexpected")
 

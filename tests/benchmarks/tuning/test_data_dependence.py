@@ -1,4 +1,4 @@
-"""What decides a kernel's instructions: places in the grid, or data."""
+"""Detection of control flow that depends on data rather than on the grid alone."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def loop_until_value(x_ref, y_ref):
 
 
 def value_found_in_a_loop(x_ref, y_ref):
-  """The bound is a constant until the loop has gone round."""
+  """The second loop's bound is a constant until the first loop has run."""
   count = jax.lax.fori_loop(0, 2, lambda i, n: n + x_ref[i, 0], 0)
   y_ref[...] = jax.lax.fori_loop(0, count, lambda i, y: y + i, x_ref[...])
 
@@ -65,7 +65,7 @@ def values_that_decide_nothing(x_ref, y_ref):
 @pytest.mark.parametrize(
   "kernel", [by_place, loop_over_places, values_that_decide_nothing], ids=lambda f: f.__name__
 )
-def test_the_grid_alone_decides(kernel):
+def test_kernels_that_depend_on_the_grid_alone(kernel):
   assert not follows_data(call_of(kernel, grid=(2,)))
 
 
@@ -74,11 +74,11 @@ def test_the_grid_alone_decides(kernel):
   [by_value, loop_over_values, loop_until_value, value_found_in_a_loop, value_in_a_branch],
   ids=lambda f: f.__name__,
 )
-def test_data_decide(kernel):
+def test_kernels_that_depend_on_data(kernel):
   assert follows_data(call_of(kernel, grid=(2,)))
 
 
-def test_tables_that_index_maps_read():
+def test_index_maps_that_read_tables_depend_on_data():
   spec = pl.BlockSpec((8, 128), lambda i, table: (table[i], 0))
 
   def function(table, x):
@@ -95,7 +95,7 @@ def test_tables_that_index_maps_read():
   assert follows_data(call)
 
 
-def test_calls_are_found_inside_of_custom_derivatives():
+def test_calls_are_found_inside_custom_derivatives():
   @jax.custom_vjp
   def function(x):
     return pl.pallas_call(by_place, out_shape=X, grid=(2,))(x)

@@ -1,4 +1,4 @@
-"""Estimates by the real compiler: what they count, and what becomes of those that it refuses."""
+"""Estimates by the real compiler: their counts and their errors."""
 
 import pytest
 
@@ -13,14 +13,14 @@ def test_products_are_counted(generation):
   (kernel,) = estimate(generation, f"{BUILDERS}:product", {}, count_products=True)
   assert kernel.name == "product"
   assert not kernel.follows_data
-  # Dimensions that fill the matrix units of all generations: nothing is computed in vain. One core
-  # runs all of it, the grid not being a parallel one.
+  # The dimensions fill the matrix units of all generations, so no product is wasted. One core runs
+  # the whole grid, which is not parallel.
   assert kernel.product_flops == 2 * M * K * N
   flops = CHIPS[generation].flops / (2 if generation == "v5p" else 1)
   assert 2 * M * K * N / flops < kernel.cycles < 20 * 2 * M * K * N / flops
 
 
-def test_a_program_is_priced_as_a_whole():
+def test_a_whole_program_is_priced():
   (program,) = estimate("v5e", f"{BUILDERS}:product", {}, count_products=True, whole_program=True)
   (kernel,) = estimate("v5e", f"{BUILDERS}:product", {})
   assert program.name == "program"
@@ -28,27 +28,27 @@ def test_a_program_is_priced_as_a_whole():
   assert program.cycles == pytest.approx(kernel.cycles, rel=0.5)  # its operands may be prefetched
 
 
-def test_kernels_that_follow_data_are_told():
+def test_kernels_that_follow_data_are_reported():
   (kernel,) = estimate("v5e", f"{BUILDERS}:loop_over_data", {})
   assert kernel.follows_data
 
 
-def test_what_a_kernel_writes_over_is_not_copied():
-  # There is no memory for a copy: it would not be priced.
+def test_overwritten_operands_are_not_copied():
+  # There is no memory for a copy, with which the kernel could not be priced.
   (kernel,) = estimate("v5p", f"{BUILDERS}:in_place", {})
   assert kernel.name == "kernel"
 
 
-def test_what_cannot_be_built_is_not_priced():
+def test_errors_of_the_builder_are_reported():
   with pytest.raises(NotPricedError, match="NotImplementedError: there is no such kernel"):
     estimate("v5e", f"{BUILDERS}:refused", {})
 
 
-def test_time_is_limited():
+def test_estimates_have_a_time_limit():
   with pytest.raises(UnfinishedError, match="no estimate within 0.1 s"):
     estimate("v5e", f"{BUILDERS}:product", {}, seconds=0.1)
 
 
 def test_other_generations_are_refused():
-  with pytest.raises(ValueError, match="v5e, v5p, v6e, not for 'v4'"):
+  with pytest.raises(ValueError, match="generation .* v5e, v5p, v6e, got 'v4'"):
     estimate("v4", f"{BUILDERS}:product", {})

@@ -1,4 +1,4 @@
-"""The search, against costs that are known and all tried."""
+"""The search on known costs, compared with an exhaustive search."""
 
 import itertools
 
@@ -15,13 +15,13 @@ ATTENTION = OPERATIONS["flash_attention"]
 
 
 class Costs(Ledger):
-  """Stands for the ledger: cycles by a formula, and which were asked for."""
+  """A fake ledger that computes cycles by a formula and records its requests."""
 
   def __init__(self, cycles):
     self.cycles, self.asked = cycles, []
 
   def run(self, tasks, *, workers, seconds):
-    for task in reversed(tasks):  # as they are done, not as they were asked for
+    for task in reversed(tasks):  # in order of completion, not of the requests
       self.asked.append(task.arguments)
       result = self.cycles(task.arguments["kernel"], task.arguments["limits"])
       yield task, result if isinstance(result, str) else [Kernel("k", result, None, False)]
@@ -38,7 +38,7 @@ def search(cycles):
 
 
 def distance(kernel, limits, forward=(512, 4096), backward=(256, 1024)):
-  """Has one smallest value, whose coordinates can be found one by one."""
+  """Returns cycles with one minimum, whose coordinates can be found one by one."""
   names, best = (
     (("keys", "queries"), forward)
     if kernel == "attention_forward"
@@ -47,7 +47,7 @@ def distance(kernel, limits, forward=(512, 4096), backward=(256, 1024)):
   return 1000 + sum(abs(limits[n] - b) for n, b in zip(names, best, strict=True))
 
 
-def test_the_least_of_all_is_found():
+def test_the_minimum_is_found():
   found, _ = search(distance)
   assert found.limits == {
     "keys": 512,
@@ -66,15 +66,15 @@ def test_the_least_of_all_is_found():
   assert found.key.length == 4096 and found.key.mask == "causal" and found.key.size == 128
 
 
-def test_the_rule_stays_where_nothing_is_better():
+def test_the_rule_is_kept_if_nothing_is_better():
   found, asked = search(lambda kernel, limits: 1000)
   assert found.limits == ATTENTION.rule(SHAPE, GENERATIONS["v5e"])._asdict()
   assert all(c["tuned"] == c["rule"] for c in found.cycles.values())
-  assert len({str(a) for a in asked}) == len(asked), "nothing is asked for twice"
+  assert len({str(a) for a in asked}) == len(asked), "nothing is requested twice"
 
 
-def test_a_gain_that_is_not_worth_it_is_left():
-  """A thousandth less in one pass, a tenth in the other."""
+def test_small_gains_are_ignored():
+  """One pass gains a thousandth, the other a tenth."""
 
   def cycles(kernel, limits):
     if kernel == "attention_forward":
@@ -90,7 +90,7 @@ def test_a_gain_that_is_not_worth_it_is_left():
   }
 
 
-def test_what_cannot_be_priced_is_passed_over_and_told():
+def test_limits_that_cannot_be_priced_are_skipped_and_reported():
   def cycles(kernel, limits):
     return "the profile aborted" if limits["keys"] == 512 else distance(kernel, limits)
 
@@ -99,6 +99,6 @@ def test_what_cannot_be_priced_is_passed_over_and_told():
   assert found.failures and all("the profile aborted" in text for text in found.failures)
 
 
-def test_without_the_rules_price_there_is_no_result():
+def test_a_rule_that_cannot_be_priced_raises():
   with pytest.raises(RuntimeError, match="cannot be priced: out of luck"):
     search(lambda kernel, limits: "out of luck")

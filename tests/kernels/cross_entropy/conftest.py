@@ -1,4 +1,4 @@
-"""Fixtures of the loss's tests."""
+"""Fixtures of the cross-entropy tests."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from ll3m_kernels.cross_entropy import xla
 
 @pytest.fixture
 def narrow_chunks(monkeypatch):
-  """Chunks of at most 256 columns, so that small vocabularies have several."""
+  """Limits chunks to 256 columns, so that small vocabularies have several."""
   monkeypatch.setattr(xla, "_MOST_COLUMNS", 256)

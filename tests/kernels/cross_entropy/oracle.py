@@ -1,4 +1,4 @@
-"""The loss of a linear head and its gradients in float64 NumPy, and how results are held to it."""
+"""The loss of a linear head and its gradients in float64 NumPy, and comparisons with them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ def draw(
 
 
 def oracle(case: Case) -> Expected:
-  """The definition in float64, on inputs that are already rounded to their dtype."""
+  """Evaluates the definition in float64, on inputs that are already rounded to their dtype."""
   options = {"logits_soft_cap": None, "z_loss": 0.0} | case.options
   head = np.asarray(case.head, np.float64)
   head = head if options["head_layout"] == "dv" else head.T
@@ -105,7 +105,7 @@ def objective(hidden, head, bias, case: Case, **options):
 
 
 def run(case: Case, **options) -> Expected:
-  """What linear_cross_entropy gives, with gradients."""
+  """Returns the results and gradients of linear_cross_entropy."""
   grad = jax.value_and_grad(
     functools.partial(objective, case=case, **options), argnums=(0, 1, 2), has_aux=True
   )
@@ -114,7 +114,7 @@ def run(case: Case, **options) -> Expected:
 
 
 def assert_right(actual: Expected, expected: Expected) -> None:
-  """Losses as exact as float32 sums; gradients too, rounded once where they are bfloat16."""
+  """Checks losses and gradients to the accuracy of float32 sums, plus one rounding in bfloat16."""
   np.testing.assert_array_equal(actual.correct, expected.correct)
   for name in ("loss", "penalty", "hidden_bar", "head_bar", "bias_bar"):
     ours, theirs = getattr(actual, name), getattr(expected, name)
@@ -127,12 +127,12 @@ def assert_right(actual: Expected, expected: Expected) -> None:
 
 
 def assert_rounded_once(actual, expected: np.ndarray, name: str) -> None:
-  """Holds every element of a bfloat16 array to one rounding, but for 2e-6 of the largest one.
+  """Checks that each element of a bfloat16 array is rounded once, up to 2e-6 of the largest one.
 
-  What is rounded is a float32 sum, which is only so exact where it cancels out.
+  The elements are rounded float32 sums, whose error is that large if their terms cancel.
   """
   assert actual.dtype == jnp.bfloat16
   if expected.size:
     error = np.abs(np.asarray(actual, np.float64) - expected)
     allowed = 2.0**-8 * np.abs(expected) + 2e-6 * np.abs(expected).max()
-    assert (error <= allowed).all(), f"{name}: {(error - allowed).max():.3g} too far"
+    assert (error <= allowed).all(), f"{name}: {(error - allowed).max():.3g} above the bound"

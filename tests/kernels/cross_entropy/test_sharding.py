@@ -1,4 +1,4 @@
-"""The loss on meshes, and inside of a caller's own shard_map."""
+"""The loss on meshes, and inside a caller's own shard_map."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ def make_mesh(*sizes: int) -> Mesh:
 
 
 def placed(mesh: Mesh, layout: str):
-  """How training holds hidden [B, T, D], head, labels [B, T] and bias."""
+  """Returns training's shardings of hidden [B, T, D], head, labels [B, T] and bias."""
   rows = PartitionSpec(("dp", "fsdp"))
   head = PartitionSpec(*(("fsdp", "mp") if layout == "dv" else ("mp", "fsdp")))
   return [jax.NamedSharding(mesh, spec) for spec in (rows, head, rows, PartitionSpec("mp"))]
@@ -34,21 +34,21 @@ def placed(mesh: Mesh, layout: str):
 
 @pytest.mark.parametrize("layout", ["dv", "vd"])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 8), (2, 4, 1), (1, 2, 4)])
-@pytest.mark.parametrize("told", [True, False])
-def test_any_mesh_gives_what_one_device_gives(narrow_chunks, sizes, layout, told):
+@pytest.mark.parametrize("with_sharding", [True, False])
+def test_any_mesh_gives_the_results_of_one_device(narrow_chunks, sizes, layout, with_sharding):
   case = draw((8, 5), vocabulary=1200, layout=layout, bias=True, mask="float", z_loss=1e-2)
   mesh = make_mesh(*sizes)
   specs = placed(mesh, layout)
   arrays = zip((case.hidden, case.head, case.labels, case.bias), specs, strict=True)
   hidden, head, labels, bias = (jax.device_put(x, spec) for x, spec in arrays)
-  sharding = Sharding(mesh, ("dp", "fsdp"), "mp") if told else None
+  sharding = Sharding(mesh, ("dp", "fsdp"), "mp") if with_sharding else None
   actual = run(case._replace(hidden=hidden, head=head, labels=labels, bias=bias), sharding=sharding)
   assert_right(actual, oracle(case))
 
 
 @pytest.mark.parametrize("layout", ["dv", "vd"])
 def test_the_vocabulary_is_split_over_devices(layout):
-  """No device multiplies more than its part of a chunk, or gathers other parts."""
+  """No device multiplies more than its part of a chunk or gathers other parts."""
   mesh = make_mesh(2, 2, 2)
   sharding = Sharding(mesh, ("dp", "fsdp"), "mp")
   hidden, head, labels, _ = placed(mesh, layout)
@@ -71,14 +71,14 @@ def test_the_vocabulary_is_split_over_devices(layout):
   assert not re.search(r"\b16384\b", text), "the whole head on one device"
 
 
-def test_vocabulary_that_does_not_divide(narrow_chunks):
+def test_vocabulary_that_does_not_divide_evenly(narrow_chunks):
   case = draw(vocabulary=701)
   sharding = Sharding(make_mesh(1, 1, 2), ("dp", "fsdp"), "mp")
   assert_right(run(case, sharding=sharding), oracle(case))
 
 
 def test_inside_a_shard_map(narrow_chunks):
-  """In a caller's own map, whose varying axes are checked; the head's gradient is summed."""
+  """The caller's map checks varying axes; the head's gradient is summed over devices."""
   case = draw(16, z_loss=1e-2)
   mesh = make_mesh(1, 8, 1)
   rows, whole = PartitionSpec("fsdp"), PartitionSpec()

@@ -1,4 +1,4 @@
-"""What jax does to functions, done to the loss; its memory; and what is refused."""
+"""The loss under jax's transformations, its memory, and its errors."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ from tests.kernels.tolerances import assert_close
 
 @pytest.mark.parametrize("layout", ["dv", "vd"])
 def test_logits_are_not_in_memory(layout):
-  """At most 1/8 of their size, as float32, with everything else the passes need."""
+  """Both passes need at most 1/8 of the memory of the float32 logits in total."""
   tokens, features, vocabulary = 512, 32, 128_000
   case = draw(1, features, 2, layout=layout)
   shape = (features, vocabulary) if layout == "dv" else (vocabulary, features)
@@ -37,7 +37,7 @@ def test_logits_are_not_in_memory(layout):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_on_tpu(dtype):
-  """A TPU rounds what it multiplies to bfloat16, unless it is asked not to."""
+  """By default, a TPU rounds the operands of products to bfloat16."""
   case = draw(dtype=dtype, tokens=8)
   grad = jax.jit(jax.grad(lambda *x: jnp.sum(linear_cross_entropy(*x)[0]), (0, 1)))
   exported = jax.export.export(grad, platforms=["tpu"])(case.hidden, case.head, case.labels)
@@ -70,7 +70,7 @@ def test_vmap(narrow_chunks):
 
 
 def test_gradients_through_a_vmap_over_labels(narrow_chunks):
-  """The z-loss does not depend on them: its cotangents are one, the sum of all."""
+  """The z-loss does not depend on the labels, so its cotangents are summed into one."""
   case = draw((3, 5), z_loss=1e-1)
   weights = jnp.arange(1.0, 4)[:, None]
 
@@ -123,21 +123,21 @@ def test_x64(narrow_chunks):
 def test_second_derivatives_are_refused():
   case = draw(4, 4, 9)
   grad = jax.grad(lambda hidden: objective(hidden, case.head, None, case)[0])
-  with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivatives"):
+  with pytest.raises(NotImplementedError, match="linear_cross_entropy .* second derivatives"):
     jax.grad(lambda hidden: jnp.sum(grad(hidden)))(case.hidden)
 
 
 def test_there_is_no_kernel():
   case = draw(4, 4, 9)
   arrays = case.hidden, case.head, case.labels
-  with pytest.raises(NotImplementedError, match="does not serve this operation: it has no kernel"):
+  with pytest.raises(NotImplementedError, match="implementation='pallas' .* no kernel"):
     linear_cross_entropy(*arrays, implementation="pallas")
   with pytest.raises(NotImplementedError, match="implementation='triton' does not exist"):
     linear_cross_entropy(*arrays, implementation="triton")
   np.testing.assert_array_equal(
     linear_cross_entropy(*arrays, implementation="xla")[0], linear_cross_entropy(*arrays)[0]
   )
-  assert "linear_cross_entropy: xla, on every platform (asked for)" in explain(
+  assert "linear_cross_entropy: xla, on every platform (requested)" in explain(
     linear_cross_entropy, *arrays, implementation="xla"
   )
   text = explain(linear_cross_entropy, *arrays)
@@ -148,11 +148,11 @@ def test_there_is_no_kernel():
   ("change", "message"),
   [
     ({"head_layout": "dn"}, "head_layout must be 'dv' or 'vd', got 'dn'"),
-    ({"head_layout": "vd"}, r"head of layout 'vd' must have 4 as its D, got \(4, 9\)"),
+    ({"head_layout": "vd"}, r"head .* 'vd' must have D = 4, got .*\(4, 9\)"),
     ({"hidden": jnp.ones((3, 4), int)}, "hidden must be floating, got int32"),
     ({"head": jnp.ones((4, 9), int)}, "head must be floating, got int32"),
     ({"head": jnp.ones((1, 4, 9))}, r"hidden must be \[.., D\] and head a matrix, got"),
-    ({"head": jnp.ones((4, 0))}, r"head must have a vocabulary, got \(4, 0\)"),
+    ({"head": jnp.ones((4, 0))}, r"head must have a vocabulary .*\(4, 0\)"),
     ({"labels": jnp.ones((4,), int)}, r"labels must have shape \(3,\), got \(4,\)"),
     ({"labels": jnp.ones((3,))}, "labels must be integers, got float32"),
     ({"bias": jnp.ones((4,))}, r"bias must have shape \(9,\), got \(4,\)"),

@@ -1,4 +1,4 @@
-"""The norms and their gradients in float64 NumPy, straight from the definition.
+"""The norms and their gradients in float64 NumPy, by their definitions.
 
 Dimensions: R rows, D features.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 class Normed(NamedTuple):
   normed: np.ndarray  # [.., D]
-  total: np.ndarray | None  # the sum that was normalised, of the fused addition
+  total: np.ndarray | None  # the sum, with a fused addition
   x_bar: np.ndarray
   residual_bar: np.ndarray | None
   scale_bar: np.ndarray  # [D]
@@ -29,13 +29,13 @@ def norm(
   epsilon: float,
   scale_offset: float = 0.0,
 ) -> Normed:
-  """Returns the results, and the gradients for cotangents of both; None where there is none."""
+  """Returns the results, and the gradients for their cotangents; None for absent arrays."""
   adds, is_centred = operation.startswith("add_"), operation.endswith("layer_norm")
   dtype, shape = np.asarray(x).dtype, np.shape(x)
   x, scale, normed_bar = wide(x), wide(scale), wide(normed_bar)
   total = None
   if adds:
-    # What is normalised is the sum as the next block will read it.
+    # The sum is rounded, as the next block reads it, before it is normalised.
     x = total = wide((x + wide(residual)).astype(dtype))
   rows, bars = x.reshape(-1, shape[-1]), normed_bar.reshape(-1, shape[-1])  # [R, D]
   gain = scale + scale_offset

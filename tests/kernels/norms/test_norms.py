@@ -1,4 +1,4 @@
-"""The norms against float64 NumPy: values and all gradients, of both implementations."""
+"""The norms against float64 NumPy: values and all gradients, in both implementations."""
 
 import contextlib
 import functools
@@ -23,9 +23,9 @@ EPSILON = 1e-5
 
 
 def draw(operation, shape, dtype=jnp.float32, weight_dtype=jnp.float32, has_bias=True, seed=0):
-  """Returns (x, residual, scale, bias, normed_bar, sum_bar), with None for what is not taken."""
+  """Returns (x, residual, scale, bias, normed_bar, sum_bar), with None for absent arguments."""
   rng = np.random.default_rng(seed)
-  # Far from centred, so that a mean that is forgotten or computed badly shows.
+  # The rows are far from centred, to reveal a missing or inaccurate mean.
   x, residual, normed_bar, sum_bar = (
     jnp.asarray(rng.normal(offset, size=shape), dtype) for offset in (2.0, 1.0, 0.5, 0.5)
   )
@@ -51,7 +51,7 @@ def call(operation, x, residual, scale, bias, **options):
 
 
 def values_and_gradients(operation, arrays, jit=True, **options):
-  """Returns what `oracle.norm` does."""
+  """Returns the same arrays as `oracle.norm`."""
 
   def run(x, residual, scale, bias, normed_bar, sum_bar):
     forward = functools.partial(call, operation, **options)
@@ -63,7 +63,7 @@ def values_and_gradients(operation, arrays, jit=True, **options):
 
 
 def expect(operation, arrays, actual, plain, **options):
-  """Compares with the oracle, by the bounds that both implementations have to keep."""
+  """Compares results with the oracle, within the bounds of both implementations."""
   expected = oracle.norm(operation, *arrays, epsilon=EPSILON, **options)
   x, residual, scale, bias = arrays[:4]
   dtypes = oracle.Normed(x, residual, x, residual, scale, bias)
@@ -74,14 +74,14 @@ def expect(operation, arrays, actual, plain, **options):
       assert ours is None
       continue
     assert ours.dtype == like.dtype, name
-    # The looser bound where anything that goes into it is bfloat16.
+    # The bound is looser if any input is bfloat16.
     dtype = jnp.bfloat16 if jnp.bfloat16 in (x.dtype, like.dtype) else jnp.float32
     assert_close(ours, right, dtype, theirs, f"{operation}: {name}")
 
 
 @contextlib.contextmanager
 def interpreted(generation="v5e", **params):
-  """Runs kernels as on a TPU, in uninitialised memory that is full of NaN."""
+  """Interprets kernels as on a TPU, with uninitialised memory full of NaN."""
   with (
     dispatch.target(generation),
     pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)),
@@ -90,7 +90,7 @@ def interpreted(generation="v5e", **params):
 
 
 def check(operation, arrays, generation="v5e", params: dict[str, Any] | None = None, **options):
-  """Holds both implementations against the oracle."""
+  """Compares both implementations with the oracle."""
   plain = values_and_gradients(operation, arrays, implementation="xla", **options)
   expect(operation, arrays, plain, plain, **options)
   with interpreted(generation, **(params or {})):
@@ -100,7 +100,7 @@ def check(operation, arrays, generation="v5e", params: dict[str, Any] | None = N
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-  """Cuts small arrays into many blocks: of 32 rows, two tiles of a chunk each."""
+  """Splits small arrays into many blocks of 32 rows, with two tiles of one chunk each."""
   monkeypatch.setattr(block_sizes, "_LEAST_BLOCK_BYTES", 1)
   monkeypatch.setattr(block_sizes, "RULE", block_sizes.RULE._replace(block_bytes=32 * 100 * 2))
   monkeypatch.setattr(block_sizes, "_MOST_ROWS", 16)
@@ -134,7 +134,7 @@ def test_a_bias_is_optional():
   ("rows", "generation"), [(64, "v5e"), (100, "v5e"), (128, "v5p"), (150, "v5p")]
 )
 def test_many_blocks(small_blocks, rows, generation):
-  """Whole and cut off at the end; on v5p shared by two cores, of which one may have fewer."""
+  """The last block is full or partial; on v5p two cores share the blocks, evenly or not."""
   arrays = draw("add_layer_norm", (rows, 100), jnp.bfloat16)
   problem = block_sizes.problem_of(arrays[0], 4, 1, 2)
   chosen = block_sizes.choose_blocks(problem, dispatch.GENERATIONS[generation])
@@ -153,17 +153,17 @@ def test_no_races_in_a_shuffled_grid(small_blocks):
 @given(
   operation=st.sampled_from(OPERATIONS),
   leading=st.lists(st.integers(1, 9), max_size=3),
-  size=st.integers(8, 400),  # of fewer, cancellation leaves no gradient to compare
+  size=st.integers(8, 400),  # with fewer, cancellation leaves no gradient to compare
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
   weight_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
   has_bias=st.booleans(),
 )
-def test_whatever_comes(operation, leading, size, dtype, weight_dtype, has_bias):
+def test_random_shapes_and_dtypes(operation, leading, size, dtype, weight_dtype, has_bias):
   check(operation, draw(operation, (*leading, size), dtype, weight_dtype, has_bias))
 
 
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
-def test_what_is_normalised_is_the_rounded_sum(implementation):
+def test_the_rounded_sum_is_normalised(implementation):
   x, residual, scale, _, _, _ = draw("add_rms_norm", (33, 96), jnp.bfloat16)
 
   @jax.jit
@@ -185,7 +185,7 @@ def test_what_is_normalised_is_the_rounded_sum(implementation):
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
 def test_tiny_and_huge_rows(implementation, factor):
-  """Intermediate powers neither overflow nor vanish where the result does not."""
+  """Intermediate powers neither overflow nor underflow if the result does not."""
   x, _, scale, _, x_bar, _ = draw("rms_norm", (16, 64))
   arrays = (x * factor, None, scale, None, x_bar * factor, None)
   with interpreted() if implementation == "pallas" else contextlib.nullcontext():
@@ -196,7 +196,7 @@ def test_tiny_and_huge_rows(implementation, factor):
 @pytest.mark.parametrize("mean", [1e3, 1e4, 1e5])
 @pytest.mark.parametrize("operation", ["layer_norm", "add_layer_norm"])
 def test_rows_far_from_zero(operation, mean):
-  """The mean is rounded to more than the result may be off by; what is left of it is found."""
+  """The rounding error of the mean exceeds the tolerance; `mean_residual` recovers it."""
   arrays = draw(operation, (16, 300))
   check(operation, (arrays[0] + mean, *arrays[1:]))
 
@@ -204,9 +204,9 @@ def test_rows_far_from_zero(operation, mean):
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
 @pytest.mark.parametrize("mean", [1e2, 1e3, 1e4])
 def test_bfloat16_rows_far_from_zero(mean, implementation):
-  """Nothing of the mean is lost: all is off by the rounding of results alone.
+  """The mean is exact enough that only the rounding of the results remains as an error.
 
-  Both implementations compute the same, so that neither is a measure for the other here.
+  Both implementations compute the same, so neither can be the reference for the other.
   """
   x, *rest = draw("layer_norm", (16, 2560), jnp.bfloat16)
   arrays = (x + jnp.bfloat16(mean), *rest)
@@ -222,7 +222,7 @@ def test_bfloat16_rows_far_from_zero(mean, implementation):
 @pytest.mark.parametrize("implementation", dispatch.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_constant_rows_are_0(dtype, implementation):
-  """Their variance comes out as 0 or a rounding, on either side of it."""
+  """Their computed variance is 0 or a rounding error of either sign."""
   x = jnp.full((16, 300), 12345.678, dtype)
   with interpreted() if implementation == "pallas" else contextlib.nullcontext():
     normed = kernels.layer_norm(x, jnp.ones(300), implementation=implementation)

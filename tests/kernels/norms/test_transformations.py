@@ -1,4 +1,4 @@
-"""What jax does to functions, done to the norms; norms on a mesh; and what is refused."""
+"""The norms under jax's transformations and on meshes, and their errors."""
 
 import functools
 
@@ -70,7 +70,7 @@ def test_vmap(implementation, axes):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", [None, *dispatch.IMPLEMENTATIONS])
 def test_gradients_through_a_vmap_whose_sum_is_shared(implementation):
-  """The sum does not depend on what is mapped over: its cotangents are one, the sum of all."""
+  """The sum does not depend on the mapped scale, so its cotangents are summed into one."""
   x, residual, *_ = draw(5, 16)
   scales = jnp.arange(3 * 16, dtype=jnp.float32).reshape(3, 16) / 16
 
@@ -112,7 +112,7 @@ def test_second_derivatives_are_refused(implementation):
     (lambda x, r, s, b: add_rms_norm(x, r, s, implementation=implementation)[0], "add_rms_norm"),
   ):
     once = jax.grad(lambda *a, function=function: jnp.sum(function(*a) ** 2))
-    with pytest.raises(NotImplementedError, match=f"^{operation} has no second derivatives"):
+    with pytest.raises(NotImplementedError, match=f"^{operation} .* second derivatives"):
       jax.grad(lambda *a, once=once: jnp.sum(once(*a)))(*arrays)
 
 
@@ -155,7 +155,7 @@ def make_mesh(*sizes):
   ("implementation", "sizes"),
   [("xla", (2, 2, 2)), ("xla", (8, 1, 1)), ("xla", (1, 1, 8)), ("pallas", (2, 2, 2))],
 )
-def test_any_mesh_gives_what_one_device_gives(implementation, sizes):
+def test_any_mesh_gives_the_results_of_one_device(implementation, sizes):
   arrays = draw(8, 3, 48)
   function = functools.partial(loss, implementation=implementation)
   sharding = Sharding(make_mesh(*sizes))
@@ -164,8 +164,8 @@ def test_any_mesh_gives_what_one_device_gives(implementation, sizes):
   np.testing.assert_allclose(spread(*arrays), function(*arrays), rtol=1e-5)
 
 
-def test_gradients_of_weights_are_added_up_in_float32():
-  """Rounded to bfloat16 on each device first, the sum would be off by more than one rounding."""
+def test_gradients_of_weights_are_summed_in_float32():
+  """If each device rounded to bfloat16 first, the sum would be off by more than one rounding."""
   x = jnp.ones((8, 1, 128), jnp.bfloat16)
   scale = jnp.ones(128, jnp.bfloat16)
   x_bar = jnp.asarray(256 + np.arange(8), jnp.bfloat16).reshape(8, 1, 1) + jnp.zeros_like(x)
@@ -181,7 +181,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_inside_a_shard_map_of_the_callers(check_vma):
+def test_inside_a_callers_shard_map(check_vma):
   arrays = draw(8, 3, 48)
   mesh = make_mesh(4, 1, 2)
   rows, whole = PartitionSpec("dp"), PartitionSpec()
@@ -228,11 +228,11 @@ def test_exports_to_tpu_with_kernels_inside():
   ("change", "message"),
   [
     (lambda x, r, s, b: (x.astype(jnp.int32), r, s, b), "x must be floating, got int32"),
-    (lambda x, r, s, b: (x[0, 0], r, s, b), r"x must have a last axis, got \(\)"),
+    (lambda x, r, s, b: (x[0, 0], r, s, b), r"x must have .* dimension, got shape \(\)"),
     (lambda x, r, s, b: (x, r, s[:5], b), r"scale must have shape \(16,\), got \(5,\)"),
     (lambda x, r, s, b: (x, r, s, b[None]), r"bias must have shape \(16,\), got \(1, 16\)"),
     (lambda x, r, s, b: (x, r, s.astype(int), b), "scale must be floating, got int32"),
-    (lambda x, r, s, b: (x, r[:1], s, b), r"one shape and dtype, got \(4, 16\) float32 and \(1, "),
+    (lambda x, r, s, b: (x, r[:1], s, b), r"shape and dtype, got \(4, 16\) float32 and \(1, "),
     (lambda x, r, s, b: (x, r.astype(jnp.bfloat16), s, b), r"and \(4, 16\) bfloat16"),
   ],
 )
@@ -250,19 +250,19 @@ def test_a_batch_that_does_not_divide_is_explained():
     add_rms_norm(x, residual, scale, sharding=Sharding(make_mesh(2, 2, 2)))
 
 
-def test_what_the_kernel_cannot_serve_is_named():
+def test_unsupported_arguments_are_named():
   x, _, scale, bias = draw(4, 16)
   half = x.astype(jnp.float16)
   for arguments, message in (
     ((half, scale), "x: expected bfloat16 or float32, got float16"),
     ((x, scale.astype(jnp.float16)), "scale: expected bfloat16 or float32, got float16"),
     ((x, scale, bias.astype(jnp.float16)), "bias: expected bfloat16 or float32, got float16"),
-    ((x[:0], scale), r"x: it is empty, \(0, 16\)"),
-    ((jnp.ones((1, 2**20)), jnp.ones(2**20)), "x: rows of 1048576 elements need .* MiB of vector"),
+    ((x[:0], scale), r"x: .* got shape \(0, 16\)"),
+    ((jnp.ones((1, 2**20)), jnp.ones(2**20)), "x: .* 1048576 elements .* MiB"),
   ):
     with pytest.raises(NotImplementedError, match=message):
       layer_norm(*arguments, implementation="pallas")
-    # Plain jnp takes it, also where the program is lowered for a TPU.
+    # Plain jnp supports them, also if the program is lowered for a TPU.
     function = jax.jit(layer_norm)
     assert function(*arguments).shape == arguments[0].shape
     assert (
@@ -280,7 +280,7 @@ def test_explain_says_what_would_run():
   assert "forward blocks of 256 rows, 64 at a time" in text
   with dispatch.target("v4"):
     assert "backward blocks of 128 rows" in explain("add_rms_norm", x, x, scale=scale, epsilon=1e-6)
-  assert "(asked for)" in explain("layer_norm", x, scale, scale, implementation="xla")
+  assert "(requested)" in explain("layer_norm", x, scale, scale, implementation="xla")
   half = shape(x.shape, jnp.float16)
   assert "got float16" in explain("layer_norm", half, scale)
   with pytest.raises(TypeError, match="eps"):

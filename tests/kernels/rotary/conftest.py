@@ -1,4 +1,4 @@
-"""Fixtures of the rotary embedding's tests."""
+"""Fixtures of the rotary-embedding tests."""
 
 import functools
 

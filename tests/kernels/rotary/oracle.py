@@ -1,4 +1,4 @@
-"""Rotary embeddings in float64 NumPy, and how both implementations are held to it."""
+"""Rotary embeddings in float64 NumPy, and comparisons of both implementations with them."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ LAST = 2**20 - 1
 
 
 def oracle(x, positions, theta=1e4, rotary_dim=None, scaling_factor=1.0, sign=1):
-  """Rotates [B, T, heads, H] in float64; sign -1 turns back."""
+  """Rotates [B, T, heads, H] in float64; sign=-1 rotates backwards."""
   x = np.asarray(x, np.float64)
   size = x.shape[-1] if rotary_dim is None else rotary_dim
   frequencies = (1.0 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
@@ -28,14 +28,14 @@ def oracle(x, positions, theta=1e4, rotary_dim=None, scaling_factor=1.0, sign=1)
 
 
 def draw(batch, length, heads, size, dtype=jnp.float32, most=4096, seed=0):
-  """Returns query, key, their cotangents, and positions that restart and are not sorted."""
+  """Returns query, key, their cotangents, and unsorted positions that may repeat."""
   rng = np.random.default_rng(seed)
   arrays = [jnp.asarray(rng.normal(size=(batch, length, n, size)), dtype) for n in (*heads, *heads)]
   return arrays, jnp.asarray(rng.integers(0, most + 1, (batch, length)), jnp.int32)
 
 
 def rotate_and_back(implementation, arrays, positions, races=False, **options):
-  """Returns rotated query and key, and the gradients for the cotangents."""
+  """Returns the rotated query and key, and their gradients for the cotangents."""
   query, key, *cotangents = arrays
 
   def run(query, key, *cotangents):
@@ -53,7 +53,7 @@ def rotate_and_back(implementation, arrays, positions, races=False, **options):
 
 
 def check(arrays, positions, implementations=IMPLEMENTATIONS, **options):
-  """Holds both implementations against the oracle, values and gradients."""
+  """Compares values and gradients of the implementations with the oracle."""
   dtype = arrays[0].dtype
   of_oracle = {k: v for k, v in options.items() if k in ("theta", "rotary_dim", "scaling_factor")}
   expected = [
@@ -75,7 +75,7 @@ def check(arrays, positions, implementations=IMPLEMENTATIONS, **options):
 
 
 def loss(query, key, positions, **options):
-  """A scalar that is not linear in what is rotated, so that it has second derivatives."""
+  """Returns a scalar that is nonlinear in query and key, so that it has second derivatives."""
   query, key = rotary_embedding(query, key, positions, **options)
   return jnp.sum(jnp.sin(query) ** 2) + jnp.sum(query[:, :, :1] * key[:, :, :1] ** 2)
 

@@ -28,10 +28,10 @@ from tests.kernels.tolerances import assert_close
   ("batch", "length", "heads", "size", "rotary_dim"),
   [
     (2, 21, (3, 1), 8, None),
-    (2, 130, (2, 2), 16, 6),  # longer than 128 tokens, and no multiple of it
+    (2, 130, (2, 2), 16, 6),  # more than 128 tokens, not a multiple of 128
     (1, 1, (4, 2), 64, None),  # decoding
     (1, 24, (2, 1), 96, None),
-    (1, 24, (1, 2), 100, None),  # halves that are no multiple of 8 rows
+    (1, 24, (1, 2), 100, None),  # halves that are not a multiple of 8 rows
   ],
 )
 def test_values_and_gradients(batch, length, heads, size, rotary_dim):
@@ -46,14 +46,14 @@ def test_positions_divided_by_a_factor(factor):
 
 
 @pytest.mark.parametrize("model", shapes.ROTARY)
-def test_the_models_shapes(model):
+def test_shapes_of_real_models(model):
   shape = shapes.ROTARY[model]
   heads = shape.num_heads, shape.num_kv_heads
   arrays, positions = draw(1, 20, heads, shape.head_dim, jnp.bfloat16)
   check(arrays, positions, rotary_dim=shape.rotary_dim)
 
 
-def test_without_races():
+def test_no_races():
   arrays, positions = draw(2, 300, (3, 2), 16)
   check(arrays, positions, ["pallas"], rotary_dim=12, races=True)
 
@@ -62,13 +62,13 @@ def test_without_races():
   ("heads_of_a_block", "fetched", "steps"),
   [
     (7, 64, 1),
-    (4, 2, 2),  # a tail of heads; positions in two fetches, and a tail of them
+    (4, 2, 2),  # a partial block of heads; positions in two fetches, the last one partial
     (3, 1, 3),  # more steps than blocks of keys
-    (0, 64, 5),  # not even one head each is small enough
+    (0, 64, 5),  # even one head each exceeds the limit
   ],
 )
 def test_blocks(monkeypatch, heads_of_a_block, fetched, steps):
-  """Of 128 tokens, and a tail of them."""
+  """Blocks have 128 tokens; the last one is partial."""
   monkeypatch.setattr(kernel, "_BLOCK_BYTES", heads_of_a_block * 32 * 128 * 4)
   monkeypatch.setattr(kernel, "_TOKENS", 128)
   monkeypatch.setattr(kernel, "_BLOCKS_OF_POSITIONS", fetched)
@@ -111,10 +111,11 @@ def test_any_shape(batch, length, heads, half, untouched, dtype):
 
 @pytest.mark.parametrize("theta", [1e4, 1e5])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_cos_and_sin_hold_at_any_position(implementation, theta):
-  """Unit vectors show them: the first half of each turns into (cos, sin).
+def test_cos_and_sin_are_accurate_at_any_position(implementation, theta):
+  """Rotates ones in the first half of a head, which gives (cos, sin).
 
-  2e-5 up to 4,096 and 2e-3 up to a million would do (bfloat16's half ulp); documented is 1e-6.
+  Errors of 2e-5 up to position 4,096 and 2e-3 up to a million would suffice (bfloat16's half ulp);
+  the documented bound is 1e-6.
   """
   size = 128
   rng = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def test_cos_and_sin_hold_at_any_position(implementation, theta):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_position_0_and_what_is_not_rotated_pass_unchanged(implementation):
+def test_position_0_and_unrotated_dimensions_are_unchanged(implementation):
   (query, key, *cotangents), positions = draw(1, 20, (2, 1), 16, jnp.bfloat16)
   positions = positions.at[:, ::2].set(0)
   turned, _, back, _ = rotate_and_back(

@@ -1,4 +1,4 @@
-"""Rotary embeddings on meshes, and inside of a caller's own shard_map."""
+"""Rotary embeddings on meshes, and inside a caller's own shard_map."""
 
 import functools
 
@@ -21,8 +21,8 @@ from tests.kernels.tolerances import assert_close
 @pytest.mark.parametrize(
   ("implementation", "check_vma"), [("xla", True), ("xla", False), ("pallas", False)]
 )
-def test_in_a_shard_map_of_the_caller(interpreted, implementation, check_vma):
-  """Batch and heads are split; a single KV head is shared, and stays so."""
+def test_inside_a_callers_shard_map(interpreted, implementation, check_vma):
+  """Batch and heads are split; a single KV head stays shared."""
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "mp"))
   (query, key, *_), positions = draw(4, 10, (4, 1), 8)
   mapped = in_shard_map(mesh, implementation, check_vma)
@@ -31,7 +31,7 @@ def test_in_a_shard_map_of_the_caller(interpreted, implementation, check_vma):
 
 
 def test_the_kernel_lowers_under_check_vma():
-  """jax's interpreter of kernels does not run there, but lowering for a TPU does."""
+  """jax's kernel interpreter does not support check_vma, but lowering for a TPU does."""
   mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "mp"))
   (query, key, *_), positions = draw(4, 130, (4, 1), 8)
   mapped = in_shard_map(mesh, None, check_vma=True)
@@ -56,11 +56,11 @@ def in_shard_map(mesh, implementation, check_vma):
   [
     ("xla", (2, 2, 2), (4, 2)),
     ("pallas", (2, 2, 2), (4, 2)),
-    ("pallas", (1, 2, 4), (8, 2)),  # the key heads stay whole
-    ("pallas", (2, 2, 2), (9, 3)),  # all do
+    ("pallas", (1, 2, 4), (8, 2)),  # the key heads are not split
+    ("pallas", (2, 2, 2), (9, 3)),  # no heads are split
   ],
 )
-def test_any_mesh_gives_what_one_device_gives(interpreted, implementation, sizes, heads):
+def test_any_mesh_gives_the_results_of_one_device(interpreted, implementation, sizes, heads):
   (query, key, *_), positions = draw(4, 10, heads, 8)
   function = jax.value_and_grad(functools.partial(loss, implementation=implementation), (0, 1))
   expected = function(query, key, positions)
