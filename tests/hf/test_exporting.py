@@ -39,9 +39,7 @@ def convert(tmp_path):
   ],
 )
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
-def test_export_inverts_conversion_bitwise(
-  make_tiny, convert, output, preset, changes, dtype
-):
+def test_export_inverts_conversion_bitwise(make_tiny, convert, output, preset, changes, dtype):
   tiny = make_tiny(preset, dtype, **changes)
   done = exporting.export_checkpoint(convert(tiny), output)
   expected, found = (load_file(f / "model.safetensors") for f in (tiny.folder, output))

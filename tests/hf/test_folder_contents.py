@@ -139,7 +139,7 @@ def test_a_quantisation_in_config_json_is_rejected_before_weights_are_read(make_
   config = json.loads((tiny.folder / "config.json").read_text())
   config["quantization_config"] = {"quant_method": "fp8"}
   (tiny.folder / "config.json").write_text(json.dumps(config))
-  (tiny.folder / "model.safetensors").write_bytes(b"an unknown dtype")
+  (tiny.folder / "model.safetensors").write_bytes(b"of a dtype that is not known")
   with pytest.raises(NotImplementedError, match="quant_method 'fp8'"):
     open_model(tiny.folder)
 

@@ -126,9 +126,7 @@ def test_unused_pieces_are_padding_or_rejected(mistral):
   for text in (*TEXTS, "a [PAD32000] b"):
     assert encode(text) == model.encode(text)
   changed["tokenizer.ggml.token_type"][model.piece_to_id("▁the")] = UNUSED
-  with pytest.raises(
-    NotImplementedError, match="has unused pieces .* such as '▁the"
-  ):
+  with pytest.raises(NotImplementedError, match="has unused pieces .* such as '▁the"):
     plain_encoder(metadata | changed)
 
 
