@@ -118,7 +118,7 @@ def test_bfloat16_runs(generate):
     (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens must be at least 1, got -1"),
     (
       ["--prompt=" + "a" * 80, "--max_new_tokens=20"],
-      "prompt 1 has 80 tokens, which with 20 new ones is more than the 96 positions",
+      "prompt 1 has 80 tokens; with 20 new tokens this exceeds the 96 positions",
     ),
     (["--prompt=a", "--max_new_token=3"], "Did you mean: max_new_tokens"),
     (
