@@ -1,4 +1,4 @@
-"""Keys of config.json that no family reads: irrelevant keys, and keys with one supported value.
+"""Keys of config.json that families need not read: irrelevant ones, and ones with a fixed value.
 
 Any other key is rejected, because it may change what the model computes. Both tables were compiled
 from transformers 5.23 (`PreTrainedConfig`, `GenerationConfig`, and the families' classes) and from
@@ -126,8 +126,8 @@ def check_keys(
       different.append(f"{name}={_shown(value)}")
   if different:
     raise NotImplementedError(
-      f"config.json has {', '.join(different)}, not supported for {family} models; convert another "
-      f"model"
+      f"config.json has {', '.join(different)}, which is not supported for {family} models; "
+      f"convert a model without it"
     )
   if unknown:
     keys = "it" if len(unknown) == 1 else "them"

@@ -113,6 +113,6 @@ def _adapter(folder: epath.Path) -> str:
   base = settings.get("base_model_name_or_path") or settings.get("model") or "an unnamed base"
   article = "an" if kind[0] in "AEIO" else "a"
   return (
-    f"{article} {kind} adapter of {base}, not a model: merge it into its base (peft's "
+    f"{article} {kind} adapter of {base}, not a model: merge it into its base model (peft's "
     f"merge_and_unload, then save_pretrained) and give the merged folder"
   )

@@ -167,7 +167,7 @@ def _rope_factor(metadata: Metadata) -> float:
     ValueError: Keys contradict each other.
     NotImplementedError: The scaling is not linear.
   """
-  keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # the latter is that of 2023
+  keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # the latter until 2023
   given = {key: metadata.get(key, 0) for key in keys}
   factors = {_decimal(factor) for factor in given.values() if factor} or {1.0}
   kind = metadata.get("llama.rope.scaling.type", "linear")

@@ -139,7 +139,7 @@ def _copy_transposed(values: np.ndarray, result: np.ndarray) -> None:
 
 
 def describe_wrong_file(path: Path) -> str | None:
-  """Describes a file that should hold weights but is something commonly saved in their place."""
+  """Describes a file that was saved in place of weights by a common mistake; else returns None."""
   with path.open("rb") as file:
     start = file.read(64).lstrip().lower()
   if start.startswith(b"version https://git-lfs"):
