@@ -1,14 +1,14 @@
-"""LL3M: convert, train, evaluate, generate with and export open language models in JAX.
+"""LL3M: convert, train, evaluate, run and export open language models in JAX.
 
-Everything below is loaded when it is first used, so that importing this package takes no time:
+Names are imported on first use, so that importing this package is fast:
 
-* `load`, `init` and `Model`: a language model in one object.
-* `data.jsonl`, `data.huggingface` and `data.mixture`: streams of batches; `Batch` is one.
+* `load`, `init` and `Model`: a language model as one object.
+* `data.jsonl`, `data.huggingface` and `data.mixture`: streams of batches of type `Batch`.
 * `make_train_step`, `init_state`, `TrainState` and `evaluate`: training with any optax optimizer.
-* `Trainer`: the whole loop, with evaluation, checkpoints, logging and resuming.
-* `make_mesh`: the devices to split a model over.
+* `Trainer`: the whole training loop, with evaluation, checkpoints, logging and resuming.
+* `make_mesh`: the devices over which a model is sharded.
 
-docs/python.md leads through them. The modules `ll3m.train`, `ll3m.convert`, ... are commands.
+docs/python.md is a tutorial. The modules `ll3m.train`, `ll3m.convert`, ... are commands.
 """
 
 import importlib
@@ -45,7 +45,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-  """Lets `ll3m.evaluate` be the function, also after the command of that name was imported."""
+  """Module type whose `evaluate` stays the function when the command `ll3m.evaluate` is imported.
+
+  Without it, Python would set the attribute to the imported module.
+  """
 
   @property
   def evaluate(self) -> Callable[..., dict[str, float]]:
@@ -53,7 +56,7 @@ class _Package(types.ModuleType):
 
   @evaluate.setter
   def evaluate(self, command: types.ModuleType) -> None:
-    del command  # `importlib.import_module("ll3m.evaluate")` returns it
+    del command  # `importlib.import_module("ll3m.evaluate")` still returns the module
 
 
 sys.modules[__name__].__class__ = _Package

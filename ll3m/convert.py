@@ -1,4 +1,4 @@
-"""Converts a published Hugging Face or GGUF model to a folder that the other commands read.
+"""Converts a published Hugging Face or GGUF model for use with the other commands.
 
 python -m ll3m.convert --checkpoint_dir=DIR --output_dir=DIR [--model=PRESET] [--dtype=bf16]
 """
@@ -15,28 +15,28 @@ from ll3m.core.dtypes import DTYPES, STORED
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-  """What to convert, and to what."""
+  """Flags of the command."""
 
   checkpoint_dir: str | None = options.option(
-    None, "The folder of the published model (config.json and weights), or a .gguf file."
+    None, "Folder of the published model (config.json and weights), or a .gguf file."
   )
-  output_dir: str | None = options.option(None, "The folder to write; it must not exist yet.")
-  output_file: str | None = options.option(None, "Another name of --output_dir.")
+  output_dir: str | None = options.option(None, "Folder to write; it must be new or empty.")
+  output_file: str | None = options.option(None, "Alias of --output_dir.")
   model: str | None = options.option(
-    None, "The preset that the model must be; by default its config.json says what it is."
+    None, "Preset that the model must match; by default any model that config.json describes."
   )
   checkpoint_type: str | None = options.option(
     None,
-    "Which files to read, where the folder holds several kinds.",
+    "Type of the weight files to read if the folder holds several types.",
     choices=("safetensors", "pt", "gguf"),
   )
   dtype: str = options.option(
     "keep",
-    "Type of the written parameters; keep leaves them as they are (dequantised GGUF: f32).",
+    "Dtype of the written parameters; keep leaves it unchanged (f32 for dequantised GGUF).",
     choices=("keep", *STORED),
   )
   allow_nonfinite: bool = options.option(
-    False, "Convert weights that hold NaN or infinities too, instead of refusing them."
+    False, "Accept weights that hold NaN or infinities instead of failing."
   )
 
   def __post_init__(self):
@@ -45,7 +45,7 @@ class ConvertConfig:
       options.require(self, "output_dir")
     if self.output_dir and self.output_file and self.output_dir != self.output_file:
       raise ValueError(
-        f"`output_dir`={self.output_dir} and `output_file`={self.output_file} name two folders"
+        f"`output_dir`={self.output_dir} and `output_file`={self.output_file} differ; give one"
       )
 
 
@@ -53,12 +53,12 @@ FLAG_GROUPS = {"": ConvertConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Converts a model; see `flags.call` for `argv` and the exit code that it returns."""
+  """Converts a model; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_convert, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _convert(given: flags.Flags) -> None:
-  """Opens and checks the model, converts it, and reports what was done."""
+  """Opens and checks the model, converts it, and prints a report."""
   config = given[""]
 
   from ll3m.core.checkpoint import SOURCE, TOKENIZER
@@ -77,13 +77,13 @@ def _convert(given: flags.Flags) -> None:
     print(f"ignored {len(model.ignored)} tensors that are not parameters:")
     print("\n".join(f"  {name}" for name in model.ignored))
   if not model.tokenizer_files:
-    print(f"{config.checkpoint_dir} holds no tokenizer; --tokenizer.path has to name one later")
+    print(f"{config.checkpoint_dir} holds no tokenizer; later commands need --tokenizer.path")
   elif fault := find_fault(
     epath.Path(output) / TOKENIZER,
     model.config.vocab_size,
     source_dir=epath.Path(output) / SOURCE,
   ):
-    print(f"{fault}; --tokenizer.path has to name another tokenizer later")
+    print(f"{fault}; later commands need another tokenizer in --tokenizer.path")
   print(
     f"converted a {model.family} model of {done.parameters:,} parameters "
     f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"

@@ -31,16 +31,16 @@ from ll3m.training.step import make_eval_step
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
-  """Flags of the command itself."""
+  """Flags of the command, without those of the data, the tokenizer and the processes."""
 
   checkpoint: str | None = option(
-    None, "A converted folder, a run's output_dir, one of its step folders, or hf::DIR."
+    None, "Converted folder, output_dir of a run, step folder of a run, or hf::DIR."
   )
-  eval_steps: int = option(100, "Batches at most; fewer if the data ends before.")
+  eval_steps: int = option(100, "Maximum number of batches; fewer if the data ends earlier.")
   data_dir: str | None = option(
     None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
   )
-  seed: int = option(42, "Of the data's order, where it is shuffled.")
+  seed: int = option(42, "Random seed for data order, if the data is shuffled.")
   json: bool = option(False, "Print the result as one line of JSON.")
 
   def __post_init__(self):
@@ -58,18 +58,18 @@ FLAG_GROUPS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Evaluates a model, on this host alone or together with others; process 0 prints.
+  """Evaluates a model on one or several hosts; process 0 prints the result.
 
-  See `flags.call` for `argv` and the exit code that it returns.
+  See `flags.call` for `argv` and the returned exit code.
   """
   return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _evaluate(given: flags.Flags) -> None:
-  """Checks everything that can be known without weights, loads them, and prints the loss.
+  """Performs all checks that need no weights, loads the weights, and prints the loss.
 
   Raises:
-    ValueError: what is wrong with the flags, the model's files or the data.
+    ValueError: The flags, the model's files or the data are invalid.
   """
   options, dataset = given[""], given["eval_dataset"]
   if dataset.type == "seqio":

@@ -1,4 +1,4 @@
-"""Exports a model to a folder that Hugging Face transformers loads.
+"""Exports a model as a Hugging Face folder, which transformers loads.
 
 python -m ll3m.export --checkpoint=PATH --output_dir=DIR [--dtype=bf16] [--max_shard_size=5GB]
 """
@@ -13,18 +13,18 @@ from ll3m.core.dtypes import DTYPES, STORED
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(options.VerifyConfig):
-  """What to export, and how."""
+  """Flags of the command."""
 
   checkpoint: str | None = options.option(
-    None, "A converted folder, a run's output_dir (its latest good step) or one step folder."
+    None, "Converted folder, output_dir of a run (selects the latest valid step), or step folder."
   )
-  output_dir: str | None = options.option(None, "The folder to write; it must not exist yet.")
+  output_dir: str | None = options.option(None, "Folder to write; it must be new or empty.")
   dtype: str = options.option(
     "keep",
-    "Type of the written tensors; keep leaves them as they are.",
+    "Dtype of the written tensors; keep leaves it unchanged.",
     choices=("keep", *STORED),
   )
-  max_shard_size: str = options.option("5GB", "The largest file of tensors, as in 5GB or 200MB.")
+  max_shard_size: str = options.option("5GB", "Maximum size of a weight file, as in 5GB or 200MB.")
 
   def __post_init__(self):
     options.require(self, "checkpoint", "output_dir")
@@ -34,12 +34,12 @@ FLAG_GROUPS = {"": ExportConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Exports a model; see `flags.call` for `argv` and the exit code that it returns."""
+  """Exports a model; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_export, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _export(given: flags.Flags) -> None:
-  """Exports a model, and reports what was done."""
+  """Exports a model and prints a report."""
   config = given[""]
 
   from ll3m.core.object_store import writing
@@ -49,8 +49,8 @@ def _export(given: flags.Flags) -> None:
 
   if config.checkpoint.startswith("hf::"):
     raise ValueError(
-      f"`checkpoint` must be a converted folder or a run, got {config.checkpoint}, which is a "
-      f"Hugging Face folder already"
+      f"`checkpoint` must be a converted folder or a run, got {config.checkpoint}, which is "
+      f"already a Hugging Face folder"
     )
   checkpoint = open_converted(config.checkpoint, verify=config.verify)
   with writing(config.output_dir):
@@ -65,7 +65,7 @@ def _export(given: flags.Flags) -> None:
   elif fault := find_fault(
     checkpoint.tokenizer_dir, checkpoint.config.vocab_size, source_dir=checkpoint.source_dir
   ):
-    print(f"the tokenizer was exported as it is: {fault}")
+    print(f"the tokenizer was exported unchanged: {fault}")
   print(
     f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "
     f"tensors of {' and '.join(done.dtypes)}, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) "

@@ -1,4 +1,4 @@
-"""Continues prompts with a model.
+"""Generates text that continues prompts.
 
 python -m ll3m.generate --checkpoint=PATH|hf::DIR --prompt="The capital of France is" --stream
 """
@@ -25,34 +25,38 @@ from ll3m.training.logger import say
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig(options.VerifyConfig):
-  """What to continue, with which model, and how."""
+  """Flags of the command, without those of the tokenizer and the processes."""
 
   checkpoint: str | None = options.option(
-    None, "hf::DIR, a converted folder, a run's output_dir or one of its step folders."
+    None, "hf::DIR, converted folder, output_dir of a run, or step folder of a run."
   )
-  prompt: str | None = options.option(None, "The text to continue.")
+  prompt: str | None = options.option(None, "Text to continue.")
   prompt_file: str | None = options.option(
     None,
-    "A file or glob of prompts: text with one per line, or rows (.jsonl, .json, .csv, .tsv, "
+    "File or glob of prompts: text with one prompt per line, or rows (.jsonl, .json, .csv, .tsv, "
     '.parquet) with a field "prompt"; also .gz and .zst. Blank lines are skipped. Prompt i, '
-    "counted from 0, draws with seed + i.",
+    "counted from 0, uses seed + i.",
   )
   chat: bool = options.option(
-    False, "The prompt is a user's message, put into the tokenizer's own chat template."
+    False, "Treat each prompt as a user's message and apply the tokenizer's chat template."
   )
-  max_new_tokens: int = options.option(128, "How many tokens a prompt gets at most.")
-  temperature: float = options.option(0.0, "Divides the logits; 0 takes the most likely token.")
-  top_k: int = options.option(0, "Draw from this many of the most likely tokens; 0: from all.")
+  max_new_tokens: int = options.option(128, "Maximum number of new tokens per prompt.")
+  temperature: float = options.option(
+    0.0, "Divisor of the logits; 0 selects the most likely token."
+  )
+  top_k: int = options.option(0, "Number of most likely tokens to sample from; 0 for all.")
   top_p: float = options.option(
-    1.0, "Draw from the most likely tokens that have this probability together; 1: from all."
+    1.0, "Probability mass of the most likely tokens to sample from; 1 for all."
   )
-  seed: int = options.option(0, "Of the draws, when the temperature is not 0.")
+  seed: int = options.option(0, "Random seed for sampling; unused if the temperature is 0.")
   stream: bool = options.option(False, "Show the text of a single prompt while it is generated.")
   json: bool = options.option(
     False, "Print a line of JSON per prompt: prompt, completion, tokens, and whether it ended."
   )
-  batch_size: int = options.option(8, "How many prompts of a file are continued at a time.")
-  dtype: str = options.option("f32", "Of parameters, activations and cache.", choices=COMPUTED)
+  batch_size: int = options.option(8, "Number of prompts of a file that are continued together.")
+  dtype: str = options.option(
+    "f32", "Dtype of parameters, activations and cache.", choices=COMPUTED
+  )
   mesh_dim: str | None = options.option(
     None,
     "Sizes of the mesh axes dp,fsdp,mp over all devices, as in training, e.g. 1,1,-1 or mp:-1; "
@@ -64,7 +68,7 @@ class GenerateConfig(options.VerifyConfig):
     if (self.prompt is None) == (self.prompt_file is None):
       raise ValueError("give either `prompt` or `prompt_file`")
     if self.stream and (self.prompt is None or self.json):
-      raise ValueError("`stream` shows a single `prompt` as text, without `json`")
+      raise ValueError("`stream` requires a single `prompt` and cannot be combined with `json`")
     if self.mesh_dim is not None:
       sharding.parse_mesh_dim(self.mesh_dim)
     if self.batch_size < 1:
@@ -81,18 +85,18 @@ FLAG_GROUPS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Generates text, on this host alone or together with others; process 0 prints.
+  """Generates text on one or several hosts; process 0 prints.
 
-  See `flags.call` for `argv` and the exit code that it returns.
+  See `flags.call` for `argv` and the returned exit code.
   """
   return flags.call(_generate, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _generate(given: flags.Flags) -> None:
-  """Checks everything that can be known without weights, loads them, and generates.
+  """Performs all checks that need no weights, loads the weights, and generates.
 
   Raises:
-    ValueError: what is wrong with the request, or with the model's files.
+    ValueError: The request or the model's files are invalid.
   """
   from ll3m.data.tokenizer import load_tokenizer
   from ll3m.decoding.engine import Engine, check_request
@@ -151,7 +155,7 @@ def _generate(given: flags.Flags) -> None:
 
 
 def _placement(config: GenerateConfig, model: ModelConfig) -> tuple[Mesh | None, dict | None]:
-  """Returns the mesh, and how the parameters lie on it; None where one device is enough."""
+  """Returns the mesh and the parameters' shardings; None for a single device."""
   if config.mesh_dim is None:
     return None, None
   mesh = sharding.make_mesh(config.mesh_dim)
@@ -177,7 +181,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
 
 
 def _encode(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
-  """Tokenises what the user wrote; control tokens in it are plain text."""
+  """Tokenises a prompt; control tokens in it are treated as plain text."""
   if not is_chat:
     return [*tokenizer.prefix, *tokenizer.encode(text)]
   from ll3m.data.chat import encode_prompt
@@ -190,14 +194,14 @@ def _show(text: str) -> None:
 
 
 class _Timer:
-  """Measures how fast steps come, without each batch's first, which prefills and may compile."""
+  """Timer of decoding steps, apart from each batch's first, which prefills and may compile."""
 
   def __init__(self):
     self._waited = self._seconds = 0.0
     self._tokens = self._later_tokens = 0
 
   def watch(self, steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
-    """Passes the steps of a batch on."""
+    """Yields the steps of a batch and measures their durations."""
     start = time.perf_counter()
     for number, step in enumerate(steps):
       now = time.perf_counter()
@@ -212,8 +216,8 @@ class _Timer:
       start = time.perf_counter()
 
   def report(self) -> str:
-    """Returns the sentence to print at the end."""
-    text = f"{self._tokens} tokens; {self._waited:.1f} s to the first, compiling included"
+    """Returns the final report."""
+    text = f"{self._tokens} tokens; first after {self._waited:.1f} s, including compilation"
     if self._later_tokens:
       text += f", then {self._later_tokens / self._seconds:.1f} tokens/s"
     return text

@@ -1,8 +1,8 @@
-"""Plans a run on TPUs that are not here: `python -m ll3m.plan --topology=v5e:8x8 ...`.
+"""Plans a run on TPUs, without needing any: `python -m ll3m.plan --topology=v5e:8x8 ...`.
 
-Takes the flags of `ll3m.train` and compiles that training step with the TPU's own compiler, which
-the package libtpu brings: whether it fits, what it sends, how fast it could be. Nothing is read but
-the model's configuration; no data, no weights, no TPU.
+Takes the flags of `ll3m.train` and compiles the training step with the TPU compiler of the package
+libtpu. Reports whether the step fits into memory, its communication, and a bound on its speed.
+Reads only the model's configuration, neither data nor weights.
 """
 
 import dataclasses
@@ -25,15 +25,18 @@ from ll3m.training.model_choice import check_length, choose_model
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions(TrainOptions):
-  """The flags of `ll3m.train`, and those of the plan."""
+  """The flags of `ll3m.train` and of the plan itself."""
 
   topology: str | None = option(
-    None, "The machine: generation and chips along each dimension, e.g. v5e:8x8 or v5p:4x4x4."
+    None, "TPU generation and chips along each dimension, e.g. v5e:8x8 or v5p:4x4x4."
   )
-  num_slices: int = option(1, "How many such machines, joined by the data center's network.")
+  num_slices: int = option(
+    1, "Number of slices of this topology, connected by the data-center network."
+  )
   mode: str = option(
     "train",
-    "Plan training, or the decoding of one token for batch_size texts of task_feature_lengths.",
+    "Plan a training step, or the decoding of one token for batch_size texts of "
+    "task_feature_lengths.",
     choices=("train", "decode"),
   )
   search_batch: bool = option(False, "Also search for the largest batch_size that fits.")
@@ -48,9 +51,9 @@ FLAG_GROUPS = TRAIN_GROUPS | {"": PlanOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Plans a run; see `flags.call` for `argv` and the exit code that it returns."""
+  """Plans a run; see `flags.call` for `argv` and the returned exit code."""
   platforms = jax.config.jax_platforms
-  # The compiler is wanted, not a chip that is here, where jax has not looked for one yet.
+  # Only the compiler is needed: keep jax from initialising an accelerator, unless it already has.
   jax.config.update("jax_platforms", "cpu")
   try:
     return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
@@ -81,10 +84,10 @@ def _plan(given: flags.Flags) -> None:
 
 
 def read_job(given: flags.Flags) -> training_plan.TrainingJob:
-  """Checks the flags of training, but for what they would read from disk.
+  """Checks the flags of training that do not concern data or weights.
 
   Raises:
-    ValueError: what is wrong, in one sentence.
+    ValueError: A flag is invalid.
   """
   options, optimizer, dataset = given[""], given["optimizer"], given["train_dataset"]
   given.refuse(without_effect(options))
@@ -94,7 +97,7 @@ def read_job(given: flags.Flags) -> training_plan.TrainingJob:
   if not options.load_model_config and options.load_checkpoint:
     kind, _, path = options.load_checkpoint.partition("::")
     place = options.load_checkpoint if kind == "hf" else path
-    source = open_source(place, verify=False)  # of its files, only the configuration is read
+    source = open_source(place, verify=False)  # only the configuration is read
   preset = choose_model(options, source)
   with given.within("train_dataset.seqio_dataset"):
     check_length(rows.length, preset.config)

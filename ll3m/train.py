@@ -1,7 +1,7 @@
 """Trains or fine-tunes a model: `python -m ll3m.train --help`.
 
-Everything that can be checked is checked before weights are loaded. A run with the same flags in
-the same output_dir resumes where it stopped, to the bit, without what it was loaded from.
+All checks that need no weights are performed before weights are loaded. A run with the same flags
+and output_dir resumes bitwise where it stopped, and no longer needs the model that it started from.
 """
 
 import functools
@@ -47,19 +47,19 @@ from ll3m.training.step import make_eval_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Trains, on this host alone or together with others; see `flags.call` for `argv`.
+  """Trains on one or several hosts; see `flags.call` for `argv`.
 
   Returns:
-    The exit code: that of `flags.call`, or another one if the run was asked to stop before its end.
+    The exit code of `flags.call`, or that of an interrupted run.
   """
   return flags.call(_train, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
 
 
 def _train(given: flags.Flags) -> int:
-  """Reads what to train, prepares it and trains.
+  """Checks the flags, prepares the run and trains.
 
   Returns:
-    The exit code: 0 if the run is done, another one if it was asked to stop before.
+    The exit code: 0 if the run is complete, another one if it was interrupted.
   """
   run = read_run(given)
   options = run.options
@@ -90,7 +90,7 @@ def _train(given: flags.Flags) -> int:
   ):
     batches, held_out_batches = open_batches(run), open_held_out(run)
     show_batches(run, batches)
-    # Before compiling, which takes minutes for a large model: what is wrong here is told at once.
+    # Load before compiling, which takes minutes for a large model, so that errors come early.
     state = initial_state(run, plan)
     checkpoints.set_aside_after(run.resumed.step if run.resumed else 0)
     write_companions(run)
@@ -140,11 +140,11 @@ def _train(given: flags.Flags) -> int:
 
 
 def read_run(given: flags.Flags) -> Run:
-  """Checks all flags against each other and against what is on disk.
+  """Checks all flags against each other and against the files that they name.
 
   Raises:
-    ValueError: what is wrong, in one sentence.
-    FileNotFoundError: what is missing.
+    ValueError: A flag or a file is invalid.
+    FileNotFoundError: A file is missing.
   """
   options, logger, optimizer = given[""], given["logger"], given["optimizer"]
   train_dataset, eval_dataset = given["train_dataset"], given["eval_dataset"]
@@ -155,8 +155,7 @@ def read_run(given: flags.Flags) -> Run:
       require_bucket(logger.output_dir)
       if (epath.Path(logger.output_dir) / MANIFEST).exists():
         raise ValueError(
-          f"`output_dir`={logger.output_dir} holds a converted model: give a folder of the run's "
-          f"own"
+          f"`output_dir`={logger.output_dir} holds a converted model; give the run its own folder"
         )
   read = [train_dataset, eval_dataset] if options.eval_steps else [train_dataset]
   if all(dataset.type == "seqio" for dataset in read):
@@ -172,8 +171,8 @@ def read_run(given: flags.Flags) -> Run:
       sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
     if eval_dataset.type == "json" and not eval_dataset.json_dataset.path:
       raise ValueError(
-        "`eval_dataset.json_dataset.path` must be given: held-out text is read from files of its "
-        "own"
+        "`eval_dataset.json_dataset.path` must be given, because held-out text is read from "
+        "separate files"
       )
     with given.within("eval_dataset"):
       eval_data = resolve(eval_dataset, split_default="validation", repeat=False, **of_run)
@@ -181,7 +180,7 @@ def read_run(given: flags.Flags) -> Run:
   start = find_start(options, logger.output_dir, settings)
   resumed, source = start.resumed, start.source
   family, config = choose_model(options, resumed or source)
-  if resumed is not None:  # in all fields: what is trained does not change under way
+  if resumed is not None:  # all fields must match: a run cannot change its architecture
     check_same_model(config, resumed.config)
   with given.within("train_dataset.seqio_dataset"):
     check_length(train_dataset.seqio_dataset.length, config)

@@ -1,4 +1,4 @@
-"""The command, as it is typed; what it converts to is tests/hf/test_conversion.py's."""
+"""The convert command; tests/hf/test_conversion.py tests the converted folder."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 convert = functools.partial(call, "convert")
 
 
-def test_converts_and_says_what_it_ignored(tmp_path):
-  """The reference's own spelling: --output_file."""
+def test_converts_and_reports_ignored_tensors(tmp_path):
+  """Uses --output_file, the reference's spelling of --output_dir."""
   output = tmp_path / "converted"
   done = convert(f"--checkpoint_dir={FIXTURES / 'open_llama_sharded'}", f"--output_file={output}")
   assert done.returncode == 0, done.stderr
@@ -29,7 +29,7 @@ def test_converts_and_says_what_it_ignored(tmp_path):
 
 @pytest.fixture
 def broken(tmp_path):
-  """A checkpoint whose weights are cut short."""
+  """A checkpoint with a truncated weight file."""
   folder = shutil.copytree(FIXTURES / "llama2", tmp_path / "broken")
   weights = folder / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-100])
@@ -46,9 +46,9 @@ def test_an_error_is_one_sentence_and_nothing_is_written(broken, tmp_path):
   assert "Traceback" not in done.stderr
 
 
-def test_two_output_folders_are_refused(broken):
+def test_two_different_output_folders_are_rejected(broken):
   done = convert(f"--checkpoint_dir={broken}", "--output_dir=a", "--output_file=b")
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
-    "error: --output_dir=a and --output_file=b name two folders"
+    "error: --output_dir=a and --output_file=b differ; give one"
   )

@@ -1,7 +1,7 @@
-"""The commands of README's journey and of docs/dataset.md, typed as they stand there.
+"""The commands of README's walkthrough and of docs/dataset.md, run as documented.
 
-They run in a fresh folder that stands for the clone: `tools` and `.venv` are links, and PATH is
-what activating `.venv` makes of it. Only what `SHORTER` lists is changed; DOWNLOADED is a tiny
+They run in a new folder that represents the clone: `tools` and `.venv` are links, and PATH is as
+after activating `.venv`. Only the replacements of `SHORTER` are made, and DOWNLOADED is a tiny
 model.
 """
 
@@ -22,7 +22,7 @@ from ll3m.families.tensor_rules import expected_tensors
 from tests.compiled import quickly
 
 ROOT = Path(__file__).parents[1]
-# What would take long, or needs a network.
+# Replacements for flags that take long or need a network.
 SHORTER = (
   (r"--total_steps=\d+", "--total_steps=2"),
   (r"--eval_steps=\d+", "--eval_steps=2"),
@@ -36,7 +36,7 @@ CONFIG = PRESET.config.replace(
 
 
 def blocks(document: str) -> list[str]:
-  """Returns the shell commands of a document, a block each."""
+  """Returns the blocks of shell commands of a document."""
   found = re.findall(
     r"^```shell\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL
   )
@@ -51,7 +51,7 @@ def _shorter(commands: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, byte_tokenizer) -> Path:
-  """A folder as a newcomer has it after README's first block, with a tiny model as DOWNLOADED."""
+  """The state of a clone after README's first block, with a tiny model as DOWNLOADED."""
   clone = tmp_path_factory.mktemp("clone")
   (clone / "tools").symlink_to(ROOT / "tools")
   (clone / ".venv").symlink_to(sys.prefix)
@@ -71,7 +71,7 @@ def clone(tmp_path_factory, byte_tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def shell(clone):
-  """Types commands in the clone; a command that fails ends them."""
+  """Returns a function that runs commands in the clone until one fails, and returns the output."""
 
   def run(commands: str) -> str:
     foreign = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS", "LL3M_DATA_DIR")
@@ -89,27 +89,27 @@ def shell(clone):
 
 @pytest.fixture(scope="module")
 def journey(shell) -> str:
-  """What the commands of README's journey print."""
+  """The output of the commands of README's walkthrough."""
   (commands,) = (block for block in blocks("README.md") if "ll3m.convert" in block)
   return shell(commands)
 
 
-def test_the_journey(journey, clone):
+def test_commands_of_the_readme_walkthrough(journey, clone):
   assert "converted a llama model" in journey and "exported a llama model" in journey
   assert re.search(r"^loss \d\.\d+  perplexity", journey, re.MULTILINE)
   assert (clone / "runs" / "mine" / "checkpoints" / "2").is_dir()
   assert (clone / "exported" / "model.safetensors").is_file()
 
 
-def test_the_package_has_the_file_that_readme_copies(shell, clone, smollm2_gguf):
+def test_the_file_that_readme_copies_exists_in_the_package(shell, clone, smollm2_gguf):
   (command,) = (block for block in blocks("README.md") if block.startswith("mkdir DOWNLOADED"))
   shell(f"mkdir elsewhere && cd elsewhere && ln -s ../.venv . && {command}")
   (copied,) = (clone / "elsewhere" / "DOWNLOADED").iterdir()
   assert copied.name == smollm2_gguf.name and copied.stat().st_size == smollm2_gguf.stat().st_size
 
 
-def test_the_commands_about_data(journey, shell, clone):
-  """Each command is typed; the flags of the other blocks are added to the first one."""
+def test_commands_of_the_dataset_document(journey, shell, clone):
+  """Runs each command; blocks with flags only are added to a short training command."""
   (clone / "my" / "robots").mkdir(parents=True)
   document = (ROOT / "docs" / "dataset.md").read_text()
   line = re.search(r'\{"prompt": .*?"\}', document)[0]
@@ -120,7 +120,7 @@ def test_the_commands_about_data(journey, shell, clone):
     with gzip.open(clone / "dolma" / f"{source}.json.gz", "wt") as file:
       rows = ({"id": str(i), "text": f"document {i} of {source}"} for i in range(400))
       file.writelines(f"{json.dumps(row)}\n" for row in rows)
-  # The block after it, a task with BOS, has its test in tests/data/test_tasks.py.
+  # tests/data/test_tasks.py tests the next block, a task with BOS.
   module, _ = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
   (clone / "my_tasks.py").write_text(module)
   (clone / "data").mkdir()

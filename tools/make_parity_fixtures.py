@@ -1,11 +1,12 @@
-"""Writes tiny random Hugging Face checkpoints with what transformers computes on them.
+"""Writes tiny random Hugging Face checkpoints and the results of transformers on them.
 
-Every family and variant gets a folder under tests/fixtures/parity: the checkpoint, laid out as its
-namesake is published, and expected.npz with the tokens, transformers' float32 logits, the mean
-next-token loss and the norm of the loss's gradient in every tensor. All weights are random, norm
-weights, biases and heads included, so that a dropped or misplaced one shows.
+Each family and variant gets a folder under tests/fixtures/parity. It holds the checkpoint, with the
+files of the published model of the same name, and expected.npz with the tokens, transformers'
+float32 logits, the mean next-token loss and the norm of the loss's gradient for every tensor. All
+weights are random, including norm weights, biases and heads, so that a missing or misplaced one
+changes the results.
 
-This needs torch, which the project does not; run it in a venv of its own and commit its output:
+This needs torch, which the project does not; run it in a separate venv and commit its output:
 
   python3.11 -m venv V && V/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors
   V/bin/python tools/make_parity_fixtures.py
@@ -33,13 +34,13 @@ class Variant:
   """One fixture.
 
   Attributes:
-    published: a config.json with the keys that its namesake's published file has; with
-      `modern`, transformers rewrites it in today's spelling (rope_parameters, dtype).
-    length: T of the [2, T] tokens; never a multiple of anything a kernel would like.
+    published: The config.json, with the keys of the published file of the same name.
+    length: Length T of the [2, T] tokens; not a multiple of any kernel's block size.
     form: "safetensors" or "bin" (torch.save's zip format).
-    shards: number of weight files; more than one adds an index.
-    buffers: also write rotary_emb.inv_freq, as files of 2023 have it.
-    modern: see `published`.
+    shards: Number of weight files; more than one adds an index.
+    buffers: Whether to write rotary_emb.inv_freq too, as in files of 2023.
+    modern: Whether transformers rewrites the config.json in its current spelling (rope_parameters,
+      dtype).
   """
 
   published: dict[str, Any]
@@ -75,7 +76,7 @@ _LLAMA_2 = _LLAMA | {
   "torch_dtype": "float16",
   "transformers_version": "4.31.0.dev0",
 }
-# OpenLLaMA's config says neither num_key_value_heads nor rope_theta, and its heads have 100
+# OpenLLaMA's config has neither num_key_value_heads nor rope_theta, and its heads have 100
 # dimensions (3B): neither a power of two nor a multiple of eight.
 _OPEN_LLAMA = _LLAMA | {
   "hidden_size": 40,
@@ -134,8 +135,8 @@ _MISTRAL = {
   "use_cache": True,
   "vocab_size": 83,
 }
-# Gemma's first files say "gelu" and mean its tanh approximation; head_dim is not D / N, and the
-# tied head goes unmentioned.
+# In Gemma's first files, "gelu" denotes its tanh approximation, head_dim is not D / N, and
+# tie_word_embeddings is missing.
 _GEMMA = {
   "architectures": ["GemmaForCausalLM"],
   "attention_bias": False,
@@ -192,7 +193,7 @@ _PHI = {
 VARIANTS = {
   "llama2": Variant(_LLAMA_2, length=21, buffers=True),
   "llama2_modern": Variant(_LLAMA_2 | {"torch_dtype": "float32"}, length=21, modern=True),
-  "llama2_linear": Variant(  # as LongChat and Vicuna 16k: positions divided by a factor
+  "llama2_linear": Variant(  # like LongChat and Vicuna 16k: positions are divided by a factor
     _LLAMA_2 | {"rope_scaling": {"type": "linear", "factor": 4.0}}, length=27
   ),
   "tiny_llama": Variant(_TINY_LLAMA, length=26, shards=3),
@@ -205,7 +206,7 @@ VARIANTS = {
     length=29,
     modern=True,
   ),
-  "mistral_no_window": Variant(  # as v0.2
+  "mistral_no_window": Variant(  # like v0.2
     _MISTRAL | {"num_hidden_layers": 1, "rope_theta": 1e6, "sliding_window": None}, length=37
   ),
   "gemma_2b": Variant(_GEMMA, length=19, shards=2),
@@ -240,9 +241,9 @@ VARIANTS = {
 
 
 def random_tensor(name: str, shape: torch.Size, model_type: str, rng) -> torch.Tensor:
-  """Draws a tensor such that attention is far from uniform and logits are of order one."""
+  """Samples a tensor such that attention is far from uniform and logits are of order one."""
   if "norm" in name and name.endswith(".weight"):
-    center = 0.0 if model_type == "gemma" else 1.0  # Gemma adds one when it applies it
+    center = 0.0 if model_type == "gemma" else 1.0  # Gemma adds one to the weight
     values = center + rng.uniform(-0.5, 0.5, shape)
   elif name.endswith(".bias") or "embed_tokens" in name:
     values = rng.normal(0.0, 0.3, shape)
@@ -264,7 +265,7 @@ def write_checkpoint(name: str, variant: Variant, folder: str) -> None:
   rng = np.random.default_rng(zlib.crc32(name.encode()))
   dtype = _DTYPES[variant.published["torch_dtype"]]
   tensors = {}
-  for key, parameter in model.named_parameters():  # a tied head appears once, as published
+  for key, parameter in model.named_parameters():  # a tied head appears once, as in published files
     tensors[key] = random_tensor(key, parameter.shape, config.model_type, rng).to(dtype)
   if variant.buffers:
     for layer in range(config.num_hidden_layers):
@@ -274,7 +275,7 @@ def write_checkpoint(name: str, variant: Variant, folder: str) -> None:
 
 
 def write_weights(tensors: dict[str, torch.Tensor], variant: Variant, folder: str) -> None:
-  """Writes one weight file, or several and their index, as transformers names them."""
+  """Writes one weight file, or several with an index, under the names that transformers uses."""
   stem, suffix = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}[
     variant.form
   ]
@@ -301,7 +302,7 @@ def write_weights(tensors: dict[str, torch.Tensor], variant: Variant, folder: st
 
 
 def write_expected(name: str, variant: Variant, folder: str) -> None:
-  """Loads the checkpoint as a user would, upcast to float32, and records what it computes."""
+  """Loads the checkpoint with transformers in float32 and writes its results."""
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
   )
@@ -327,7 +328,7 @@ def write_expected(name: str, variant: Variant, folder: str) -> None:
 
 
 def main() -> None:
-  """Writes the chosen fixtures, replacing what is there."""
+  """Writes the selected fixtures, replacing existing ones."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--output_dir", default="tests/fixtures/parity")
   parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))

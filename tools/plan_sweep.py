@@ -1,9 +1,9 @@
-"""Plans Llama 2 7B over chips, lengths and batches, and draws how its cost grows.
+"""Plans Llama 2 7B for several numbers of chips, lengths and batch sizes, and plots the cost.
 
   python tools/plan_sweep.py --output_dir=docs
 
-Writes scaling.json, for every case some of what `ll3m.plan --json` says of it, and scaling.png. A
-case that scaling.json holds already is not planned again. Takes a minute or two per case.
+Writes scaling.json, with parts of the output of `ll3m.plan --json` for every case, and scaling.png.
+Cases that scaling.json already contains are not planned again. Takes a minute or two per case.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class SweepOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One plan: a machine, and the rows and tokens of a step on it."""
+  """A case to plan: a topology, and the rows and tokens per row of a step."""
 
   topology: str
   rows: int
@@ -33,13 +33,13 @@ class Case:
 
   @property
   def chips(self) -> int:
-    """How many chips the machine has."""
+    """The number of chips of the topology."""
     rows, columns = self.topology.partition(":")[2].split("x")
     return int(rows) * int(columns)
 
   @property
   def arguments(self) -> list[str]:
-    """The command's flags."""
+    """The flags for `ll3m.plan`."""
     return [
       f"--topology={self.topology}",
       "--mesh_dim=-1,2,4",
@@ -53,11 +53,11 @@ class Case:
     ]
 
 
-# What of a step's seconds is drawn: what it computes, and what it sends.
+# The parts of a step's duration that are plotted: computation and communication.
 _PARTS = ("compute", "ici")
 
-# What changes, and the cases in its order. A chip has as many tokens in each of the first and the
-# second; in the third it has more and more.
+# The cases by the quantity that varies. The number of tokens per chip is constant in the first and
+# second sweep, and grows in the third.
 SWEEPS = {
   "chips": [
     Case(f"v5e:{shape}", rows, 2048)
@@ -72,12 +72,12 @@ FLAG_GROUPS = {"": SweepOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Plans and draws; see `flags.call` for `argv` and the exit code that it returns."""
+  """Plans and plots; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_sweep, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _sweep(given: flags.Flags) -> None:
-  """Plans what is missing, and draws."""
+  """Plans the missing cases and plots all."""
   output = Path(given[""].output_dir)
   file = output / "scaling.json"
   plans = json.loads(file.read_text()) if file.exists() else {}
@@ -96,7 +96,7 @@ def _sweep(given: flags.Flags) -> None:
 
 
 def draw(plans: dict[str, dict], file: Path) -> None:
-  """Draws seconds per step and memory per chip of every sweep."""
+  """Plots seconds per step and memory per chip for every sweep."""
   import matplotlib
 
   matplotlib.use("Agg")

@@ -4,11 +4,11 @@
 
 Sends the checkout's tracked files and the script, installs the pinned requirements, and starts the
 script on all workers with LL3M_WORKER (from 0) and LL3M_WORKERS set. Each worker's output is shown
-with its number before it, and kept in a file. If a worker fails, or on Ctrl-C, the others are
-stopped; the first failure's exit code is this program's. No credentials are sent: workers have
-their own.
+with the worker's number and written to a file. If a worker fails, or on Ctrl-C, the other workers
+are stopped; the exit code is that of the first failure. No credentials are sent, because workers
+have their own.
 
-  --detach starts the script and returns; --status tells how it stands, --stop ends it.
+  --detach starts the script and returns, --status shows its state, and --stop ends it.
 """
 
 import concurrent.futures
@@ -31,16 +31,16 @@ from ll3m.core import flags, options
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# On a worker, below its home: the archive, `code`, and of the run `log`, `pid` and `exit`.
+# Folder in a worker's home for the archive, `code`, and the run's `log`, `pid` and `exit`.
 _FOLDER = "ll3m_run"
 _SCRIPT = "tpu_run_script.sh"
-# What a worker that was stopped may still say, in seconds.
+# Seconds to wait for the final output of a stopped worker.
 _LAST_WORDS = 5
 _INSTALL = "make --silent .venv/installed-train .venv/installed-tpu"
 
-# What a worker runs; its own shell expands nothing else. The run is a session of its own, whose
-# process group is what --stop ends: it outlives a lost connection, and nothing else is ended.
-# Installing, which may take minutes, is a part of it.
+# The script of a worker, whose own shell expands nothing else. The run is a separate session, so it
+# survives a lost connection, and --stop ends its process group and nothing else. Installation,
+# which may take minutes, is part of the run.
 _START = """set -eu
 cd "$HOME/{folder}"
 rm -f pid exit
@@ -87,19 +87,23 @@ class RunOptions:
 
   tpu: str | None = options.option(None, "Name of the TPU VM.")
   script: str | None = options.option(
-    None, "Bash script to run, in the checkout's folder on the worker."
+    None, "Bash script to run in the checkout's folder on each worker."
   )
-  zone: str | None = options.option(None, "Zone of the TPU VM; gcloud's default otherwise.")
-  project: str | None = options.option(None, "Project of the TPU VM; gcloud's default otherwise.")
+  zone: str | None = options.option(None, "Zone of the TPU VM; gcloud's default if not given.")
+  project: str | None = options.option(
+    None, "Project of the TPU VM; gcloud's default if not given."
+  )
   env: tuple[str, ...] = options.option(
-    (), "NAME=VALUE for the script; may be repeated.", repeated=True
+    (), "Environment variable of the script, as NAME=VALUE; may be repeated.", repeated=True
   )
   install: str = options.option(_INSTALL, "Command that installs requirements; empty for none.")
-  output_dir: str = options.option("runs/tpu", "Folder of the workers' output, on this machine.")
-  detach: bool = options.option(False, "Start the script and return.")
-  status: bool = options.option(False, "Tell how the script stands on every worker.")
+  output_dir: str = options.option("runs/tpu", "Local folder for the workers' output.")
+  detach: bool = options.option(False, "Start the script and return immediately.")
+  status: bool = options.option(False, "Show the state of the script on every worker.")
   stop: bool = options.option(False, "End the script on every worker.")
-  grace: int = options.option(60, "Seconds that a script has to save and end when it is stopped.")
+  grace: int = options.option(
+    60, "Seconds between asking a script to end and killing it, e.g. to save a checkpoint."
+  )
 
   def __post_init__(self):
     options.require(self, "tpu")
@@ -108,7 +112,7 @@ class RunOptions:
     if not (self.status or self.stop):
       options.require(self, "script")
       if not Path(self.script).is_file():
-        raise ValueError(f"`script`: there is no file {self.script}")
+        raise ValueError(f"`script`: no such file: {self.script}")
     for item in self.env:
       if not item.partition("=")[0].isidentifier() or "=" not in item:
         raise ValueError(f"`env` expects NAME=VALUE, got {item!r}")
@@ -117,10 +121,10 @@ class RunOptions:
 
 
 class Tpu:
-  """A TPU VM, as gcloud reaches it."""
+  """A TPU VM, accessed through gcloud."""
 
   def __init__(self, options: RunOptions):
-    """Args: which one, and where."""
+    """Selects the TPU VM by its name, zone and project."""
     self._name = options.tpu
     self._where = [f"--{n}={v}" for n in ("zone", "project") if (v := getattr(options, n))]
 
@@ -128,10 +132,10 @@ class Tpu:
     return ["gcloud", "compute", "tpus", "tpu-vm", verb, *arguments, *self._where]
 
   def count_workers(self) -> int:
-    """Asks how many workers there are.
+    """Returns the number of workers.
 
     Raises:
-      ValueError: gcloud is missing, or says no.
+      ValueError: The program gcloud is not installed, or fails.
     """
     try:
       done = subprocess.run(
@@ -139,7 +143,7 @@ class Tpu:
       )
     except FileNotFoundError as error:
       raise ValueError(
-        "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
+        "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
       ) from error
     if done.returncode:
       raise ValueError(f"cannot describe {self._name}: {done.stderr}")
@@ -149,7 +153,7 @@ class Tpu:
     """Copies the archive to every worker.
 
     Raises:
-      ValueError: it does not arrive.
+      ValueError: The copy fails.
     """
     self.run("all", f'mkdir -p "$HOME/{_FOLDER}"')
     target = f"{self._name}:{_FOLDER}/code.tgz"
@@ -160,10 +164,10 @@ class Tpu:
       raise ValueError(f"cannot copy the code to {self._name}: {done.stderr}")
 
   def run(self, worker: int | str, script: str) -> str:
-    """Runs a short script on a worker, or on all, and returns what it prints.
+    """Runs a short script on a worker, or on all, and returns its output.
 
     Raises:
-      ValueError: it fails.
+      ValueError: The script fails.
     """
     done = subprocess.run(
       self._ssh(worker, script), capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -173,11 +177,11 @@ class Tpu:
     return done.stdout
 
   def start(self, worker: int, script: str) -> subprocess.Popen:
-    """Starts a script on a worker; its output comes as text, both streams together."""
+    """Starts a script on a worker; both output streams are piped together as text."""
     return subprocess.Popen(
       self._ssh(worker, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT, text=True, errors="replace",
-      start_new_session=True,  # Ctrl-C is for this program alone, which then stops the run
+      start_new_session=True,  # Ctrl-C reaches only this program, which then stops the run
     )  # fmt: skip
 
   def _ssh(self, worker: int | str, script: str) -> list[str]:
@@ -190,12 +194,12 @@ FLAG_GROUPS = {"": RunOptions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a script on a TPU VM; see `flags.call` for `argv` and the exit code that it returns."""
+  """Runs a script on a TPU VM; see `flags.call` for `argv` and the returned exit code."""
   return flags.call(_run, FLAG_GROUPS, argv, doc=__doc__)
 
 
 def _run(given: flags.Flags) -> int:
-  """Does what the flags ask for; returns the exit code of the script, where it waits for it."""
+  """Performs the requested action; returns the script's exit code if it waits for the script."""
   options = given[""]
   tpu = Tpu(options)
   workers = range(tpu.count_workers())
@@ -205,11 +209,11 @@ def _run(given: flags.Flags) -> int:
     for worker in workers:
       _show(worker, tpu.run(worker, _STATUS.format(folder=_FOLDER)).splitlines(), None)
   else:
-    # Before anything is sent: what a failed start would stop is a run that is not its own.
+    # Check before sending anything: a failed start would stop the run of someone else.
     if busy := [w for w in workers if tpu.run(w, _BUSY.format(folder=_FOLDER)).strip()]:
       raise ValueError(
-        f"a run is still going on on worker {', '.join(map(str, busy))} of {options.tpu}: --stop "
-        f"ends it"
+        f"a run is still active on worker {', '.join(map(str, busy))} of {options.tpu}; end it "
+        f"with --stop"
       )
     with tempfile.TemporaryDirectory() as folder:
       tpu.send(pack(Path(folder) / "code.tgz", options.script))
@@ -219,21 +223,21 @@ def _run(given: flags.Flags) -> int:
 
 
 def pack(archive: Path, script: str) -> Path:
-  """Writes the checkout's tracked files, as they are now, and the script into an archive."""
+  """Writes the current contents of the checkout's tracked files and the script to an archive."""
   listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
   with tarfile.open(archive, "w:gz") as tar:
     for name in {*filter(None, listed.stdout.decode().split("\0"))} - {_SCRIPT}:
-      if (ROOT / name).exists():  # else deleted, and not yet committed
+      if (ROOT / name).exists():  # a deletion may not be committed yet
         tar.add(ROOT / name, arcname=name)
     tar.add(script, arcname=_SCRIPT)
   return archive
 
 
 def run_all(tpu: Tpu, scripts: Sequence[str], options: RunOptions) -> int:
-  """Runs a script on each worker and shows what they write.
+  """Runs a script on each worker and shows the output.
 
   Returns:
-    0, or the exit code of the first that failed.
+    0, or the exit code of the first worker that failed.
   """
   log_dir = Path(options.output_dir) / options.tpu
   log_dir.mkdir(parents=True, exist_ok=True)
@@ -272,23 +276,23 @@ def run_all(tpu: Tpu, scripts: Sequence[str], options: RunOptions) -> int:
 
 
 def end(tpu: Tpu, processes: Sequence[subprocess.Popen], options: RunOptions) -> None:
-  """Stops the runs that these processes have started, or are about to start."""
+  """Stops the runs that these processes have started or are about to start."""
   workers = range(len(processes))
   stop(tpu, workers, options)
   for process in processes:
-    # What was stopped says its last words. What had not reached its worker never will now.
+    # A stopped run may still write output. A run that has not reached its worker is cancelled.
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(_LAST_WORDS)
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGTERM)
-  stop(tpu, workers, options)  # what reached it in between
+  stop(tpu, workers, options)  # runs that were started in between
 
 
 def stop(tpu: Tpu, workers: Sequence[int], options: RunOptions) -> None:
-  """Ends the run on all workers at once: asks, and after the grace ends what is left of it.
+  """Ends the run on all workers: sends SIGTERM, and SIGKILL after the grace period.
 
   Raises:
-    ValueError: a worker could not be asked; the others were.
+    ValueError: A worker could not be reached; the others were stopped.
   """
   script = _STOP.format(folder=_FOLDER, grace=options.grace)
   with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:

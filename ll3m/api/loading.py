@@ -1,4 +1,4 @@
-"""`ll3m.load` and `ll3m.init`: models from files, and from nothing."""
+"""`ll3m.load` and `ll3m.init`: models loaded from files, or initialised with random parameters."""
 
 import os
 from typing import Any
@@ -31,21 +31,21 @@ def load(
   """Loads a model.
 
   Args:
-    path: A folder that `Model.save` or ll3m.convert wrote, a run's output_dir (its latest step
-      counts), one of its step folders, a Hugging Face folder, or a GGUF file of the Llama
-      architecture. `hf::PATH` names a Hugging Face folder too.
+    path: A folder written by `Model.save` or ll3m.convert, a run's output_dir (selects its latest
+      step), a step folder of a run, a Hugging Face folder, or a GGUF file of the Llama
+      architecture. A Hugging Face folder may also be given as `hf::PATH`.
     dtype: The dtype of activations: "float32" or "bfloat16".
-    param_dtype: The dtype that parameters are kept in; None for that of the files.
-    tokenizer: A SentencePiece file or tokenizer folder, instead of the model's own.
-    mesh: The devices to split parameters and batches over: a mesh of `ll3m.make_mesh`, or its sizes
-      as "dp,fsdp,mp". None for the first device.
-    remat: What the backward pass computes again instead of keeping it; see `Model`.
-    verify: Whether to compare the files of a folder of ours with their checksums.
+    param_dtype: The dtype of parameters; None keeps that of the files.
+    tokenizer: A SentencePiece file or tokenizer folder that replaces the model's own tokenizer.
+    mesh: The devices over which parameters and batches are sharded: a mesh of `ll3m.make_mesh`, or
+      its sizes as "dp,fsdp,mp". None for the first device.
+    remat: What the backward pass recomputes instead of storing it; see `Model`.
+    verify: Whether to compare the files of LL3M checkpoints with their checksums.
 
   Raises:
-    FileNotFoundError: there is nothing at `path`.
-    ValueError: it holds no complete model, or a damaged one.
-    NotImplementedError: a format or an architecture that is not supported.
+    FileNotFoundError: The path does not exist.
+    ValueError: The model is incomplete or damaged.
+    NotImplementedError: The format or the architecture is not supported.
   """
   mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
   source = open_source(os.fspath(path), verify=verify)
@@ -85,21 +85,21 @@ def init(
   remat: str = "nothing",
   **changes: Any,
 ) -> Model:
-  """Makes a model with random parameters.
+  """Creates a model with random parameters.
 
   Args:
     config: The name of a published model ("llama2_7b"), or an architecture.
-    seed: Seed of the parameters.
+    seed: The random seed.
     tokenizer: A SentencePiece file or tokenizer folder.
-    family: The family of an architecture that is given as a `ModelConfig`.
-    dtype: As for `load`.
-    param_dtype: The dtype that parameters are kept in.
-    mesh: As for `load`.
-    remat: As for `load`.
-    **changes: Fields of the architecture to replace, as `num_layers=2`.
+    family: The family; required if `config` is a `ModelConfig`.
+    dtype: The dtype of activations; see `load`.
+    param_dtype: The dtype of parameters.
+    mesh: The devices; see `load`.
+    remat: What the backward pass recomputes; see `Model`.
+    **changes: Fields of the architecture to replace, such as `num_layers=2`.
 
   Raises:
-    ValueError: an unknown name, or a field that makes no sense.
+    ValueError: A name is unknown, or a field is invalid.
   """
   if isinstance(config, str):
     preset = families.get_preset(config)
@@ -133,10 +133,10 @@ def init(
 
 
 def _parse_dtype(name: str, dtype: Any) -> Any:
-  """Returns a JAX dtype: "float32", "bf16" or a type itself.
+  """Returns the JAX dtype given by name ("float32", "bf16") or as a type.
 
   Raises:
-    ValueError: neither float32, bfloat16 nor float16.
+    ValueError: The dtype is not float32, bfloat16 or float16.
   """
   try:
     found = jnp.dtype(DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)

@@ -1,4 +1,4 @@
-"""A language model in one object: load it, call it, generate with it, save it."""
+"""A language model as one object, with methods to compute logits, generate, save and export."""
 
 import dataclasses
 import functools
@@ -34,15 +34,15 @@ class Model:
 
   Attributes:
     config: The architecture.
-    params: The parameters: {"module": {"name": array}}, with a leading axis of layers.
-    tokenizer: The tokenizer; None if none came with the model.
-    family: The name of its family, as "llama".
-    dtype: The dtype of activations; parameters are cast to it where they are used.
-    remat: What the backward pass computes again instead of keeping it: "nothing", "dots",
-      "attention" or "full".
-    mesh: The devices over which parameters and batches are split; None for one device.
-    source_files: The contents of the config.json and generation_config.json that the model was
-      published with, by name; they travel with it.
+    params: The parameters {"module": {"name": array}}, with a leading layer axis.
+    tokenizer: The tokenizer; None if the model has none.
+    family: The name of the family, such as "llama".
+    dtype: The dtype of activations; parameters are cast to it at each use.
+    remat: What the backward pass recomputes instead of storing it: "nothing", "dots", "attention"
+      or "full".
+    mesh: The devices over which parameters and batches are sharded; None for one device.
+    source_files: The contents of the published config.json and generation_config.json, by file
+      name; saved and exported with the model.
   """
 
   config: ModelConfig
@@ -75,12 +75,12 @@ class Model:
   def logits(
     self, tokens: Int[Any, "B T"], segment_ids: Int[Any, "B T"] | None = None
   ) -> Float[Array, "B T V"]:
-    """Returns the logits of the next token after each token, float32.
+    """Returns the float32 logits of the next token after each token.
 
     Args:
-      tokens: Token ids; of a single text, `[model.tokenizer("...")]`.
-      segment_ids: The document that each token belongs to, from 1; 0 is padding. Tokens see only
-        their own document. None for one document in each row.
+      tokens: The token ids; for a single text, `[model.tokenizer("...")]`.
+      segment_ids: The number of each token's document, from 1; 0 is padding. Tokens attend only to
+        their own document. None for one document per row.
     """
     return self._logits(self.params, jnp.asarray(tokens, jnp.int32), segment_ids)
 
@@ -116,32 +116,32 @@ class Model:
   ) -> str | list[str] | Iterator[str]:
     """Continues a text, several texts, or a conversation.
 
-    The first call prepares the parameters for decoding and keeps them so, in `dtype`: that takes as
-    much memory again as the model.
+    The first call copies the parameters into a form for decoding, in `dtype`, and keeps the copy,
+    which takes as much memory as the model.
 
     Args:
-      prompt: A text, a list of texts, or a conversation (a list of messages) to answer through the
-        tokenizer's chat template. Control tokens in it are plain text.
-      max_new_tokens: The most tokens to generate for each prompt.
-      temperature: Divides the logits; 0 takes the most likely token.
-      top_k: Draw from this many of the most likely tokens; 0 draws from all.
-      top_p: Draw from the most likely tokens that have this probability together.
-      seed: Seed of the draws; prompt i of several draws with seed + i.
-      stream: Return an iterator over pieces of the text of a single prompt, as they come.
+      prompt: A text, a list of texts, or a conversation (a list of messages) to answer with the
+        tokenizer's chat template. Control tokens in prompts are treated as plain text.
+      max_new_tokens: Maximum number of new tokens per prompt.
+      temperature: Divisor of the logits; 0 selects the most likely token.
+      top_k: Number of most likely tokens to sample from; 0 for all.
+      top_p: Probability mass of the most likely tokens to sample from; 1 for all.
+      seed: Random seed for sampling; prompt i of several uses seed + i.
+      stream: Whether to return an iterator over pieces of the text, for a single prompt.
 
     Returns:
-      The new text, without the prompt; a list of them for a list of texts; an iterator with
-      `stream`.
+      The new text without the prompt. A list of texts if `prompt` is a list of texts, or an
+      iterator if `stream` is set.
 
     Raises:
-      ValueError: the model has no tokenizer, its tokenizer no chat template, or the request does
-        not fit the model.
+      ValueError: The model has no tokenizer, its tokenizer has no chat template, or the model
+        cannot serve the request.
     """
     tokenizer = self._require_tokenizer()
     several = isinstance(prompt, list) and all(isinstance(text, str) for text in prompt)
     prompts = list(prompt) if several else [prompt]
     if stream and several:
-      raise ValueError("stream=True continues a single prompt, got a list of them")
+      raise ValueError("stream=True requires a single prompt, got a list of texts")
     ids = [
       tokenizer(text) if isinstance(text, str) else chat.encode_prompt(tokenizer, list(text))
       for text in prompts
@@ -158,15 +158,15 @@ class Model:
     return texts if several else texts[0]
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Saves the model as a folder that `load` and every command's --checkpoint take.
+    """Saves the model to a folder that `load` and every command's --checkpoint accept.
 
-    The folder counts as complete only when everything is in it.
+    An interrupted save leaves a folder that is recognised as incomplete.
 
     Args:
       folder: A new or empty folder, local or gs://.
 
     Raises:
-      ValueError: the folder already holds something, or there is too little space.
+      ValueError: The folder is not empty, or there is too little space.
     """
     save_model(
       folder,
@@ -184,10 +184,10 @@ class Model:
 
     Args:
       folder: A new or empty folder on a local disk.
-      dtype: The dtype to cast every tensor to; as they are by default.
+      dtype: The dtype of every tensor; None keeps each tensor's own.
 
     Raises:
-      ValueError: the folder already holds something, or a value does not fit the dtype.
+      ValueError: The folder is not empty, or a value does not fit the dtype.
     """
     from ll3m.hf.exporting import export_model
 
@@ -204,5 +204,5 @@ class Model:
 
   def _require_tokenizer(self) -> Tokenizer:
     if self.tokenizer is None:
-      raise ValueError("the model has no tokenizer: load it with tokenizer=PATH")
+      raise ValueError("the model has no tokenizer; load it with tokenizer=PATH")
     return self.tokenizer

@@ -1,4 +1,4 @@
-"""`ll3m.Trainer`: the loop of ll3m.train around a `Model` and any optax optimizer."""
+"""`ll3m.Trainer`: the training loop of ll3m.train for a `Model` and any optax optimizer."""
 
 import functools
 import itertools
@@ -35,15 +35,15 @@ from ll3m.training.train_state import StatePlan, plan_state
 
 
 class Trainer:
-  """Trains a model: logs, evaluates, saves and resumes as ll3m.train does.
+  """Training loop with the logging, evaluation, checkpoints and resuming of ll3m.train.
 
   ```
   trainer = ll3m.Trainer(model, optax.adamw(2e-5), batches, output_dir="runs/mine", total_steps=100)
   model = trainer.train()
   ```
 
-  The folder of the run is one that `ll3m.load` and every command take. A second `train` in the same
-  folder resumes at its latest step.
+  `ll3m.load` and every command accept the run's folder. A second `train` with the same folder
+  resumes from its latest step.
   """
 
   def __init__(
@@ -70,33 +70,34 @@ class Trainer:
     max_nonfinite_steps: int = 5,
     tensorboard: bool = False,
   ):
-    """Checks the options; nothing is read, written or compiled before `train`.
+    """Checks the options. Nothing is read, written or compiled before `train`.
 
     Args:
       model: The model to start from.
       optimizer: Any optax transformation.
-      batches: Batches of [B, T]. Those of `ll3m.data` save their position with every step; of
-        others, the batches that were trained on are read again and skipped when a run resumes.
+      batches: Batches of [B, T]. Batches of `ll3m.data` save their position with every checkpoint;
+        for other iterables, a resumed run reads the trained batches again and skips them.
       output_dir: The folder of the run, local or gs://.
-      total_steps: Optimizer steps of the whole run.
-      loss_fn: Another loss than that of the next token; see `ll3m.make_train_step`.
-      accumulate: Batches whose gradients make one step.
-      schedule: The optimizer's learning rate by number of updates, to be reported.
-      z_loss: Weight of the z-loss of the default loss.
-      seed: Seed of what is drawn while training.
-      log_freq: Steps between records.
-      eval_batches: Held-out batches, which are read once and kept. None for no evaluation.
-      eval_steps: How many of them to read; 0 for all.
-      eval_freq: Steps between evaluations; 0 for the first and last step only.
-      save_model_freq: Steps between checkpoints; 0 for none. The last step is always saved.
-      save_model_minutes: Minutes from one checkpoint to the next; 0 for none.
-      save_milestone_freq: Checkpoints at multiples of this are never deleted; 0 for none.
-      max_to_keep: How many of the latest checkpoints to keep, beside the milestones.
-      max_nonfinite_steps: End when loss or gradient are not finite in this many steps in a row.
+      total_steps: Number of optimizer steps of the whole run.
+      loss_fn: A loss to use instead of the next-token loss; see `ll3m.make_train_step`.
+      accumulate: Number of batches whose gradients are accumulated in a step.
+      schedule: Function from the number of updates to the learning rate, for reports only.
+      z_loss: Weight of the z-loss in the default loss.
+      seed: Random seed of the training state.
+      log_freq: Steps between log records.
+      eval_batches: Held-out batches, which are read once and kept in memory. None disables
+        evaluation.
+      eval_steps: Number of held-out batches to read; 0 for all.
+      eval_freq: Steps between evaluations; 0 evaluates at the first and last step only.
+      save_model_freq: Steps between checkpoints; 0 disables it. The last step is always saved.
+      save_model_minutes: Minutes between checkpoints; 0 disables it.
+      save_milestone_freq: Steps between milestones, checkpoints that are never deleted; 0 for none.
+      max_to_keep: Number of latest checkpoints to keep in addition to milestones.
+      max_nonfinite_steps: Number of consecutive non-finite steps after which training fails.
       tensorboard: Whether to write TensorBoard events.
 
     Raises:
-      ValueError: an option makes no sense.
+      ValueError: An option is invalid.
     """
     if accumulate < 1:
       raise ValueError(f"`accumulate` must be at least 1, got {accumulate}")
@@ -119,23 +120,23 @@ class Trainer:
     self._eval_batches = eval_batches
 
   def train(self) -> Model:
-    """Trains up to `total_steps`, from the latest step in the folder if there is one.
+    """Trains up to `total_steps`, resuming from the latest step in the folder, if any.
 
-    SIGTERM and Ctrl-C save the step that was reached; the same program resumes there.
+    On SIGTERM and Ctrl-C the current step is saved; the same program resumes from it.
 
     Returns:
       The model with the parameters of the last step.
 
     Raises:
-      ValueError: the folder holds another model's or optimizer's run, or another job trains in it.
-      FloatingPointError: too many steps in a row were not finite.
-      OSError: a step could not be saved.
-      KeyboardInterrupt: Ctrl-C was typed.
-      SystemExit: SIGTERM was received; the code is 75, as that of ll3m.train.
+      ValueError: The folder holds a run of another model or optimizer, or another job uses it.
+      FloatingPointError: Too many consecutive steps were not finite.
+      OSError: A step could not be saved.
+      KeyboardInterrupt: The user pressed Ctrl-C.
+      SystemExit: The process received SIGTERM. The exit code is 75, as for ll3m.train.
     """
     output = epath.Path(self._logger.output_dir)
     if (output / checkpoint.MANIFEST).exists():
-      raise ValueError(f"`output_dir` {output} holds a saved model: give a folder of the run's own")
+      raise ValueError(f"`output_dir` {output} holds a saved model; give the run its own folder")
     mesh = self._model.mesh or sharding.make_mesh("1,1,1", jax.devices()[:1])
     first = jax.tree.leaves(self._model.params)[0]
     plan = plan_state(
@@ -179,7 +180,7 @@ class Trainer:
       state = resumed.restore_state(plan.state)
     else:
       rng = jax.random.key_data(jax.random.key(self._seed))
-      params = jax.tree.map(jnp.copy, model.params)  # the step uses their memory again
+      params = jax.tree.map(jnp.copy, model.params)  # the step donates its state
       state = plan.start(jax.device_put(params, plan.param_shardings), rng)
     checkpoints.set_aside_after(resumed.step if resumed else 0)
     if resumed is None:
@@ -217,7 +218,7 @@ class Trainer:
       return loop.run(state)
 
   def _write_files(self) -> None:
-    """Puts tokenizer and config files beside the checkpoints, as a run's folder has them."""
+    """Writes tokenizer and config files beside the checkpoints, as ll3m.train does."""
     if jax.process_index():
       return
     tokenizer = self._model.tokenizer
@@ -259,7 +260,7 @@ class Trainer:
 
 
 class _Stream:
-  """The batches of a run from where it resumes; see `loop.Batches`."""
+  """The batches of a run from its first or resumed step; see `loop.Batches`."""
 
   def __init__(
     self, batches: Iterable[Batch], resumed: checkpoint.Checkpoint | None, accumulate: int
@@ -284,14 +285,14 @@ class _Stream:
       return next(self._source)
     except StopIteration:
       raise ValueError(
-        "`batches` ended before the last step: give more, or fewer `total_steps`"
+        "`batches` ended before the last step; give more batches or reduce `total_steps`"
       ) from None
 
   def peek(self) -> Batch:
-    """Returns the next batch, which stays the next one."""
+    """Returns the next batch without consuming it."""
     self._next = next(self)
     return self._next
 
   def state(self) -> Mapping[str, bytes]:
-    """Returns the position to save; empty where it is known from the number of steps."""
+    """Returns the position to save; empty if the number of steps determines it."""
     return self._source.state() if self._keeps_position else {}

@@ -1,4 +1,4 @@
-"""Training and evaluating a `Model` with any optax optimizer, in a loop of one's own."""
+"""Training steps and evaluation of a `Model` for custom loops with any optax optimizer."""
 
 import functools
 import time
@@ -24,12 +24,12 @@ def init_state(
   """Returns the state before the first step.
 
   Args:
-    params: The parameters to train, as `model.params`; `make_train_step` updates copies of them.
+    params: The parameters to train, such as `model.params`; they are copied.
     optimizer: Any optax transformation.
-    seed: Seed of what is drawn while training.
+    seed: Random seed of the training state.
   """
   return step.init_state(
-    # A jitted step that donates its state would otherwise delete the model's own arrays.
+    # Copy, because a jitted step that donates its state would delete the model's own arrays.
     jax.tree.map(jnp.copy, params), optimizer, jax.random.key_data(jax.random.key(seed)),
   )  # fmt: skip
 
@@ -43,24 +43,25 @@ def make_train_step(
   schedule: optax.Schedule | None = None,
   z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns a function (state, batch) -> (state, metrics), to be jitted.
+  """Returns the training step, a function (state, batch) -> (state, metrics) to be jitted.
 
   A step whose loss or gradient is not finite changes neither parameters nor optimizer.
 
   Args:
-    model: The model; its parameters are taken from the state, not from here.
+    model: The model; the step takes parameters from the state, not from the model.
     optimizer: Any optax transformation.
-    loss_fn: (model, params, batch) -> (sum of the losses, sum of their weights), both scalars; the
-      gradient is that of their quotient. By default the next-token loss in nats.
-    accumulate: A, micro-batches of a step. With 1, a batch is [B, T]; with more it is [A, B, T],
-      and the gradient is that of the mean over all their tokens.
-    schedule: The optimizer's learning rate by number of updates, to be reported.
-    z_loss: Weight of the z-loss log(Z)^2 of the default loss.
+    loss_fn: Function (model, params, batch) -> (sum of losses, sum of their weights), both scalars;
+      the step follows the gradient of their quotient. By default the next-token loss in nats.
+    accumulate: Number A of micro-batches per step. A batch is [B, T] if A is 1, else [A, B, T], and
+      the step follows the gradient of the mean over all tokens.
+    schedule: Function from the number of updates to the learning rate, for reports only.
+    z_loss: Weight of the z-loss log(Z)^2 in the default loss.
 
   Returns:
-    The step. Its metrics are float32 scalars: `loss` (mean per target), `targets`, `tokens`,
-    `grad_norm` (before the optimizer clips it), `param_norm`, `skipped` (1 for a step that is not
-    finite), `learning_rate` with a schedule, and with the default loss `accuracy`.
+    The training step. Its metrics are float32 scalars: `loss` (mean per target), `targets`,
+    `tokens`, `grad_norm` (before the optimizer clips it), `param_norm`, `skipped` (1 for a step
+    that is not finite), `learning_rate` if there is a schedule, and `accuracy` for the default
+    loss.
 
   Raises:
     ValueError: `accumulate` is less than 1.
@@ -76,7 +77,7 @@ def make_train_step(
     shape = np.shape(batch.inputs)
     if len(shape) != 2 + (accumulate > 1) or (accumulate > 1 and shape[0] != accumulate):
       expected = "[B, T]" if accumulate == 1 else f"[{accumulate}, B, T]"
-      raise ValueError(f"a batch with accumulate={accumulate} must be {expected}, got {shape}")
+      raise ValueError(f"with accumulate={accumulate} a batch must be {expected}, got {shape}")
     micro_batches = batch if accumulate > 1 else jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
     state, found = inner(state, micro_batches)
     return state, _report(found, is_default=loss_fn is None, has_schedule=schedule is not None)
@@ -109,15 +110,15 @@ def evaluate(
 
   Args:
     model: The model.
-    batches: Batches of [B, T], as `ll3m.data.jsonl(..., shuffle=False, repeat=False)` gives them.
-    steps: How many of them to read; all by default.
+    batches: Batches of [B, T], for example `ll3m.data.jsonl(..., shuffle=False, repeat=False)`.
+    steps: Maximum number of batches to read; None for all.
 
   Returns:
     `loss` (nats per target), `perplexity`, `accuracy`, `targets`, `tokens` and
     `tokens_per_second`.
 
   Raises:
-    ValueError: there is no batch, or no target in any.
+    ValueError: There is no batch, or no batch has a target.
   """
   eval_step = jax.jit(step.make_eval_step(model.decoder))
   sums, start = [], time.perf_counter()
@@ -126,5 +127,5 @@ def evaluate(
       break
     sums.append(jax.device_get(eval_step(model.params, batch)))
   if not sums or metrics.add(sums).weight == 0:
-    raise ValueError("the evaluation batches hold no token to predict")
+    raise ValueError("the evaluation batches contain no token to predict")
   return metrics.eval_record(metrics.add(sums), time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Parameters as decoding wants them: taken apart into layers, and how they lie on a mesh.
+"""Parameters for decoding: unstacked into layers, and sharded over a mesh.
 
 Dimensions: D model, L layers.
 """
@@ -14,7 +14,7 @@ from ll3m.core.sharding import parameter_spec
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import Params
 
-# Matrices that read the same input, and the one that they become.
+# Joined matrices, and the matrices with the same input that each of them consists of.
 _JOINED = {
   "attention/query_key_value": ("attention/query", "attention/key", "attention/value"),
   "mlp/gate_up": ("mlp/gate", "mlp/up"),
@@ -22,11 +22,11 @@ _JOINED = {
 
 
 class Weights(NamedTuple):
-  """Parameters, taken apart for decoding by `unstack`.
+  """Parameters unstacked by `unstack`.
 
   Attributes:
-    layers: of each layer, with joined matrices.
-    ends: embedding, final norm and head.
+    layers: The parameters of each layer, with joined matrices.
+    ends: The parameters of the embedding, the final norm and the head.
   """
 
   layers: list[Params]
@@ -34,25 +34,25 @@ class Weights(NamedTuple):
 
 
 def joins(kernels: Kernels) -> bool:
-  """Returns whether matrices that read the same input are joined to one.
+  """Returns whether matrices that read the same input are joined into one.
 
-  Not where heads are split: a device's share of the joined one would be other columns than its
-  shares of the parts, and what comes out would have to be moved.
+  They are not if heads are sharded: a device's shard of the joined matrix would hold other columns
+  than its shards of the parts, and the outputs would have to be moved between devices.
   """
   return kernels.sharding is None or kernels.sharding.head_shards == 1
 
 
 def unstack(config: ModelConfig, params: Params, dtype: Any, *, joined: bool = True) -> Weights:
-  """Takes the layers apart and joins the matrices that read the same input.
+  """Unstacks the layers and joins the matrices that read the same input.
 
-  XLA:CPU copies a layer's slice out of the stack at every step, and small products do not fill
-  its threads: SmolLM2 decoded 12.6 tokens/s stacked, 22 with arrays per layer, 38 joined.
+  XLA:CPU copies a layer's slice out of the stack at every step, and small products do not use all
+  threads: SmolLM2 decoded 12.6 tokens/s stacked, 22 with arrays per layer, 38 joined.
 
   Args:
-    config: the architecture.
-    params: stacked over layers, as `models.transformer.make_model` has them.
-    dtype: of the result.
-    joined: see `joins`.
+    config: The architecture.
+    params: The parameters, stacked over layers as in `models.transformer.make_model`.
+    dtype: The dtype of the result.
+    joined: Whether to join matrices; see `joins`.
   """
   prefix = "layers/"
   stacked = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
@@ -65,7 +65,7 @@ def unstack(config: ModelConfig, params: Params, dtype: Any, *, joined: bool = T
     for module, arrays in params.items()
     if not module.startswith(prefix)
   }
-  # A plain (not gated) network keeps its single matrix: `mlp/up` under either name.
+  # A plain (not gated) network keeps its single matrix `mlp/up`.
   layers = [
     {
       module: {
@@ -82,12 +82,12 @@ def unstack(config: ModelConfig, params: Params, dtype: Any, *, joined: bool = T
 
 
 def shardings(weights: Weights, mesh: Mesh) -> Weights:
-  """Returns a `NamedSharding` for each of the weights (arrays or shapes), as training has them."""
+  """Returns a `NamedSharding` for each of the weights (arrays or shapes), as in training."""
 
   def place(params: Params, *, is_layer: bool) -> dict[str, dict[str, NamedSharding]]:
     placed: dict[str, dict[str, NamedSharding]] = {}
     for module, arrays in params.items():
-      first = _JOINED.get(module, (module,))[0]  # what is joined lies as its first part does
+      first = _JOINED.get(module, (module,))[0]  # a joined matrix is sharded like its first part
       prefix = "layers/" if is_layer else ""
       placed[module] = {}
       for name, x in arrays.items():
@@ -100,5 +100,5 @@ def shardings(weights: Weights, mesh: Mesh) -> Weights:
 
 
 def place_weights(weights: Weights, mesh: Mesh) -> Weights:
-  """Moves weights to where they belong on a mesh."""
+  """Moves weights to their shardings on a mesh."""
   return jax.tree.map(jax.device_put, weights, shardings(weights, mesh))

@@ -3,13 +3,13 @@
 Dimensions: B batch, T prompt length, C cache length, D model, K KV heads, H head dim,
 V vocabulary, L layers.
 
-The prompts of a batch are padded on the left, so that all rows write the same slot of the cache
-and the last column is every row's newest. A column counts padding; a row's positions count from
-its own start. The cache is a ring: column i lives in slot i mod C. Under a sliding window C is
-no longer than the window, so that a full ring holds just what a query sees.
+The prompts of a batch are padded on the left, so that all rows write the same slot of the cache,
+and the last column holds each row's newest token. Columns include the padding; a row's positions
+count from its first token. The cache is a ring buffer: column i is in slot i mod C. With a sliding
+window, C is at most the window, so a full ring holds exactly the columns that a query sees.
 
-One compiled layer is called L times: compiling takes a second at any depth (all of SmolLM2's
-layers in one program: twelve), and XLA:CPU runs it no slower.
+One compiled layer is called L times. Compiling takes a second at any depth, instead of twelve for
+all of SmolLM2's layers in one program, and XLA:CPU runs it no slower.
 """
 
 import functools
@@ -30,20 +30,20 @@ from ll3m.models.layers import Norm
 from ll3m.models.transformer import Embed, Params, block, logits
 from ll3m_kernels import Sharding, flash_attention
 
-# A layer's keys and values. Heads come first, as the product with the queries wants them: else
+# A layer's keys and values. Heads precede columns, as in the product with the queries; otherwise
 # XLA:CPU copies the whole cache at every step.
 LayerCache = tuple[Float[Array, "B K C H"], Float[Array, "B K C H"]]
 
 
 class Decoder(NamedTuple):
-  """The two halves of generation; each calls compiled functions, and is not to be compiled.
+  """The functions of generation. They call compiled functions; do not jit prefill and step.
 
   Attributes:
-    prefill: (weights, tokens [B, T], starts [B], cache_length) -> (hidden, cache). Starts are
-      the columns of the rows' first tokens.
-    step: (weights, cache, tokens [B], column, starts) -> (hidden, cache): feeds each row's newest
-      token, which stands in that column. The old cache is consumed.
-    logits: (weights.ends, hidden [B, D]) -> float32 [B, V] of the token that follows.
+    prefill: Function (weights, tokens [B, T], starts [B], cache_length) -> (hidden, cache). Starts
+      are the columns of the rows' first tokens.
+    step: Function (weights, cache, tokens [B], column, starts) -> (hidden, cache). It processes
+      each row's newest token, which is in the given column. The old cache is donated.
+    logits: Function (weights.ends, hidden [B, D]) -> float32 [B, V], the next token's logits.
   """
 
   prefill: Callable[..., tuple[Float[Array, "B D"], list[LayerCache]]]
@@ -57,10 +57,10 @@ def make_decoder(
   """Builds the functions.
 
   Args:
-    config: the architecture.
-    dtype: of activations and cache.
-    kernels: how to call them. On a mesh, weights lie there as `weights.shardings` says, and B is a
-      multiple of dp x fsdp.
+    config: The architecture.
+    dtype: The dtype of activations and cache.
+    kernels: The kernels' implementation and sharding. On a mesh, weights must be sharded as
+      `decode_params.shardings` returns, and B must be a multiple of dp x fsdp.
   """
   joined = joins(kernels)
 
@@ -103,7 +103,7 @@ def make_decoder(
   def step_layer(params, cache, x, column, starts):
     cache_length = cache[0].shape[2]
     slot = column % cache_length
-    # The newest column in each slot, this step's included; negative where none has been.
+    # The newest column in each slot, including this step's; negative for empty slots.
     held = column - (slot - jnp.arange(cache_length)) % cache_length
     visible = (held[None] >= starts[:, None]).astype(jnp.int32)  # [B, C]
     segment_ids = (jnp.ones_like(starts)[:, None], visible)
@@ -113,8 +113,8 @@ def make_decoder(
         keep(jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), slot, axis=2))
         for old, new in zip(cache, (key, value), strict=True)
       )
-      # Without it XLA:CPU fuses the update twice, into the result and into the product, and copies
-      # the whole cache four times: 64 ms a step of SmolLM2 at 4096 columns, and 27 with it.
+      # Without the barrier, XLA:CPU fuses the update twice, into the result and into the product,
+      # and copies the whole cache four times: 64 ms per SmolLM2 step at 4096 columns instead of 27.
       kept = jax.lax.optimization_barrier(kept)
       keys, values = (array.swapaxes(1, 2) for array in kept)
       attended = flash_attention(query, keys, values, segment_ids=segment_ids, **kernels.options)
@@ -146,17 +146,17 @@ def make_decoder(
 
 
 def cache_placement(config: ModelConfig, sharding: Sharding) -> NamedSharding:
-  """Returns how keys and values [B, K, C, H] lie on a mesh: by heads too, where these divide."""
+  """Returns the sharding of keys and values [B, K, C, H] over rows, and over heads if divisible."""
   divides = config.num_kv_heads % sharding.head_shards == 0
   spec = PartitionSpec(sharding.batch_axes, sharding.head_axis if divides else None)
   return NamedSharding(sharding.mesh, spec)
 
 
 def _to_ring(columns: Float[Array, "B T K H"], length: int) -> Float[Array, "B K C H"]:
-  """Lays the last columns into a ring, with zeros where there is no column yet."""
+  """Returns the last columns as a ring buffer, with zeros in empty slots."""
   columns = columns.swapaxes(1, 2)
   total = columns.shape[2]
   if total <= length:
     return jnp.pad(columns, ((0, 0), (0, 0), (0, length - total), (0, 0)))
-  # The first column that is kept is total - length.
+  # The first column in the ring is total - length.
   return jnp.roll(columns[:, :, -length:], (total - length) % length, axis=2)

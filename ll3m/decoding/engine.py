@@ -1,4 +1,4 @@
-"""Generating text: batches of prompts, token by token.
+"""Generates text for batches of prompts, token by token.
 
 Dimensions: B batch, T prompt length, C cache length.
 """
@@ -19,15 +19,15 @@ from ll3m.decoding.sampling import Sampling, sample
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.transformer import Params
 
-# Every new length of prompt or cache is a new compilation: lengths go up to a power of two, and
-# short ones to this.
+# Every new length of prompt or cache is compiled anew, so lengths are rounded up to a power of two,
+# and to at least this.
 _SMALLEST_LENGTH = 16
 
 GREEDY = Sampling()
 
 
 class Engine:
-  """Generates with one model, in as many batches as one likes."""
+  """Generator for one model and any number of batches."""
 
   def __init__(
     self,
@@ -38,23 +38,24 @@ class Engine:
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
   ):
-    """Prepares the parameters for decoding; the given ones are not needed afterwards.
+    """Copies the parameters into the form for decoding; the given ones are not kept.
 
     Args:
-      config: the architecture.
-      params: stacked over layers, as `models.transformer.make_model` has them.
-      num_tokens: ids from here on pad the vocabulary and are never generated; None if none do.
-      dtype: of parameters, activations and cache.
-      mesh: devices to split them over, as in training; None for where the parameters are.
+      config: The architecture.
+      params: The parameters, stacked over layers as in `models.transformer.make_model`.
+      num_tokens: Number of tokens in the tokenizer. Ids from `num_tokens` on are padding and never
+        generated. None if the vocabulary has no padding.
+      dtype: The dtype of parameters, activations and cache.
+      mesh: The mesh to shard them over, as in training; None for the parameters' own devices.
 
     Raises:
-      ValueError: more tokens than the vocabulary has.
+      ValueError: `num_tokens` exceeds the vocabulary.
     """
     num_tokens = config.vocab_size if num_tokens is None else num_tokens
     if not 0 < num_tokens <= config.vocab_size:
       raise ValueError(
-        f"the model has {config.vocab_size} rows of embedding; num_tokens must be within 1 and "
-        f"that, got {num_tokens}"
+        f"num_tokens must be at least 1 and at most the vocabulary size {config.vocab_size}, got "
+        f"{num_tokens}"
       )
     self._config = config
     kernels = DEFAULT_KERNELS if mesh is None else Kernels.on(mesh)
@@ -68,7 +69,7 @@ class Engine:
       logits = self._decoder.logits(ends, hidden)
       real = jnp.arange(config.vocab_size) < num_tokens
       tokens = sample(jnp.where(real[None], logits, -jnp.inf), seeds, positions, sampling)
-      # Every process reads all of them.
+      # Every process reads all tokens.
       return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, replicated(mesh))
 
     self._choose = jax.jit(choose, static_argnames="sampling")
@@ -85,29 +86,29 @@ class Engine:
     """Generates token by token.
 
     Args:
-      prompts: token ids of each row.
-      max_new_tokens: how many tokens a row gets at most.
-      sampling: how tokens are drawn.
-      seeds: of each row, 0 <= seed < 2**32; by default its place in the batch. A prompt with the
+      prompts: The token ids of each row.
+      max_new_tokens: The maximum number of new tokens per row.
+      sampling: The sampling settings.
+      seeds: The seed of each row, 0 <= seed < 2**32; by default the row's index. A prompt with the
         same seed gives the same tokens in any batch.
-      stop_tokens: ids that end a row.
+      stop_tokens: The ids that end a row.
 
     Returns:
-      An iterator over steps, each with every row's token, or None for a row that has ended. A
-      stop token is its row's last.
+      An iterator over steps. Each step has one token per row, or None for a row that has ended. A
+      stop token is the last token of its row.
 
     Raises:
-      ValueError: a request that the model cannot serve.
+      ValueError: The model cannot serve the request.
     """
     check_request(self._config, prompts, max_new_tokens)
     seeds = list(range(len(prompts)) if seeds is None else seeds)
     if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
-      raise ValueError(f"expected {len(prompts)} seeds within 0..{2**32 - 1}, got {seeds}")
+      raise ValueError(f"expected {len(prompts)} seeds in 0..{2**32 - 1}, got {seeds}")
     return self._steps(prompts, max_new_tokens, sampling, seeds, frozenset(stop_tokens))
 
   def _steps(self, prompts, max_new_tokens, sampling, seeds, stop_tokens):
     running = [True] * len(prompts)
-    # Rows that divide over the devices: the last one stands in for those that are missing.
+    # Repeat the last row until the number of rows divides over the devices.
     missing = -len(prompts) % self._row_shards
     prompts, seeds = [*prompts, *prompts[-1:] * missing], [*seeds, *seeds[-1:] * missing]
     length = _bucket(max(len(prompt) for prompt in prompts))
@@ -116,7 +117,7 @@ class Engine:
       row[length - len(prompt) :] = prompt
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     seeds = np.array(seeds, np.uint32)
-    # The last token is not fed back: it needs no slot.
+    # The last token is not fed back, so it needs no slot.
     columns = cache_length(self._config, length + max_new_tokens - 1)
 
     def choose(hidden, column):
@@ -127,7 +128,7 @@ class Engine:
     for column in range(length, length + max_new_tokens):
       current = tokens
       if column + 1 < length + max_new_tokens:
-        # Under way before the host looks at the current tokens; in vain if they are the last.
+        # Dispatched before the host reads the current tokens; wasted if these end all rows.
         hidden, cache = self._decoder.step(self._weights, cache, current, np.int32(column), starts)
         tokens = choose(hidden, column + 1)
       row_tokens = np.asarray(current)[: len(running)].tolist()
@@ -142,14 +143,14 @@ class Engine:
     """Generates whole continuations.
 
     Args:
-      prompts: token ids of each row.
-      **options: those of `stream`.
+      prompts: The token ids of each row.
+      **options: Keyword arguments of `stream`.
 
     Returns:
-      Each row's new tokens, with the stop token where there was one.
+      The new tokens of each row, including the stop token, if any.
 
     Raises:
-      ValueError: a request that the model cannot serve.
+      ValueError: The model cannot serve the request.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for step in self.stream(prompts, **options):
@@ -165,12 +166,13 @@ def check_request(
   """Checks, without any weights, that a model can serve a batch.
 
   Args:
-    config: the architecture.
-    prompts: token ids of each row.
-    max_new_tokens: how many tokens a row gets at most.
+    config: The architecture.
+    prompts: The token ids of each row.
+    max_new_tokens: The maximum number of new tokens per row.
 
   Raises:
-    ValueError: no prompt, an empty one, an unknown token, or more tokens than positions.
+    ValueError: There is no prompt, a prompt is empty or has unknown tokens, or a row would have
+      more tokens than the model has positions.
   """
   if max_new_tokens < 1:
     raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
@@ -178,21 +180,21 @@ def check_request(
     raise ValueError("expected at least one prompt, got none")
   for number, prompt in enumerate(prompts, start=1):
     if not prompt:
-      raise ValueError(f"prompt {number} is empty: the model needs a token to start from")
+      raise ValueError(f"prompt {number} is empty; expected at least one token")
     if len(prompt) + max_new_tokens > config.max_positions:
       raise ValueError(
-        f"prompt {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones is more "
-        f"than the {config.max_positions} positions of the model"
+        f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new tokens this exceeds "
+        f"the {config.max_positions} positions of the model"
       )
     if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
       raise ValueError(
-        f"prompt {number} has tokens from {min(prompt)} to {max(prompt)}; the model's vocabulary "
-        f"is 0..{config.vocab_size - 1}"
+        f"prompt {number} has tokens from {min(prompt)} to {max(prompt)}, but the model's "
+        f"vocabulary is 0..{config.vocab_size - 1}"
       )
 
 
 def cache_length(config: ModelConfig, columns: int) -> int:
-  """Returns C, how many columns of keys and values are kept for a text of so many."""
+  """Returns C, the number of cached columns for a text with the given number of columns."""
   length = _bucket(columns)
   return length if config.sliding_window is None else min(length, config.sliding_window)
 

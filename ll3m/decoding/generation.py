@@ -1,4 +1,4 @@
-"""Continues prompts with text: an engine and a tokenizer together."""
+"""Continues prompts with text, using an engine and a tokenizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from ll3m.decoding.sampling import Sampling
 
 
 class Completion(NamedTuple):
-  """What a prompt was continued with.
+  """The continuation of a prompt.
 
   Attributes:
     text: The new text.
-    tokens: The ids of its tokens, with the one that ended it.
-    ended: Whether a stop token ended it; if not, the limit of new tokens did.
+    tokens: The ids of the new tokens, including the stop token.
+    ended: Whether a stop token ended the text, rather than the limit of new tokens.
   """
 
   text: str
@@ -24,12 +24,12 @@ class Completion(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """What one new token adds to a row.
+  """The text that a new token adds to a row.
 
   Attributes:
     row: The index of the prompt.
     token: The token's id; None at the end of a row, for text that was held back.
-    text: The text that is complete by now, maybe none.
+    text: The text completed by the token; may be empty.
   """
 
   row: int
@@ -51,15 +51,15 @@ def stream_text(
 
   Args:
     engine: The model.
-    tokenizer: The tokenizer that the prompts were cut with.
+    tokenizer: The tokenizer of the prompts.
     prompts: The token ids of each row.
-    max_new_tokens: The most tokens that a row gets.
-    sampling: How tokens are drawn.
-    seeds: One for each row; see `Engine.stream`.
-    watch: Wraps the engine's steps, as to time them.
+    max_new_tokens: The maximum number of new tokens per row.
+    sampling: The sampling settings.
+    seeds: The seed of each row; see `Engine.stream`.
+    watch: Function that wraps the engine's iterator of steps, for example to time them.
 
   Raises:
-    ValueError: the model cannot serve the request.
+    ValueError: The model cannot serve the request.
   """
   steps = engine.stream(
     prompts,
@@ -74,8 +74,8 @@ def stream_text(
 def _pieces(
   tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: Iterator
 ) -> Iterator[Piece]:
-  # Control tokens have no text, flagged special or not; where the model's files let an ordinary
-  # word end a text, it is shown.
+  # Control tokens have no text, whether or not they are flagged as special. An ordinary word that
+  # the model's files declare a stop token is shown.
   ends = set(tokenizer.stop_ids) & set(tokenizer.control_ids)
   streams = [
     TextStream(
@@ -99,17 +99,17 @@ def complete(
   on_text: Callable[[str], Any] = lambda text: None,
   **options: Any,
 ) -> list[Completion]:
-  """Continues a batch of prompts to their ends.
+  """Continues a batch of prompts until every row has ended.
 
   Args:
     engine: The model.
-    tokenizer: The tokenizer that the prompts were cut with.
+    tokenizer: The tokenizer of the prompts.
     prompts: The token ids of each row.
-    on_text: Called with each piece of text as it comes; for a single prompt.
-    **options: Those of `stream_text`.
+    on_text: Function called with each new piece of text; for a single prompt.
+    **options: Keyword arguments of `stream_text`.
 
   Raises:
-    ValueError: the model cannot serve the request.
+    ValueError: The model cannot serve the request.
   """
   texts: list[list[str]] = [[] for _ in prompts]
   tokens: list[list[int]] = [[] for _ in prompts]

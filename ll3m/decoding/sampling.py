@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits.
+"""Samples the next token from its logits.
 
 Dimensions: B batch, V vocabulary.
 """
@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int, UInt
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn: temperature first, then top-k, then top-p of what is left.
+  """Sampling settings: temperature first, then top-k, then top-p of the remaining tokens.
 
   Attributes:
-    temperature: divides the logits; 0 takes the most likely token.
-    top_k: how many of the most likely tokens are drawn from; 0 for all.
-    top_p: the most likely tokens are drawn from until they have this probability together
-      (Holtzman et al., 2020); the token that reaches it is the last one. 1 for all.
+    temperature: Divisor of the logits; 0 selects the most likely token.
+    top_k: Number of most likely tokens to sample from; 0 for all.
+    top_p: Probability mass of the most likely tokens to sample from, including the token that
+      reaches it (Holtzman et al., 2020); 1 for all.
   """
 
   temperature: float = 0.0
@@ -35,8 +35,8 @@ class Sampling:
       raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
     if self.temperature == 0 and (self.top_k or self.top_p < 1):
       raise ValueError(
-        f"`top_k` ({self.top_k}) and `top_p` ({self.top_p}) narrow what is drawn from, and "
-        "`temperature`=0 draws nothing: give one above 0"
+        f"`top_k` ({self.top_k}) and `top_p` ({self.top_p}) apply to sampling only, but "
+        "`temperature`=0 does not sample; give a temperature above 0"
       )
 
 
@@ -46,22 +46,22 @@ def sample(
   positions: Int[Array, " B"],
   sampling: Sampling,
 ) -> Int[Array, " B"]:
-  """Draws a token for each row.
+  """Samples a token for each row.
 
-  A row's draw depends on its own logits, seed and position only: not on the rows beside it.
+  A row's token depends only on its own logits, seed and position, not on other rows.
 
   Args:
-    logits: float32; tokens with -inf are never drawn.
-    seeds: of each row.
-    positions: of the token that is drawn, within its row; no two draws of a row share one.
-    sampling: how.
+    logits: The logits in float32; tokens with -inf are never sampled.
+    seeds: The seed of each row.
+    positions: The position of the sampled token in its row; differs between samples of a row.
+    sampling: The sampling settings.
 
   Returns:
-    The tokens, int32.
+    The tokens in int32.
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  # Less the largest, so that a tiny temperature gives 0 and -inf instead of inf - inf.
+  # Subtract the maximum, so that a tiny temperature gives 0 and -inf instead of inf - inf.
   scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
   scaled = scaled / max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
   tokens = None
@@ -71,7 +71,7 @@ def sample(
   if sampling.top_p < 1:
     probabilities = jax.nn.softmax(scaled, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first one stays in any case.
+    # The most likely token is always kept.
     kept = (before < sampling.top_p).at[:, 0].set(True)
     scaled = jnp.where(kept, scaled, -jnp.inf)
   keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)

@@ -1,4 +1,4 @@
-"""The model families, one file each, and how to find one by preset, name or config.json."""
+"""The model families, one module each, and lookup by preset name or config.json."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ FAMILIES = {f.name: f for f in (llama.FAMILY, mistral.FAMILY, gemma.FAMILY, phi.
 
 
 class Preset(NamedTuple):
-  """A model of a family."""
+  """A published model: its family and its architecture."""
 
   family: Family
   config: ModelConfig
@@ -32,7 +32,7 @@ def get_preset(name: str) -> Preset:
   """Returns a published model by its name or alias.
 
   Raises:
-    ValueError: unknown name.
+    ValueError: The name is unknown.
   """
   known = [*PRESETS, *ALIASES]
   if name not in known:
@@ -43,11 +43,11 @@ def get_preset(name: str) -> Preset:
 
 
 def from_hf_config(hf: Mapping[str, Any]) -> Preset:
-  """Finds the family of a parsed config.json and reads the architecture.
+  """Returns the family and the architecture described by a parsed config.json.
 
   Raises:
-    ValueError: no such family, or a value that makes no sense.
-    NotImplementedError: the file asks for something that the family's models here do not do.
+    ValueError: The family is unknown, or a value is invalid.
+    NotImplementedError: The file requires a feature that LL3M's models do not support.
   """
   kind = hf.get("model_type")
   for family in FAMILIES.values():
@@ -61,7 +61,7 @@ def load(name_or_path: str) -> Preset:
   """Returns a preset by name, or reads the config.json at a path (or in a folder).
 
   Raises:
-    ValueError: neither a known name nor a readable config.json.
+    ValueError: The argument is neither a known name nor the path of a readable config.json.
   """
   path = epath.Path(name_or_path)
   if name_or_path in PRESETS or name_or_path in ALIASES or not path.exists():

@@ -1,4 +1,4 @@
-"""What a family of models is in Hugging Face's terms: a `config.json` and rules for its tensors."""
+"""Model families in Hugging Face's terms: a `config.json` and rules for the tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from ll3m.families.tensor_rules import Rule
 
 REQUIRED = object()
 
-# What every family reads beside its own keys.
+# Keys that every family reads in addition to its own.
 _READ_KEYS = ("model_type", "architectures", "hidden_act", "hidden_activation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """One field of ours and the config.json key that gives it.
+  """A `ModelConfig` field and its key in config.json.
 
   Attributes:
-    ours: the `ModelConfig` field.
-    hf: the key.
-    default: what a missing or null key means; REQUIRED if it must be there.
+    ours: The `ModelConfig` field.
+    hf: The key in config.json.
+    default: The meaning of a missing or null key; REQUIRED if the key must be present.
   """
 
   ours: str
@@ -35,21 +35,21 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A family of models, as data; `ll3m/families/` has one file for each.
+  """A family of models, as data; `ll3m/families/` has one module for each.
 
   Attributes:
-    name: how users call it.
-    model_type: `model_type` in config.json.
-    architecture: the class that transformers loads it with.
-    switches: `ModelConfig` fields with one value in the whole family.
-    keys: the fields that config.json gives.
-    activations: config.json's activation names, each with ours; the first is what we write.
-    fixed: keys that may only have this value, because the family's models know no other.
-    rules: the tensors.
-    ignored_buffers: regular expressions of tensor names that published files hold beside the
-      parameters and that can be computed from the config.
-    presets: the published models by name.
-    aliases: other names of presets.
+    name: The name in messages and in checkpoints.
+    model_type: The value of `model_type` in config.json.
+    architecture: The class that transformers loads.
+    switches: `ModelConfig` fields with the same value in the whole family.
+    keys: The fields that config.json sets.
+    activations: LL3M's activation names by those of config.json; the first is used on export.
+    fixed: Keys with their only supported values.
+    rules: The rules for the tensors.
+    ignored_buffers: Regular expressions of names of tensors that published files may contain
+      although they can be computed from the config.
+    presets: The published models by name.
+    aliases: Other names of presets.
   """
 
   name: str
@@ -65,17 +65,17 @@ class Family:
   aliases: Mapping[str, str]
 
   def from_hf_config(self, hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads a config.json, in the published style or in that of transformers 5.
+    """Reads a config.json in the published style or in that of transformers 5.
 
     Args:
-      hf: the parsed file.
+      hf: The parsed file.
 
     Returns:
       The architecture.
 
     Raises:
-      ValueError: a required key is missing or a value makes no sense.
-      NotImplementedError: the file asks for something that the decoder does not do.
+      ValueError: A required key is missing or a value is invalid.
+      NotImplementedError: The file requires a feature that the decoder does not support.
     """
     refuse_quantised_config(hf)
     self._check_architecture(hf)
@@ -90,11 +90,11 @@ class Family:
         check_type(key.ours, value, f"{key.hf} of config.json")
       fields[key.ours] = value
     if "sliding_window" in hf and "sliding_window" in fields:
-      fields["sliding_window"] = hf["sliding_window"]  # null says: no window
+      fields["sliding_window"] = hf["sliding_window"]  # null means no window
     for name, expected in self.fixed.items():
       if hf.get(name, expected) not in (expected, None):
         raise NotImplementedError(
-          f"config.json has {name}={hf[name]!r}; {self.name} models here support {expected!r} only"
+          f"config.json has {name}={hf[name]!r}; {self.name} models support only {expected!r}"
         )
     rope = read_rope(hf)
     fields |= {"rope_theta": rope.theta, "rope_scaling_factor": rope.scaling_factor}
@@ -103,8 +103,7 @@ class Family:
         fields["rotary_fraction"] = rope.fraction
     elif rope.fraction not in (None, 1):
       raise NotImplementedError(
-        f"config.json has partial_rotary_factor={rope.fraction}; {self.name} models rotate whole "
-        f"heads"
+        f"config.json has partial_rotary_factor={rope.fraction}; {self.name} models support only 1"
       )
     fields["activation"] = self._activation(hf)
     if fields.get("num_kv_heads") is None:
@@ -112,7 +111,7 @@ class Family:
     if fields.get("head_dim") is None:
       if fields["num_heads"] < 1 or fields["d_model"] % fields["num_heads"]:
         raise ValueError(
-          f"config.json gives no head_dim and hidden_size {fields['d_model']} is not a multiple "
+          f"config.json has no head_dim, and hidden_size {fields['d_model']} is not a multiple "
           f"of num_attention_heads {fields['num_heads']}"
         )
       fields["head_dim"] = fields["d_model"] // fields["num_heads"]
@@ -122,12 +121,12 @@ class Family:
     return config
 
   def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
-    """Writes the config.json of a model: the inverse of `from_hf_config`.
+    """Returns the config.json of a model: the inverse of `from_hf_config`.
 
-    Rotary parameters are given in both styles, so that every transformers since 4.38 reads them.
+    Rotary parameters are written in both styles, so that every transformers since 4.38 reads them.
 
     Raises:
-      ValueError: the config has something that the family's config.json cannot say.
+      ValueError: The family's config.json cannot express the config.
     """
     activation = next((k for k, v in self.activations.items() if v == config.activation), None)
     if activation is None:
@@ -139,41 +138,41 @@ class Family:
     hf |= rope_to_hf(Rope(config.rope_theta, config.rope_scaling_factor, fraction))
     if "head_dim" not in hf and config.head_dim * config.num_heads != config.d_model:
       raise ValueError(
-        f"a {self.name} model has head_dim = d_model / num_heads ({config.d_model} / "
-        f"{config.num_heads}), and its config.json cannot say {config.head_dim}"
+        f"config.json of a {self.name} model cannot express head_dim={config.head_dim}; it implies "
+        f"head_dim = d_model / num_heads ({config.d_model} / {config.num_heads})"
       )
     understood = self.from_hf_config(hf).to_dict()
     for name, value in config.to_dict().items():
       if understood[name] != value:
         raise ValueError(
-          f"a {self.name} model has {name}={understood[name]!r}, and its config.json cannot say "
-          f"{value!r}"
+          f"config.json of a {self.name} model cannot express {name}={value!r}; it implies "
+          f"{understood[name]!r}"
         )
     return hf
 
   def _check_architecture(self, hf: Mapping[str, Any]) -> None:
-    """Raises if the file's weights are another class's: another head, or attention both ways."""
+    """Checks that the class is supported; others have another head or bidirectional attention."""
     names = hf.get("architectures") or [self.architecture]
     names = names if isinstance(names, list) else [names]
-    # Files of early 2023 write LLaMAForCausalLM.
+    # Files of early 2023 spell it LLaMAForCausalLM.
     if [str(name).lower() for name in names] != [self.architecture.lower()]:
       raise NotImplementedError(
-        f"config.json has architectures={names!r}; of {self.name} models only "
-        f"{self.architecture} is supported"
+        f"config.json has architectures={names!r}; {self.name} models support only "
+        f"{self.architecture}"
       )
 
   def _activation(self, hf: Mapping[str, Any]) -> str:
-    # Gemma's files of 2024 have both keys, and the second one is right.
+    # Gemma's files of 2024 have both keys; hidden_activation is the correct one.
     name = hf.get("hidden_activation") or hf.get("hidden_act") or next(iter(self.activations))
     if not isinstance(name, str) or name not in self.activations:
       raise NotImplementedError(
-        f"config.json has the activation {name!r}; {self.name} models here support "
+        f"config.json has the activation {name!r}; {self.name} models support "
         f"{', '.join(self.activations)}"
       )
     other = hf.get("hidden_act") or name
     if self.activations.get(str(other)) != self.activations[name]:
       raise ValueError(
         f"config.json has hidden_activation={name!r} and hidden_act={other!r}, which contradict "
-        f"each other; keep the right one"
+        f"each other; keep the correct one"
       )
     return self.activations[name]

@@ -22,7 +22,7 @@ FAMILY = Family(
     Key("head_dim", "head_dim", 256),
     Key("tie_embeddings", "tie_word_embeddings", True),
   ),
-  # The published files say "gelu" and mean its tanh approximation.
+  # In the published files, "gelu" denotes its tanh approximation.
   activations={"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"},
   fixed={"attention_bias": False},
   rules=llama.RULES,

@@ -1,8 +1,8 @@
-"""Keys of config.json beside those that a family reads: irrelevant ones, and ones with one value.
+"""Keys of config.json that families need not read: irrelevant ones, and ones with a fixed value.
 
-A key of neither kind is refused, because it may change what the model computes. Both tables were
-made from transformers 5.23 (`PreTrainedConfig`, `GenerationConfig`, and the families' classes) and
-from published files.
+Any other key is rejected, because it may change what the model computes. Both tables were compiled
+from transformers 5.23 (`PreTrainedConfig`, `GenerationConfig`, and the families' classes) and from
+published files.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from ll3m.core.model_config import ModelConfig, did_you_mean
 from ll3m.families.quantisation import CONFIG_KEYS as QUANTISATION_KEYS
 
-# Keys that change nothing of what a loaded model computes.
+# Keys that do not change what a loaded model computes.
 _UNUSED_KEYS = """
 _name_or_path name_or_path _commit_hash transformers_version transformers.js_config auto_map
 torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss unsloth_fixed unsloth_version
@@ -28,7 +28,7 @@ id2label label2id num_labels problem_type finetuning_task task_specific_params
 return_dict use_return_dict output_attentions output_hidden_states tie_last_hidden_states
 use_cache
 """
-# Settings of generation, which older files keep in config.json.
+# Generation settings, which older files store in config.json.
 _GENERATION_KEYS = """
 _from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
 assistant_lookbehind bad_words_ids begin_suppress_tokens cache_config cache_implementation
@@ -45,7 +45,7 @@ target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mtp
 watermarking_config
 """
 _IRRELEVANT = frozenset(_UNUSED_KEYS.split() + _GENERATION_KEYS.split())
-# Training here has no dropout, and what is computed otherwise does not either.
+# LL3M trains without dropout, and inference has none.
 _IRRELEVANT_ENDINGS = ("_token_id", "_token_ids", "dropout", "dropout_prob", "pdrop")
 
 
@@ -62,8 +62,8 @@ def _is_uniform_window(value: Any, config: ModelConfig) -> bool:
   return value == [kind] * config.num_layers
 
 
-# Keys that change what is computed unless (value, config) says that they do not. A family that
-# reads one of them reads it itself.
+# Keys that change what is computed unless the function of (value, config) returns True. Families
+# may read some of these keys themselves.
 _NEUTRAL: dict[str, Callable[[Any, ModelConfig], bool]] = {
   "is_causal": _only(True),
   "use_bidirectional_attention": _only(False),
@@ -103,17 +103,17 @@ _NEUTRAL: dict[str, Callable[[Any, ModelConfig], bool]] = {
 def check_keys(
   hf: Mapping[str, Any], used: Collection[str], config: ModelConfig, family: str
 ) -> None:
-  """Raises if a key of config.json might change what the model computes and was not read.
+  """Checks that keys of config.json which are not read cannot change what the model computes.
 
   Args:
     hf: The parsed file.
     used: The keys that the family reads.
-    config: The architecture that was read from them.
-    family: The family's name, for messages.
+    config: The architecture read from these keys.
+    family: The name of the family, for messages.
 
   Raises:
-    NotImplementedError: Keys that nothing here knows, or known ones with a value that the family's
-      models here do not support, all named in one sentence. A null says nothing.
+    NotImplementedError: Keys are unknown, or have a value that the family's models do not support.
+      The message lists them all. Null values are ignored.
   """
   different, unknown = [], []
   for name, value in hf.items():
@@ -126,13 +126,13 @@ def check_keys(
       different.append(f"{name}={_shown(value)}")
   if different:
     raise NotImplementedError(
-      f"config.json has {', '.join(different)}, which the {family} models here do not support; "
-      f"convert a model without"
+      f"config.json has {', '.join(different)}, which is not supported for {family} models; "
+      f"convert a model without it"
     )
   if unknown:
     keys = "it" if len(unknown) == 1 else "them"
     raise NotImplementedError(
-      f"config.json has {', '.join(unknown)}, not known to ll3m: what the model computes may "
+      f"config.json has {', '.join(unknown)}, unknown to LL3M: what the model computes may "
       f"depend on {keys}; if not, remove {keys} from config.json"
     )
 

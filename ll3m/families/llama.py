@@ -1,4 +1,4 @@
-"""Llama 2 (Touvron et al., 2023), OpenLLaMA v2, TinyLlama and SmolLM2: one architecture."""
+"""Llama 2 (Touvron et al., 2023), OpenLLaMA v2, TinyLlama and SmolLM2, of the same architecture."""
 
 from ll3m.core.model_config import ModelConfig
 from ll3m.families.family import Family, Key
@@ -6,7 +6,7 @@ from ll3m.families.tensor_rules import Rule
 
 _LAYER = "model.layers.{layer}"
 
-# Mistral and Gemma publish their tensors under the same names.
+# Mistral and Gemma use the same tensor names.
 RULES = (
   Rule("embed/embedding", "model.embed_tokens.weight", lambda c: (c.vocab_size, c.d_model)),
   Rule("layers/attention_norm/scale", f"{_LAYER}.input_layernorm.weight", lambda c: (c.d_model,)),
@@ -65,7 +65,7 @@ RULES = (
   ),
 )
 
-# The keys that Llama, Mistral and Gemma have in common.
+# Keys common to Llama, Mistral and Gemma.
 KEYS = (
   Key("vocab_size", "vocab_size"),
   Key("d_model", "hidden_size"),
@@ -77,7 +77,7 @@ KEYS = (
   Key("norm_epsilon", "rms_norm_eps", 1e-6),
 )
 
-# Published with OpenLLaMA and early Llama 2 files; computed from the config.
+# Buffers in the files of OpenLLaMA and early Llama 2; they can be computed from the config.
 IGNORED_BUFFERS = (
   r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
   r"model\.rotary_emb\.inv_freq",

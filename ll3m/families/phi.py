@@ -10,13 +10,13 @@ _SWITCHES = {
   "gated_mlp": False,
   "parallel_block": True,
   "use_bias": True,
-  # What a config.json without the key means; a config of its own may say otherwise.
+  # The default of config.json, which the file may override.
   "rotary_fraction": 0.5,
 }
 
 
 def _linear(ours, hf, shape, when=lambda c: True) -> tuple[Rule, Rule]:
-  """A weight, held as [out, in] in the checkpoint, and its bias."""
+  """Returns the rules for a weight, stored as [out, in] in the checkpoint, and its bias."""
   return (
     Rule(f"{ours}/w", f"{hf}.weight", shape, transpose=True, when=when),
     Rule(f"{ours}/b", f"{hf}.bias", lambda c: shape(c)[1:]),

@@ -1,34 +1,34 @@
-"""Refuses models whose config.json says that their weights are quantised."""
+"""Rejects models whose config.json declares quantised weights."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Where a config.json describes how its weights are quantised; the last is MLX's key.
+# Keys of config.json that describe how weights are quantised; the last one is MLX's.
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 
-WAY_OUT = "convert the unquantised model that it was made from"
+WAY_OUT = "convert the unquantised original"
 
 
 def refuse_quantised_config(hf: Mapping[str, Any]) -> None:
-  """Raises if a config.json says that its weights are quantised.
+  """Checks that a config.json does not declare quantised weights.
 
   Args:
     hf: The parsed file.
 
   Raises:
-    NotImplementedError: It has one of CONFIG_KEYS, and not null or an empty object.
+    NotImplementedError: One of CONFIG_KEYS is neither null nor an empty object.
   """
   for key in CONFIG_KEYS:
     if settings := hf.get(key):
       raise NotImplementedError(
-        f"config.json has a {key} (quant_method {_method(settings)}), and quantised weights are "
-        f"not supported: {WAY_OUT}; if the weights here are not quantised, remove {key} from "
+        f"config.json has a {key} (quant_method {_method(settings)}), but quantised weights are "
+        f"not supported: {WAY_OUT}, or, if the weights are not quantised, remove {key} from "
         f"config.json"
       )
 
 
 def _method(settings: Any) -> str:
-  """Returns how settings name their method, or what their keys tell of it."""
+  """Returns the name of the quantisation method, or the settings' keys if it is missing."""
   if not isinstance(settings, Mapping):
     return repr(settings)
   if method := settings.get("quant_method"):

@@ -1,4 +1,4 @@
-"""The rotary parameters of a config.json, in the spellings of 2023 and of today."""
+"""The rotary parameters of a config.json, in the old and the current spelling."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from ll3m.core.model_config import check_type
 
-# The keys of config.json that are read here, and the ones of the objects among them.
+# Keys of config.json that this module reads, and keys of the objects among their values.
 KEYS = ("rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters")
 _NESTED_KEYS = ("rope_theta", "partial_rotary_factor", "rope_type", "type", "factor")
 
@@ -17,8 +17,8 @@ class Rope:
 
   Attributes:
     theta: Base of the frequencies.
-    scaling_factor: Factor that positions are divided by ("linear" scaling).
-    fraction: Share of a head that is rotated; None if the file does not say.
+    scaling_factor: Divisor of positions ("linear" scaling).
+    fraction: Rotated fraction of each head; None if the file does not set it.
   """
 
   theta: int | float
@@ -29,15 +29,15 @@ class Rope:
 def read_rope(hf: Mapping[str, Any]) -> Rope:
   """Reads the rotary parameters of a config.json.
 
-  `rope_scaling` is the object of files before 2025 and `rope_parameters` that of today; either may
-  repeat, or complete, what stands at the top.
+  Files before 2025 use the object `rope_scaling`, newer ones `rope_parameters`. Both may repeat or
+  complete the top-level keys.
 
   Args:
     hf: The parsed file.
 
   Raises:
-    ValueError: A value makes no sense, or the two objects contradict each other.
-    NotImplementedError: Scaling of another kind than linear, or a parameter that is not known.
+    ValueError: A value is invalid, or the two objects contradict each other.
+    NotImplementedError: The scaling is not linear, or a parameter is unknown.
   """
   objects = {}
   for name in ("rope_scaling", "rope_parameters"):
@@ -50,13 +50,13 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
   if found[0] != found[-1]:
     raise ValueError(
       f"config.json has rope_scaling={hf['rope_scaling']!r} and "
-      f"rope_parameters={hf['rope_parameters']!r}, which contradict each other; keep the right one"
+      f"rope_parameters={hf['rope_parameters']!r}, which contradict each other; keep one of them"
     )
   return found[0]
 
 
 def to_hf(rope: Rope) -> dict[str, Any]:
-  """Returns keys of config.json in both spellings, which every transformers since 4.38 reads."""
+  """Returns the config.json keys in both spellings, which every transformers since 4.38 reads."""
   top: dict[str, Any] = {"rope_theta": rope.theta}
   if rope.fraction is not None:
     top["partial_rotary_factor"] = rope.fraction
@@ -68,27 +68,27 @@ def to_hf(rope: Rope) -> dict[str, Any]:
 
 
 def _read_object(name: str, parameters: Mapping[str, Any], hf: Mapping[str, Any]) -> Rope:
-  """Reads one object of parameters, completed from the top of the file."""
+  """Reads an object of parameters and completes it with top-level keys."""
   given = {key: value for key, value in parameters.items() if value is not None}
   kind = given.get("rope_type", given.get("type", "default"))
   if given.get("type", kind) != kind:
     raise ValueError(
       f"{name} of config.json has rope_type={kind!r} and type={given['type']!r}, which contradict "
-      f"each other; keep the right one"
+      f"each other; keep the correct one"
     )
   if kind not in ("default", "linear"):
     raise NotImplementedError(
-      f"config.json asks for rotary scaling of type {kind!r}; only 'default' (none) and 'linear' "
-      f"are supported"
+      f"config.json has rotary scaling of type {kind!r}; only 'default' (none) and 'linear' are "
+      f"supported"
     )
   if kind == "linear" and "factor" not in given:
-    raise ValueError(f"{name} of config.json has the type 'linear' and no factor")
+    raise ValueError(f"{name} of config.json has the type 'linear' but no factor")
   factor = given.get("factor", 1.0)
   check_type("rope_scaling_factor", factor, f"factor in {name} of config.json")
   if kind == "default" and factor != 1:
     raise NotImplementedError(
-      f"{name} of config.json has factor={factor!r} and no type of scaling; add "
-      f'"rope_type": "linear" if that is what is meant, or remove the factor'
+      f"{name} of config.json has factor={factor!r} but no type of scaling; add "
+      f'"rope_type": "linear" or remove the factor'
     )
   known = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
   unknown = [
@@ -98,8 +98,8 @@ def _read_object(name: str, parameters: Mapping[str, Any], hf: Mapping[str, Any]
   ]
   if unknown:
     raise NotImplementedError(
-      f"{name} of config.json has {', '.join(unknown)}, not known to ll3m: what the model computes "
-      f"may depend on it"
+      f"{name} of config.json has {', '.join(unknown)}, unknown to LL3M, which may change what the "
+      f"model computes"
     )
   merged = {key: hf[key] for key in KEYS[:2] if hf.get(key) is not None} | given
   theta, fraction = merged.get("rope_theta", 10_000.0), merged.get("partial_rotary_factor")

@@ -1,8 +1,8 @@
 """Names, shapes and orientation of a family's tensors in Hugging Face checkpoints, as data.
 
-A `Rule` says where one of our parameters lives in a checkpoint. Ours are stacked over layers and
-hold linear weights as [in, out]; Hugging Face names a tensor per layer and holds [out, in]. The
-same rules run forwards (convert) and backwards (export), so neither can know more than the other.
+A `Rule` maps an LL3M parameter to tensors of a checkpoint. LL3M stacks parameters over layers and
+stores linear weights as [in, out]; Hugging Face has one tensor per layer and stores [out, in].
+Conversion and export use the same rules, so each is the inverse of the other.
 """
 
 import dataclasses
@@ -15,14 +15,15 @@ _LAYER = "{layer}"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One parameter of ours and the checkpoint tensors it is made of.
+  """An LL3M parameter and the corresponding checkpoint tensors.
 
   Attributes:
-    ours: "module/name", e.g. "layers/attention/query/w"; stacked over layers if hf is per layer.
-    hf: the tensor's name; `{layer}` stands for the layer's number.
-    shape: the shape of one layer of ours (without L), from the config.
-    transpose: the checkpoint holds the transposed matrix.
-    when: whether the config has this parameter at all.
+    ours: The parameter's "module/name", e.g. "layers/attention/query/w"; stacked over layers if
+      `hf` contains `{layer}`.
+    hf: The tensor's name; `{layer}` is replaced by the layer number.
+    shape: Function from the config to the parameter's shape in one layer (without L).
+    transpose: Whether the checkpoint stores the transposed matrix.
+    when: Function from the config to whether it has this parameter.
   """
 
   ours: str
@@ -33,19 +34,19 @@ class Rule:
 
   @property
   def stacked(self) -> bool:
-    """Whether ours has a leading axis of layers."""
+    """Whether the parameter has a leading layer axis."""
     return _LAYER in self.hf
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-  """What one tensor of a checkpoint must be.
+  """The specification of a checkpoint tensor.
 
   Attributes:
-    ours: the parameter that it belongs to.
-    layer: its index along the parameter's leading axis; None if ours is not stacked.
-    shape: its shape in the checkpoint.
-    transpose: whether ours is its transpose.
+    ours: The LL3M parameter that contains the tensor.
+    layer: The index along the parameter's leading axis; None if the parameter is not stacked.
+    shape: The tensor's shape in the checkpoint.
+    transpose: Whether the parameter holds the tensor's transpose.
   """
 
   ours: str
@@ -55,7 +56,7 @@ class TensorSpec:
 
 
 def expected_tensors(rules: Sequence[Rule], config: ModelConfig) -> dict[str, TensorSpec]:
-  """Returns every tensor that a checkpoint of this config holds, by its name there."""
+  """Returns the specifications of all tensors of a config's checkpoint, by tensor name."""
   specs = {}
   for rule in rules:
     if not rule.when(config):
@@ -69,7 +70,7 @@ def expected_tensors(rules: Sequence[Rule], config: ModelConfig) -> dict[str, Te
 
 
 def parameter_shapes(rules: Sequence[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every parameter of ours (stacked), by "module/name"."""
+  """Returns the shape of every LL3M parameter (stacked), by "module/name"."""
   return {
     rule.ours: (config.num_layers,) * rule.stacked + rule.shape(config)
     for rule in rules

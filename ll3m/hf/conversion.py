@@ -1,8 +1,8 @@
-"""Writes a published model as a folder of ours, with memory that does not grow with the model.
+"""Converts a published model to an LL3M folder in constant memory.
 
-The folder holds `params/` (stacked over layers, as Orbax reads it), `tokenizer/` and `hf/` (the
-source's config files), `digests.json` (checksums of all its files) and, written last, the manifest
-without which it is not a checkpoint.
+The folder holds `params/` (stacked over layers, in Orbax's format), `tokenizer/`, `hf/` (the
+source's config files) and `digests.json` (checksums of all files). The manifest is written last;
+a folder without it is not a checkpoint.
 """
 
 import time
@@ -20,12 +20,12 @@ from ll3m.hf.lazy_tensor import all_finite, read_part
 from ll3m.hf.published_model import HfModel
 from ll3m.hf.validation import listing
 
-# Each thread holds one piece in memory; two keep reading, transposing and writing busy.
+# Each thread holds one piece in memory. Two threads overlap reading, transposing and writing.
 _THREADS = 2
 
 
 class Conversion(NamedTuple):
-  """What was written."""
+  """Counts of what a conversion wrote, and how long it took."""
 
   tensors: int
   parameters: int
@@ -40,19 +40,19 @@ def convert_model(
   *,
   allow_nonfinite: bool = False,
 ) -> Conversion:
-  """Converts a model, piece by piece, with a progress bar on stderr.
+  """Converts a model piece by piece, with a progress bar on stderr.
 
   Args:
-    model: what to convert; its tensors have been checked.
-    output: the folder to make; local or gs://.
-    dtype: to cast every parameter to; None keeps each as it is.
-    allow_nonfinite: take NaN and infinities as they are.
+    model: The published model; its tensors have been checked.
+    output: The folder to create; local or gs://.
+    dtype: The dtype of every parameter; None keeps each parameter's own.
+    allow_nonfinite: Whether tensors may hold NaN or infinities.
 
   Returns:
-    Counts for the report.
+    The counts to report.
 
   Raises:
-    ValueError: the folder exists and is not an unfinished one of ours, the disk is too small, a
+    ValueError: The folder exists and is not an unfinished conversion, the disk is too small, a
       value does not fit the dtype, or tensors hold NaN or infinities.
   """
   start = time.perf_counter()
@@ -88,7 +88,7 @@ def convert_model(
   if nonfinite:
     raise ValueError(
       f"{model.path} holds NaN or infinities {listing(sorted(nonfinite))}; "
-      f"`allow_nonfinite` converts them all the same"
+      f"set `allow_nonfinite` to convert it anyway"
     )
   writer.finish()
   written = {f"{checkpoint.PARAMS}/{name}": digest for name, digest in writer.digests.items()}
@@ -99,7 +99,7 @@ def convert_model(
 def _pieces(
   model: HfModel, writer: parameter_store.ParameterWriter, name: str, dtype: np.dtype
 ) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields a tensor's pieces in our orientation, as the writer wants them."""
+  """Yields the pieces of a tensor that the writer expects, in LL3M's orientation."""
   tensor, spec = model.tensors[name], model.specs[name]
   shape = spec.shape[::-1] if spec.transpose else spec.shape
   rest = tuple(slice(0, size) for size in shape[1:])

@@ -1,4 +1,4 @@
-"""Writes a model of ours as a Hugging Face folder: the rules of conversion run backwards."""
+"""Exports an LL3M model as a Hugging Face folder, by inverting the rules of conversion."""
 
 import collections
 import json
@@ -35,14 +35,14 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Export(NamedTuple):
-  """What was written.
+  """Counts of what an export wrote, and how long it took.
 
   Attributes:
     tensors: Number of tensors.
-    parameters: Number of values in them.
-    dtypes: Names of their dtypes, the most frequent first.
+    parameters: Number of values in all tensors.
+    dtypes: Names of the tensors' dtypes, the most frequent first.
     nbytes: Size of the tensors in bytes.
-    seconds: Time that it took.
+    seconds: Duration of the export.
   """
 
   tensors: int
@@ -53,10 +53,10 @@ class Export(NamedTuple):
 
 
 def parse_size(text: str) -> int:
-  """Reads a size as Hugging Face writes it: 5GB, 200MB, 1000.
+  """Parses a size in Hugging Face's notation: 5GB, 200MB, 1000.
 
   Raises:
-    ValueError: not such a size, or nothing.
+    ValueError: The text is not a positive size.
   """
   match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|)", text.strip().upper())
   size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
@@ -72,7 +72,7 @@ def export_checkpoint(
   dtype: np.dtype | None = None,
   max_shard_bytes: int = 5 * 10**9,
 ) -> Export:
-  """Exports a checkpoint, with little of it in memory at a time; see `export_model`."""
+  """Exports a checkpoint without loading all of it into memory; see `export_model`."""
   return export_model(
     parameter_store.open_parameters(checkpoint.params_path),
     output,
@@ -104,26 +104,26 @@ def export_model(
 
   Args:
     arrays: The parameters by "module/name".
-    output: The folder to make, on a local disk.
+    output: The folder to create, on a local disk.
     family: The name of the family.
     config: The architecture.
-    tokenizer: The tokenizer, from which config.json gets its token ids; None for those that it had.
-    tokenizer_files: The contents of the tokenizer's files, by their names.
+    tokenizer: The tokenizer whose token ids config.json gets; None keeps the published ids.
+    tokenizer_files: The contents of the tokenizer's files, by file name.
     config_files: The contents of the published config.json and generation_config.json, if any.
     origin: The name of the model in messages.
-    dtype: The dtype to cast every tensor to; None keeps each as it is.
-    max_shard_bytes: The bytes of tensors in one file.
+    dtype: The dtype of every tensor; None keeps each tensor's own.
+    max_shard_bytes: The maximum size of the tensors in one file, in bytes.
 
   Returns:
-    Counts for the report.
+    The counts to report.
 
   Raises:
-    ValueError: The folder already holds something, the parameters are not those of the config, are
-      damaged, or do not fit the dtype.
+    ValueError: The folder is not empty, or the parameters do not match the config, are damaged, or
+      do not fit the dtype.
   """
   start = time.perf_counter()
   if is_remote(output):
-    raise ValueError(f"an exported folder is written to a local disk, got {output}")
+    raise ValueError(f"models are exported to a local disk, got {output}")
   output = Path(output)
   _check_output(output)
   found = families.FAMILIES[family]
@@ -133,7 +133,7 @@ def export_model(
     name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype))
     for name, spec in specs.items()
   }
-  # The embedding stands for the model where norms are kept in another type.
+  # Norms may have another dtype, so config.json names the embedding's.
   torch_dtype = next(iter(tensors.values())).dtype.name
   files = _config_files(config_files, found.to_hf_config(config), torch_dtype, tokenizer)
   files |= _tokenizer_files(tokenizer_files, tokenizer)
@@ -146,7 +146,7 @@ def export_model(
     free = shutil.disk_usage(unfinished).free
     if free < nbytes:
       raise ValueError(
-        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
+        f"{output} needs {nbytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left"
       )
     with SafetensorsWriter(unfinished, tensors, max_shard_bytes) as writer:
       _write_tensors(arrays, specs, tensors, writer)
@@ -164,7 +164,7 @@ def export_model(
 
 def _check_output(output: Path) -> None:
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise ValueError(f"the output folder {output} already holds something; give a new one")
+    raise ValueError(f"the output folder {output} is not empty; give a new one")
 
 
 def _write_tensors(
@@ -173,9 +173,9 @@ def _write_tensors(
   tensors: Mapping[str, TensorInfo],
   writer: SafetensorsWriter,
 ) -> None:
-  """Writes every tensor, with one block of layers in memory."""
+  """Writes every tensor, with one block of layers in memory at a time."""
   names: dict[str, list[str]] = {}
-  for name, spec in specs.items():  # layers come in order
+  for name, spec in specs.items():  # layers are in order
     names.setdefault(spec.ours, []).append(name)
   total = sum(info.nbytes for info in tensors.values())
   with byte_bar(total, "export") as bar:
@@ -192,7 +192,7 @@ def _write_tensors(
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-  """Loads the tokenizer that travels with a checkpoint; None if there is none that works."""
+  """Loads the tokenizer saved with a checkpoint; None if it is missing or cannot be loaded."""
   if checkpoint.tokenizer_dir is None:
     return None
   try:
@@ -202,16 +202,16 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
       source_dir=checkpoint.source_dir,
     )
   except (ValueError, OSError, NotImplementedError) as error:
-    logging.warning("config.json names only the token ids of its source: %s", error)
+    logging.warning("config.json keeps the token ids of its source: %s", error)
     return None
 
 
 def _tokenizer_files(
   files: Mapping[str, bytes], tokenizer: Tokenizer | None
 ) -> Mapping[str, bytes]:
-  """Returns the tokenizer's files as they came, so that they mean what they meant.
+  """Returns the tokenizer's files unchanged, except for a bare SentencePiece model.
 
-  A bare SentencePiece model gets a tokenizer.json: transformers would cut some texts differently.
+  That gets a tokenizer.json, because transformers would split some texts differently without it.
   """
   if tokenizer is not None and SENTENCEPIECE in files and ENCODER not in files:
     return tokenizer.files()
@@ -224,23 +224,23 @@ def _config_files(
   dtype: str,
   tokenizer: Tokenizer | None,
 ) -> dict[str, bytes]:
-  """Makes config.json and generation_config.json."""
+  """Builds config.json and generation_config.json."""
   source, generation = (
     json.loads(published[name]) if name in published else None
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
   )
-  # What transformers generates by: the second file, where there is one.
+  # transformers generates with the second file if it exists, else with config.json.
   settings = source if generation is None else generation
   if tokenizer is None:
     ids = {key: value for key, value in (settings or {}).items() if key in TOKEN_KEYS}
   else:
     ids = token_ids(settings or {}, tokenizer)
   own = {key: source[key] for key in TOKEN_KEYS if key in source} if source else {}
-  # Today's key of the dtype, and that of before 2025.
+  # `torch_dtype` is the name of `dtype` before 2025.
   config = config | ids | own | {"dtype": dtype, "torch_dtype": dtype}
   if generation is None:
     written = _json({"_from_model_config": True} | ids)
-  elif generation | ids == generation:  # as it came, to the byte
+  elif generation | ids == generation:  # unchanged: keep the published bytes
     written = published[GENERATION_CONFIG_NAME]
   else:
     written = _json(generation | ids)

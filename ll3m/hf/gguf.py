@@ -1,8 +1,8 @@
 """GGUF files of the Llama architecture: weights of any quantisation, config and tokenizer.
 
-A GGUF holds everything in one file: metadata as key-value pairs, and tensors that are mostly
-quantised in blocks along their last axis. The q and k rows of Llama models are interleaved for
-the rotary convention of llama.cpp, (h, i, half) where Hugging Face has (h, half, i).
+A GGUF file holds metadata as key-value pairs, and tensors, most of them quantised in blocks along
+their last axis. The q and k rows of Llama models are interleaved for the rotary convention of
+llama.cpp: their order is (h, i, half), whereas Hugging Face's is (h, half, i).
 """
 
 import dataclasses
@@ -47,13 +47,14 @@ _PLAIN = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-  """What a GGUF holds, in Hugging Face's terms.
+  """The contents of a GGUF file in Hugging Face's terms.
 
   Attributes:
-    config: a config.json.
-    generation_config: a generation_config.json: the special tokens, and all that end an answer.
-    tensors: by their Hugging Face names, dequantised (to float32) when they are read.
-    tokenizer_files: makers of the tokenizer's files, by name.
+    config: The equivalent config.json.
+    generation_config: The equivalent generation_config.json: the special tokens, including all
+      that end an answer.
+    tensors: The tensors by Hugging Face name; dequantised (to float32) on reading.
+    tokenizer_files: Functions that return the contents of the tokenizer's files, by file name.
   """
 
   config: dict[str, Any]
@@ -66,8 +67,8 @@ def open_gguf(path: Path) -> GgufFile:
   """Reads a file's metadata and describes its tensors.
 
   Raises:
-    ValueError: not a GGUF file, truncated, or its metadata lack something.
-    NotImplementedError: another architecture, or a quantisation that cannot be undone.
+    ValueError: The file is not a GGUF file, is truncated, or lacks required metadata.
+    NotImplementedError: The architecture or the quantisation is not supported.
   """
   try:
     reader = GGUFReader(path)
@@ -79,12 +80,14 @@ def open_gguf(path: Path) -> GgufFile:
   if metadata.get("general.type", "model") == "adapter":
     raise NotImplementedError(
       f"{path} holds a {metadata.get('adapter.type', 'LoRA')} adapter, not a model: merge it into "
-      f"its base (llama.cpp's llama-export-lora) and give the merged file"
+      f"its base model (llama.cpp's llama-export-lora) and give the merged file"
     )
   if architecture != "llama":
-    raise NotImplementedError(f"{path} is of architecture {architecture!r}, expected 'llama'")
+    raise NotImplementedError(f"{path} has the architecture {architecture!r}, expected 'llama'")
   if metadata.get("split.count", 1) > 1:
-    raise NotImplementedError(f"{path} is one part of several; merge them with llama-gguf-split")
+    raise NotImplementedError(
+      f"{path} is one part of a split model; merge the parts with llama-gguf-split"
+    )
   if metadata.get("llama.expert_count", 0):
     raise NotImplementedError(f"{path} is a mixture of experts, which is not supported")
   tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -109,7 +112,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _hf_config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
-  """Writes a config.json from the metadata."""
+  """Builds a config.json from the metadata."""
   if "token_embd.weight" not in tensors:
     raise ValueError(f"{metadata.path} lacks the tensor token_embd.weight")
   num_heads = _one_for_all_layers(metadata, "llama.attention.head_count")
@@ -139,11 +142,11 @@ def _hf_config(metadata: Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_for_all_layers(metadata: Metadata, key: str, default: int | None = None) -> int:
-  """Returns a positive size that newer files may give for each layer.
+  """Returns a positive size, which newer files may list for each layer.
 
   Raises:
-    ValueError: It is missing and has no default, or is not positive.
-    NotImplementedError: Layers differ.
+    ValueError: The size is not positive, or is missing and has no default.
+    NotImplementedError: The layers' sizes differ.
   """
   found = metadata.require(key) if default is None else metadata.get(key, default)
   sizes = set(found) if isinstance(found, list) else {found}
@@ -158,13 +161,13 @@ def _one_for_all_layers(metadata: Metadata, key: str, default: int | None = None
 
 
 def _rope_factor(metadata: Metadata) -> float:
-  """Returns the factor that positions are divided by, as llama.cpp reads it.
+  """Returns the factor by which llama.cpp divides positions.
 
   Raises:
     ValueError: Keys contradict each other.
-    NotImplementedError: Scaling of another kind than linear.
+    NotImplementedError: The scaling is not linear.
   """
-  keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # today's, and that of 2023
+  keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # the latter until 2023
   given = {key: metadata.get(key, 0) for key in keys}
   factors = {_decimal(factor) for factor in given.values() if factor} or {1.0}
   kind = metadata.get("llama.rope.scaling.type", "linear")
@@ -183,10 +186,10 @@ def _rope_factor(metadata: Metadata) -> float:
 
 
 def _drop_neutral_frequencies(tensors: dict[str, Any], path: Path) -> None:
-  """Removes factors of the rotary frequencies that are all one.
+  """Removes factors of the rotary frequencies if they all equal one.
 
   Raises:
-    NotImplementedError: Others, as Llama 3.1 and longrope have them.
+    NotImplementedError: A factor differs from one, as in Llama 3.1 and longrope.
   """
   for name in [name for name in tensors if name.startswith("rope_")]:
     if not (np.asarray(tensors[name].data) == 1).all():
@@ -198,7 +201,7 @@ def _drop_neutral_frequencies(tensors: dict[str, Any], path: Path) -> None:
 
 
 def _decimal(value: float) -> float:
-  """Takes a float32 for the shortest decimal that rounds to it: 1e-05, not 9.999999747e-06."""
+  """Returns the shortest decimal that rounds to a float32: 1e-05, not 9.999999747e-06."""
   return float(str(np.float32(value)))
 
 

@@ -1,9 +1,10 @@
-"""The metadata of a GGUF file: plain values by key, each of them known or refused.
+"""The metadata of a GGUF file: plain values by key. Unknown keys raise errors.
 
-Keys of the model (`llama.`) and of its tokenizer (`tokenizer.`) may change what it computes: one
-that is not read has to be known, as irrelevant or with the value that changes nothing. The tables
-follow llama.cpp, whose format this is. Keys of other prefixes (`general.`, `quantize.`, those of
-the programs that wrote the file) describe the file; the reader checks the few that count.
+Keys of the model (`llama.`) and of its tokenizer (`tokenizer.`) may change what the model computes.
+A key that is not read must therefore be known to be irrelevant, or must have a value that changes
+nothing. The tables follow llama.cpp, which defines the format. Keys with other prefixes
+(`general.`, `quantize.`, those of the programs that wrote the file) describe the file; the reader
+checks the few that matter.
 """
 
 import math
@@ -15,7 +16,7 @@ from gguf import GGUFReader
 
 from ll3m.core.model_config import did_you_mean
 
-# What the readers of the model and of the tokenizer use.
+# Keys that are read.
 _USED = frozenset(
   [
     *(
@@ -40,7 +41,8 @@ _USED = frozenset(
   ]
 )  # fmt: skip
 
-# Tokens for infilling, classification and masking, which no text gets by itself; notes of writers.
+# Tokens for infilling, classification and masking, which the tokenizer never adds to a text, and
+# notes of the programs that write GGUF files.
 _IRRELEVANT = frozenset(
   [
     *(
@@ -52,7 +54,7 @@ _IRRELEVANT = frozenset(
     ),
     "tokenizer.huggingface.json",
     "llama.rope.scaling.finetuned",
-    "llama.rope.scaling.original_context_length",  # only yarn, which is refused, reads it
+    "llama.rope.scaling.original_context_length",  # used by yarn only, which is not supported
     "llama.tensor_data_layout",
   ]
 )  # fmt: skip
@@ -64,10 +66,11 @@ def _only(*values: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 def _is_score_scale(value: Any, config: Mapping[str, Any]) -> bool:
   usual = config["head_dim"] ** -0.5
-  return isinstance(value, float) and math.isclose(value, usual, rel_tol=1e-6)  # it was a float32
+  return isinstance(value, float) and math.isclose(value, usual, rel_tol=1e-6)  # float32 in GGUF
 
 
-# Keys with values that change nothing; (value, the model's config.json) says whether it is one.
+# Keys with values that change nothing. Each function maps (value, the model's config.json) to
+# whether the value is one of them.
 _NEUTRAL: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
   "llama.vocab_size": lambda value, config: value == config["vocab_size"],
   "llama.rope.dimension_count": lambda value, config: value == config["head_dim"],
@@ -100,13 +103,18 @@ class Metadata:
   """The key-value pairs of a file, as plain Python values."""
 
   def __init__(self, path: Path, reader: GGUFReader):
-    """Args: the file, for messages; what reads it."""
+    """Wraps an open file.
+
+    Args:
+      path: The path of the file, for messages.
+      reader: The reader of the file.
+    """
     self.path = path
     self._fields = reader.fields
     self._values: dict[str, Any] = {}
 
   def get(self, key: str, default: Any = None) -> Any:
-    """Returns a value, or the default where there is none."""
+    """Returns the value of a key, or the default if the file lacks it."""
     if key not in self._fields:
       return default
     if key not in self._values:  # decoding a vocabulary takes a second
@@ -114,27 +122,27 @@ class Metadata:
     return self._values[key]
 
   def require(self, key: str) -> Any:
-    """Returns a value.
+    """Returns the value of a key.
 
     Raises:
-      ValueError: There is none.
+      ValueError: The file lacks the key.
     """
     if key not in self._fields:
-      raise ValueError(f"{self.path} lacks the metadata {key}")
+      raise ValueError(f"{self.path} lacks the metadata key {key}")
     return self.get(key)
 
   def check(self, config: Mapping[str, Any]) -> None:
-    """Raises if a key might change what model or tokenizer compute and is not read.
+    """Checks that keys which are not read cannot change what model or tokenizer compute.
 
     Args:
-      config: The model's config.json, as it was made from the metadata.
+      config: The model's config.json, built from the metadata.
 
     Raises:
-      NotImplementedError: Keys that nothing here knows, or known ones with a value that is not
-        supported, all named in one sentence.
+      NotImplementedError: Keys are unknown, or have a value that is not supported. The message
+        lists them all.
     """
     neutral = _NEUTRAL | {
-      # Of a SentencePiece model it is read; BPE over bytes has no such prefix.
+      # Read for SentencePiece models only; byte-level BPE has no such prefix.
       "tokenizer.ggml.add_space_prefix": lambda value, config: (
         not value or self.get("tokenizer.ggml.model") == "llama"
       )
@@ -153,7 +161,7 @@ class Metadata:
       raise NotImplementedError(f"{self.path} has {', '.join(different)}, which is not supported")
     if unknown:
       raise NotImplementedError(
-        f"{self.path} has {', '.join(unknown)}, not known to ll3m: it may change what the model "
+        f"{self.path} has {', '.join(unknown)}, unknown to LL3M, which may change what the model "
         f"computes; if not, remove it (gguf's gguf_new_metadata.py --remove-metadata)"
       )
 

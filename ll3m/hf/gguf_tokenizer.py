@@ -21,13 +21,13 @@ from ll3m.data.spm_conversion import find_overlap, merges_from_scores
 
 Get = Callable[..., Any]
 
-# Kinds of piece, as GGUF numbers them.
+# GGUF's numbers for the kinds of pieces.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _KINDS = range(1, 7)  # unknown is 2, a byte 6
-# The score that llama.cpp's converter gives to tokens that were added to a SentencePiece model.
+# The score that llama.cpp's converter assigns to tokens added to a SentencePiece model.
 _ADDED = -1000.0
 
-# Names of special tokens: transformers' and GGUF's.
+# Names of special tokens in transformers and in GGUF.
 _SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 
 _LLAMA3_WORDS = (
@@ -54,12 +54,12 @@ def _llama3_words() -> pre_tokenizers.PreTokenizer:
 
 
 class _Words(NamedTuple):
-  """How text becomes words before BPE, and what goes with it in llama.cpp.
+  """How text is split into words before BPE, with llama.cpp's settings for that splitting.
 
   Attributes:
-    make: Makes the pre-tokenizer.
-    ignore_merges: Whether a word that is a token becomes it, whatever merges there are.
-    add_bos: Whether BOS is added where the file does not say.
+    make: Function that returns the pre-tokenizer.
+    ignore_merges: Whether a word that is a token becomes that token regardless of the merges.
+    add_bos: Whether BOS is added if the file does not say so explicitly.
   """
 
   make: Callable[[], pre_tokenizers.PreTokenizer]
@@ -67,7 +67,7 @@ class _Words(NamedTuple):
   add_bos: bool = False
 
 
-# By llama.cpp's `tokenizer.ggml.pre`.
+# By llama.cpp's name for them, the value of `tokenizer.ggml.pre`.
 _PRE_TOKENIZERS = {
   **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _Words(_gpt2_words)),
   **dict.fromkeys(
@@ -80,20 +80,20 @@ _PRE_TOKENIZERS = {
 
 
 def token_ids(get: Get) -> dict[str, int]:
-  """Returns the ids of BOS, EOS and padding by their keys in a config.json.
+  """Returns the ids of BOS, EOS and padding by their keys in config.json.
 
   Args:
-    get: Gives a metadata value by key, None where there is none.
+    get: Function from a key to its metadata value; None if the file lacks the key.
   """
   ids = {f"{name}_token_id": get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL}
   return {key: i for key, i in ids.items() if i is not None and key != "unk_token_id"}
 
 
 def generation_config(get: Get) -> dict[str, Any]:
-  """Returns a generation_config.json: the special tokens, with all that end an answer as EOS.
+  """Returns a generation_config.json whose EOS tokens are all tokens that end an answer.
 
   Args:
-    get: Gives a metadata value by key, None where there is none.
+    get: Function from a key to its metadata value; None if the file lacks the key.
   """
   config: dict[str, Any] = token_ids(get)
   ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -108,16 +108,16 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
   """Prepares the files of a tokenizer folder that `transformers.AutoTokenizer` loads.
 
   Args:
-    get: gives a metadata value by key, None where there is none.
-    path: the GGUF file, for messages.
+    get: Function from a key to its metadata value; None if the file lacks the key.
+    path: The GGUF file, for messages.
 
   Returns:
-    Makers of the files' contents, by name; empty if the GGUF has no tokenizer.
+    Functions that return the files' contents, by file name; empty if the file has no tokenizer.
 
   Raises:
-    NotImplementedError: a kind of tokenizer that is not known, or one that tokenizer.json cannot
-      express exactly.
-    ValueError: its parts do not fit together.
+    NotImplementedError: The kind of tokenizer is unknown, or tokenizer.json cannot express the
+      tokenizer exactly.
+    ValueError: The parts of the tokenizer contradict each other.
   """
   kind = get("tokenizer.ggml.model")
   if kind in (None, "no_vocab"):
@@ -127,18 +127,20 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
   pre = get("tokenizer.ggml.pre", "default")
   if kind == "gpt2" and pre not in _PRE_TOKENIZERS:
     raise NotImplementedError(
-      f"{path} cuts words as {pre!r}, expected one of {', '.join(_PRE_TOKENIZERS)}"
+      f"{path} has tokenizer.ggml.pre={pre!r}, expected one of {', '.join(_PRE_TOKENIZERS)}"
     )
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
   partner = get("tokenizer.ggml.merges" if kind == "gpt2" else "tokenizer.ggml.scores")
   if not pieces or not kinds or partner is None or len(pieces) != len(kinds):
     raise ValueError(f"{path} lacks parts of its tokenizer (tokens, token_type, merges or scores)")
   if strange := sorted(set(kinds) - set(_KINDS)):
-    raise ValueError(f"{path} has pieces of the kinds {strange}, expected 1 to {_KINDS[-1]}")
+    raise ValueError(
+      f"{path} has {strange} in tokenizer.ggml.token_type, expected 1 to {_KINDS[-1]}"
+    )
   for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
     if (i := get(f"tokenizer.ggml.{key}_token_id")) is not None and i >= len(pieces):
       raise ValueError(
-        f"{path} has tokenizer.ggml.{key}_token_id={i}, and only {len(pieces)} tokens"
+        f"{path} has tokenizer.ggml.{key}_token_id={i}, but only {len(pieces)} tokens"
       )
   try:
     built = (_byte_level if kind == "gpt2" else _sentencepiece)(get)
@@ -154,7 +156,7 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
 
 
 def _byte_level(get: Get) -> Tokenizer:
-  """BPE over bytes, as GPT-2 does it (`tokenizer.ggml.model` = gpt2)."""
+  """Builds a byte-level BPE tokenizer, as in GPT-2 (`tokenizer.ggml.model` = gpt2)."""
   vocab = {piece: i for i, piece in enumerate(get("tokenizer.ggml.tokens"))}
   merges = [_merge(text, vocab) for text in get("tokenizer.ggml.merges")]
   words = _PRE_TOKENIZERS[get("tokenizer.ggml.pre", "default")]
@@ -165,16 +167,16 @@ def _byte_level(get: Get) -> Tokenizer:
 
 
 def _merge(text: str, vocab: Mapping[str, int]) -> tuple[str, str]:
-  """Splits a merge at the space between its two pieces, which may hold spaces themselves."""
+  """Splits a merge at the space between its two pieces, which may themselves contain spaces."""
   for cut, character in enumerate(text):
     left, right = text[:cut], text[cut + 1 :]
     if character == " " and left in vocab and right in vocab and left + right in vocab:
       return left, right
-  raise ValueError(f"the merge {text!r} is not of two tokens that make a third")
+  raise ValueError(f"the merge {text!r} does not join two tokens into a third")
 
 
 def _sentencepiece(get: Get) -> Tokenizer:
-  """BPE over characters with byte fallback, as Llama 2's SentencePiece model does it."""
+  """Builds a BPE tokenizer over characters with byte fallback, as in Llama 2's SentencePiece."""
   pieces, scores = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.scores")
   kinds = get("tokenizer.ggml.token_type")
   vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -182,13 +184,15 @@ def _sentencepiece(get: Get) -> Tokenizer:
   normal = {p: s for p, s, k in zip(pieces, scores, kinds, strict=True) if k == _NORMAL}
   unused = {p: 0.0 for p, k in zip(pieces, kinds, strict=True) if k == _UNUSED}
   if made := merges_from_scores(unused, vocab):
-    # SentencePiece merges to them and takes them apart again in the end.
-    raise NotImplementedError(f"has unused pieces that others make, such as {''.join(made[0])!r}")
+    # SentencePiece merges pieces into them and splits them again at the end.
+    raise NotImplementedError(
+      f"has unused pieces that are merges of others, such as {''.join(made[0])!r}"
+    )
   merges = merges_from_scores(normal, vocab)
   if (piece := find_overlap(merges, normal)) is not None:
     raise NotImplementedError(
-      f"gives one score to pieces that overlap, such as {piece!r}; which of them is merged first "
-      f"depends on their places in a text, which tokenizer.json cannot say"
+      f"gives the same score to pieces that overlap, such as {piece!r}; which is merged first "
+      f"depends on their positions in a text, which tokenizer.json cannot express"
     )
   tokenizer = Tokenizer(
     models.BPE(
@@ -210,10 +214,10 @@ def _sentencepiece(get: Get) -> Tokenizer:
 
 
 def _own_symbols(get: Get) -> set[str]:
-  """Returns the user-defined symbols of a SentencePiece model itself.
+  """Returns the symbols that a SentencePiece model itself defines, without tokens added later.
 
-  SentencePiece finds them in the text that has its prefix: `a<sep>b` is `▁a <sep> b`. Tokens that
-  were added later cut the text before, and each part gets a prefix: `▁a <sep> ▁b`.
+  SentencePiece finds its own symbols after adding its prefix: `a<sep>b` becomes `▁a <sep> b`.
+  Tokens added later split the text first, and each part gets a prefix: `▁a <sep> ▁b`.
   """
   parts = (get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
   scores = get("tokenizer.ggml.scores") or ()
@@ -222,10 +226,10 @@ def _own_symbols(get: Get) -> set[str]:
 
 
 def _prefix(symbols: Collection[str]) -> normalizers.Normalizer:
-  """Puts ▁ before a text, but not before a symbol alone.
+  """Returns a normaliser that puts ▁ before a text unless the text is a single symbol.
 
-  The library finds a symbol in the normalised text by its own normalised form, which must not have
-  the prefix. A text that is nothing but a symbol therefore lacks the ▁ that SentencePiece gives it.
+  The library searches the normalised text for the normalised form of each symbol, which must not
+  have the prefix. A text that is a single symbol therefore lacks the ▁ that SentencePiece adds.
   """
   if not symbols:
     return normalizers.Prepend("▁")
@@ -234,7 +238,7 @@ def _prefix(symbols: Collection[str]) -> normalizers.Normalizer:
 
 
 def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
-  """Adds the special tokens, and the template that puts BOS and EOS around a text."""
+  """Adds the special tokens and the template that puts BOS and EOS around a text."""
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
   own = _own_symbols(get)
   added = [
@@ -263,7 +267,7 @@ def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
 
 
 def _adds(get: Get, name: str) -> bool:
-  """Says whether BOS or EOS stands around a text; the defaults are llama.cpp's."""
+  """Returns whether BOS or EOS (`name`) is added to a text; the defaults are llama.cpp's."""
   is_default = name == "bos" and (
     get("tokenizer.ggml.model") == "llama" or _PRE_TOKENIZERS[get("tokenizer.ggml.pre")].add_bos
   )

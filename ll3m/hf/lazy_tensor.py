@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk, read piece by piece: what all file formats have in common."""
+"""Tensors of a checkpoint on disk, read piece by piece; common to all file formats."""
 
 import dataclasses
 import math
@@ -10,22 +10,22 @@ import numpy as np
 
 Index = tuple[slice, ...]
 
-# Transposing 16 rows at a time keeps the lines being written in the cache: 2.8 GB/s for bf16
-# where numpy's own strided copy reaches 0.3 (one core of the machine that the demo runs on).
+# Transposing 16 rows at a time keeps the cache lines being written in the cache: 2.8 GB/s for
+# bfloat16, whereas NumPy's own strided copy reaches 0.3 (one core of the demo's machine).
 _TRANSPOSE_ROWS = 16
-_LOOKED_AT = 2**16  # values
+_LOOKED_AT = 2**16  # values per test for NaN and infinities
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-  """A tensor whose values stay on disk until they are asked for.
+  """A tensor whose values stay on disk until they are read.
 
   Attributes:
-    shape: its shape.
-    dtype: of what `read` gives.
-    read: takes one slice (step 1) per axis and gives that part; it may be a view of a mapped
-      file, so whoever keeps it copies it.
-    source: the file that holds it, for messages.
+    shape: The shape.
+    dtype: The dtype of the arrays that `read` returns.
+    read: Function from one slice (step 1) per axis to that part of the tensor. The result may be a
+      view of a mapped file; copy it to keep it.
+    source: The file that holds the tensor, for messages.
   """
 
   shape: tuple[int, ...]
@@ -35,21 +35,21 @@ class LazyTensor:
 
   @property
   def nbytes(self) -> int:
-    """Its size in bytes, as `read` gives it."""
+    """The size in bytes in `dtype`."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def mapped_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
-  """Describes a tensor that lies in a file as plain values, in C order.
+  """Describes a tensor stored in a file as plain values in C order.
 
-  The file is mapped for each read and let go with the last view of it, so that what was read
-  counts as page cache and not as the process's own memory.
+  Each read maps the file, and the mapping ends with its last view. The pages read therefore count
+  as page cache, not as the process's own memory.
 
   Args:
-    path: the file.
-    dtype: of the values, little-endian.
-    shape: of the tensor.
-    offset: of its first value, in bytes.
+    path: The file.
+    dtype: The dtype of the values, little-endian.
+    shape: The shape of the tensor.
+    offset: The position of the first value, in bytes.
   """
 
   def read(index: Index) -> np.ndarray:
@@ -66,16 +66,16 @@ def read_part(
   """Copies a part of a tensor into memory.
 
   Args:
-    tensor: what to read.
-    index: the part of the RESULT, one slice per axis.
-    transpose: the result is the tensor's transpose.
-    dtype: of the result; None keeps the tensor's. Rounds to nearest even.
+    tensor: The tensor to read.
+    index: The part of the *result*, one slice per axis.
+    transpose: Whether the result is the tensor's transpose.
+    dtype: The dtype of the result, rounded to nearest even; None keeps the tensor's.
 
   Returns:
-    A C-contiguous array of its own.
+    A C-contiguous copy.
 
   Raises:
-    ValueError: a finite value does not fit the dtype.
+    ValueError: A finite value does not fit the dtype.
   """
   view = tensor.read(index[::-1] if transpose else index)
   return arrange(view, transpose, np.dtype(dtype or tensor.dtype), str(tensor.source))
@@ -85,13 +85,13 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
   """Copies values to a C-contiguous array of another orientation or dtype.
 
   Args:
-    values: any view.
-    transpose: the result is its transpose.
-    dtype: of the result. Rounds to nearest even.
-    origin: where the values are from, for messages.
+    values: Any view.
+    transpose: Whether the result is the transpose of the values.
+    dtype: The dtype of the result, rounded to nearest even.
+    origin: The source of the values, for messages.
 
   Raises:
-    ValueError: a finite value does not fit the dtype.
+    ValueError: A finite value does not fit the dtype.
   """
   with np.errstate(over="ignore"):  # checked below
     if transpose:
@@ -108,16 +108,16 @@ def arrange(values: np.ndarray, transpose: bool, dtype: np.dtype, origin: str) -
     lost = int(np.isinf(result).sum()) - int(np.isinf(values).sum())
     if lost:
       raise ValueError(
-        f"{lost} values in {origin} do not fit {dtype.name}, whose largest is "
+        f"{lost} values in {origin} do not fit {dtype.name}, whose maximum is "
         f"{float(ml_dtypes.finfo(dtype).max):.4g}; use another `dtype`"
       )
   return result
 
 
 def all_finite(values: np.ndarray) -> bool:
-  """Says whether floating-point values hold neither NaN nor infinity.
+  """Returns whether floating-point values hold neither NaN nor infinity.
 
-  It looks at the bits, in pieces that stay in the cache: NumPy's own test of bfloat16 is slow.
+  It tests the bits in pieces that fit in the cache, because NumPy's own test of bfloat16 is slow.
   """
   info = ml_dtypes.finfo(values.dtype)
   if values.dtype.itemsize == 1 or info.bits not in (16, 32, 64):
@@ -139,13 +139,13 @@ def _copy_transposed(values: np.ndarray, result: np.ndarray) -> None:
 
 
 def describe_wrong_file(path: Path) -> str | None:
-  """Says what a file is that ought to hold weights, if it is one of the usual mistakes."""
+  """Describes a file that was saved in place of weights by a common mistake; else returns None."""
   with path.open("rb") as file:
     start = file.read(64).lstrip().lower()
   if start.startswith(b"version https://git-lfs"):
     return "a Git LFS pointer, not the file itself (fetch it with `git lfs pull`)"
   if start.startswith((b"<!doctype", b"<html")):
-    return "an HTML page (a login or error page was saved in its place)"
+    return "an HTML page (a login or error page was saved in place of the file)"
   if not start:
     return "empty"
   return None

@@ -1,4 +1,4 @@
-"""Opens a published model, whatever files it comes as, without reading its weights."""
+"""Opens a published model in any supported file format, without reading its weights."""
 
 import json
 import os
@@ -34,15 +34,15 @@ def open_model(
   """Finds a model's weights, infers its architecture, and checks that the two agree.
 
   Args:
-    path: a folder with config.json and weights, or a GGUF file (or a folder with one).
-    checkpoint_type: one of CHECKPOINT_TYPES; None takes safetensors, then pt, then gguf.
-    preset: what the model must be; needed only where there is no config.json.
+    path: A folder with config.json and weights, a GGUF file, or a folder with a GGUF file.
+    checkpoint_type: One of CHECKPOINT_TYPES; None selects safetensors, then pt, then gguf.
+    preset: The preset that the model must match; required only if there is no config.json.
 
   Raises:
-    ValueError: config and weights, or config and preset, contradict each other; damaged files.
-    NotImplementedError: a format or an architecture that is not supported, an adapter, or
-      quantised weights.
-    FileNotFoundError: no such folder, or nothing in it to convert.
+    ValueError: The config contradicts the weights or the preset, or files are damaged.
+    NotImplementedError: The format or the architecture is not supported, the folder holds an
+      adapter, or the weights are quantised.
+    FileNotFoundError: The folder does not exist or holds no model.
   """
   if is_remote(path):
     raise NotImplementedError(f"published models are read from a local disk, got {path}")
@@ -53,7 +53,7 @@ def open_model(
   problems: list[str] = []
   kind = checkpoint_type or detect_type(path)
   if kind == "gguf":
-    from ll3m.hf import gguf  # slow to import, seldom needed
+    from ll3m.hf import gguf  # slow to import and rarely needed
 
     file = gguf.open_gguf(_find_gguf(path))
     hf_config, tensors = file.config, file.tensors
@@ -81,7 +81,7 @@ def open_model(
       if file.is_file()
     }
   found = _resolve(expected, hf_config, path)
-  if kind != "gguf":  # after config.json, which may say why they cannot be read
+  if kind != "gguf":  # after config.json, which may say why the weights cannot be read
     tensors, problems = _read_headers(path, kind)
     refuse_quantised_tensors(tensors, str(path))
   match = match_tensors(*found, tensors, str(path), problems)
@@ -99,12 +99,12 @@ def open_model(
 
 
 def detect_type(path: Path) -> str:
-  """Says what kind of weights a folder or file holds, one of CHECKPOINT_TYPES.
+  """Returns the type of the weights in a folder or file, one of CHECKPOINT_TYPES.
 
   Raises:
-    ValueError: a file that is no GGUF.
-    NotImplementedError: a folder with something else: an adapter, weights of another format.
-    FileNotFoundError: a folder without weights.
+    ValueError: The file is not a .gguf file.
+    NotImplementedError: The folder holds an adapter or weights in another format.
+    FileNotFoundError: The folder holds no weights.
   """
   if path.is_file():
     if path.suffix != ".gguf":
@@ -119,19 +119,21 @@ def detect_type(path: Path) -> str:
 
 
 def _refuse_links_out(folder: Path) -> None:
-  """Demands that what a folder holds lies in it, or in the cache of the hub that it belongs to.
+  """Checks that no link leads out of a folder, except into the Hub cache that contains it.
+
+  A folder from an unknown source must not make LL3M read the user's other files.
 
   Raises:
-    ValueError: a link leads elsewhere: a folder from somewhere must not read files of ours.
+    ValueError: A link leads elsewhere.
   """
   homes = [folder.resolve()]
-  if homes[0].parent.name == "snapshots":  # the hub's cache keeps each file once, beside
+  if homes[0].parent.name == "snapshots":  # the Hub's cache keeps files in `blobs` beside it
     homes.append(homes[0].parents[1] / "blobs")
   for file in sorted(folder.iterdir()) if folder.is_dir() else ():
     target = file.resolve()
     if file.is_symlink() and not any(target.is_relative_to(home) for home in homes):
       raise ValueError(
-        f"{file} is a link out of its folder, to {target}; only what lies in it is read"
+        f"{file} is a link to {target}, outside its folder; only files inside the folder are read"
       )
 
 
@@ -142,7 +144,7 @@ def _find_gguf(path: Path) -> Path:
   if len(files) != 1:
     raise ValueError(
       f"{path} holds {len(files)} .gguf files ({', '.join(f.name for f in files)}), expected one; "
-      f"give the file itself"
+      f"give the path of one file"
     )
   return files[0]
 
@@ -162,7 +164,7 @@ def _parse_config(path: Path, text: bytes | None) -> dict[str, Any] | None:
 def _resolve(
   expected: families.Preset | None, hf_config: dict[str, Any] | None, path: Path
 ) -> families.Preset:
-  """Takes the architecture from config.json, and checks that it is the one that was asked for."""
+  """Returns the architecture of config.json, after checking that it is the expected one."""
   if hf_config is None:
     if expected is None:
       raise FileNotFoundError(f"{path} has no {CONFIG_NAME}; give `model`")
@@ -177,12 +179,12 @@ def _resolve(
     if wanted[name] != given[name]
   ]
   if differing:
-    raise ValueError(f"`model`: {path} holds another model: {', '.join(differing)}")
+    raise ValueError(f"`model` does not match {path}: {', '.join(differing)}")
   return found
 
 
 def _read_headers(path: Path, kind: str) -> tuple[dict[str, LazyTensor], list[str]]:
-  """Describes the tensors of all files of a checkpoint, and what files and index contradict."""
+  """Returns the tensors of all files of a checkpoint, and contradictions of files and index."""
   module, read, suffix = {
     "safetensors": (safetensors_io, safetensors_io.read_safetensors, "safetensors"),
     "pt": (torch_bin, torch_bin.read_torch_bin, "bin"),
@@ -204,7 +206,7 @@ def _read_headers(path: Path, kind: str) -> tuple[dict[str, LazyTensor], list[st
   weight_map = _parse_index(index)
   for name in sorted(set(weight_map.values())):
     if not (path / name).is_file():
-      problems.append(f"{index.name} names {name}, which is not there")
+      problems.append(f"{index.name} names {name}, which does not exist")
       continue
     found = read(path / name)
     if twice := sorted(tensors.keys() & found.keys()):
@@ -223,7 +225,7 @@ def _parse_index(index: Path) -> dict[str, str]:
     weight_map = json.loads(index.read_text())["weight_map"]
     items = dict(weight_map).items()
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{index} is not an index of weights") from error
+    raise ValueError(f"{index} is not a weight index") from error
   for name, file in items:
     if not isinstance(file, str) or PurePosixPath(file).name != file or file in ("", ".", ".."):
       raise ValueError(f"{index} places {name} in {file!r}; only files of the same folder are read")

@@ -1,4 +1,4 @@
-"""Opens a model from any place that a command may name."""
+"""Opens a model of any kind that a command accepts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from ll3m.hf.validation import check_parameters
 _HF_PREFIX = "hf::"
 
 
-# Both have path, family, config, step, tokenizer_dir, source_dir, config_files, load_params and
-# save_companions, which mean the same.
+# Both define path, family, config, step, tokenizer_dir, source_dir, config_files, load_params and
+# save_companions, with the same meaning.
 ModelOnDisk = checkpoint.Checkpoint | HfModel
 
 
@@ -25,14 +25,14 @@ def open_source(name: str, *, verify: bool = True) -> ModelOnDisk:
   """Opens a model without reading its weights.
 
   Args:
-    name: The path of a converted folder, a run's output_dir, one step folder, a Hugging Face folder
-      or a GGUF file; `hf::PATH` for one of the last two and nothing else.
-    verify: Whether the files of what is ours are compared with their checksums.
+    name: The path of a converted folder, a run's output_dir, a step folder, a Hugging Face folder
+      or a GGUF file. `hf::PATH` accepts only the last two.
+    verify: Whether the files of LL3M checkpoints are compared with their checksums.
 
   Raises:
-    FileNotFoundError: There is no such folder.
-    ValueError: It is not a complete model, or a damaged one.
-    NotImplementedError: A format or an architecture that is not supported.
+    FileNotFoundError: The folder does not exist.
+    ValueError: The model is incomplete or damaged.
+    NotImplementedError: The format or the architecture is not supported.
   """
   if name.startswith(_HF_PREFIX):
     return open_model(name.removeprefix(_HF_PREFIX))
@@ -42,16 +42,16 @@ def open_source(name: str, *, verify: bool = True) -> ModelOnDisk:
 
 
 def open_converted(path: str, *, verify: bool = True) -> checkpoint.Checkpoint:
-  """Opens what is ours: a converted folder, a run's output_dir or one step folder.
+  """Opens an LL3M checkpoint: a converted folder, a run's output_dir or a step folder.
 
   Args:
     path: The folder.
-    verify: Whether files are compared with the checksums that were saved with them.
+    verify: Whether files are compared with the checksums saved with them.
 
   Raises:
-    FileNotFoundError: There is no such folder.
-    ValueError: It is not a complete model, or a damaged one; of other kinds of folder (a published
-      model, an adapter) the message says what they are.
+    FileNotFoundError: The folder does not exist.
+    ValueError: The checkpoint is incomplete or damaged, or the folder is of another kind, such as a
+      published model or an adapter, which the message names.
   """
   try:
     found = checkpoint.open_checkpoint(path, verify=verify)

@@ -1,4 +1,4 @@
-"""A published model whose weights are still on disk, and how they become parameters of ours."""
+"""Published models whose weights are still on disk, and their conversion to LL3M parameters."""
 
 import dataclasses
 import functools
@@ -27,16 +27,16 @@ class HfModel:
   """A published model whose weights are still on disk.
 
   Attributes:
-    path: the folder, or the GGUF file.
-    checkpoint_type: what its weights come as, one of `model_files.CHECKPOINT_TYPES`.
-    family: The name of its family.
-    config: its architecture.
-    specs: what each of its tensors is, by the name in the checkpoint.
-    tensors: exactly the tensors that the architecture needs.
-    ignored: names of tensors that are not needed.
-    config_files: The contents of config.json and generation_config.json, where the folder has them.
-    tokenizer_files: writers of the tokenizer's files, by file name.
-    step: None, as for every model that is no step of a training run.
+    path: The folder, or the GGUF file.
+    checkpoint_type: The type of the weights, one of `model_files.CHECKPOINT_TYPES`.
+    family: The name of the family.
+    config: The architecture.
+    specs: The specification of each tensor, by its name in the checkpoint.
+    tensors: Exactly the tensors that the architecture needs.
+    ignored: The names of tensors that are not needed.
+    config_files: The contents of config.json and generation_config.json, if present.
+    tokenizer_files: Functions that return the contents of the tokenizer's files, by file name.
+    step: None, as for every model that is not a step of a training run.
   """
 
   path: Path
@@ -55,32 +55,32 @@ class HfModel:
     """The folders of the tokenizer and of the config files."""
     if self.checkpoint_type != "gguf":
       return epath.Path(self.path), epath.Path(self.path)
-    folder = epath.Path(tempfile.mkdtemp(prefix="ll3m-"))  # a GGUF has them inside
+    folder = epath.Path(tempfile.mkdtemp(prefix="ll3m-"))  # GGUF stores them in its metadata
     weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
     self.save_companions(folder)
     return folder / checkpoint.TOKENIZER, folder / checkpoint.SOURCE
 
   @property
   def tokenizer_dir(self) -> epath.Path | None:
-    """The folder of the tokenizer's files, which stays as long as this object; None without any."""
+    """The folder of the tokenizer's files, if any; it exists as long as this object."""
     return self._companions[0] if self.tokenizer_files else None
 
   @property
   def source_dir(self) -> epath.Path:
-    """The folder of the config files, which stays as long as this object."""
+    """The folder of the config files; it exists as long as this object."""
     return self._companions[1]
 
   @property
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """The shapes of our parameters, by "module/name"."""
+    """The shapes of the LL3M parameters, by "module/name"."""
     return parameter_shapes(families.FAMILIES[self.family].rules, self.config)
 
   def load_params(self, *, dtype: Any = None, shardings: Params | None = None) -> Params:
-    """Reads the parameters straight from the published files, each device its own shards.
+    """Reads the parameters directly from the published files; each device reads its own shards.
 
     Args:
-      dtype: The dtype to cast to while reading; as published by default.
-      shardings: The parameters' shardings, in their structure; the first device by default.
+      dtype: The dtype to cast to while reading; None keeps the published one.
+      shardings: The shardings, in the parameters' structure; None selects the first device.
 
     Returns:
       Haiku parameters.
@@ -90,14 +90,14 @@ class HfModel:
     """
     dtypes = self.parameter_dtypes(None if dtype is None else np.dtype(dtype))
     names: dict[str, list[str]] = {}
-    for name, spec in self.specs.items():  # layers come in order
+    for name, spec in self.specs.items():  # layers are in order
       names.setdefault(spec.ours, []).append(name)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Params = {}
     for path, shape in self.shapes.items():
       module, _, leaf = path.rpartition("/")
       sharding = device if shardings is None else shardings[module][leaf]
-      # Devices that hold the same shard share one reading of it.
+      # A shard that several devices hold is read once.
       read = functools.cache(functools.partial(self._read_shard, names[path], dtypes[path], shape))
       params.setdefault(module, {})[leaf] = jax.make_array_from_callback(shape, sharding, read)
     return params
@@ -117,23 +117,23 @@ class HfModel:
     return shard
 
   def parameter_dtypes(self, dtype: np.dtype | None = None) -> dict[str, np.dtype]:
-    """Gives each parameter of ours one dtype: the one asked for, or the files' own.
+    """Returns the dtype of each LL3M parameter: the given one, or that of the files.
 
-    Layers that differ get a dtype that holds them all exactly.
+    Layers whose dtypes differ get a dtype that represents all of them exactly.
     """
     dtypes: dict[str, np.dtype] = {}
     for name, spec in self.specs.items():
       given = np.dtype(dtype or self.tensors[name].dtype)
       other = dtypes.setdefault(spec.ours, given)
       if given != other:
-        # By way of float32, because NumPy knows no common type of bfloat16 and float16.
+        # Promote through float32, because NumPy has no common type of bfloat16 and float16.
         dtypes[spec.ours] = np.promote_types(np.promote_types(np.float32, given), other)
     return dtypes
 
   def save_companions(self, output: epath.Path) -> None:
     """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder.
 
-    Of a tokenizer whose files transformers has to decide between, the outcome is written.
+    If transformers would choose between the tokenizer's files, only its choice is written.
     """
     for folder, files in (
       (checkpoint.SOURCE, {name: lambda c=c: c for name, c in self.config_files.items()}),

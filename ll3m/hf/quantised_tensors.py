@@ -1,4 +1,4 @@
-"""Refuses checkpoints whose tensors are those of a quantised format."""
+"""Rejects checkpoints whose tensors are in a quantised format."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 from ll3m.families.quantisation import WAY_OUT
 from ll3m.hf.lazy_tensor import LazyTensor
 
-# The names that quantised formats give to tensors beside, or in place of, a weight.
+# Names of tensors that quantised formats store beside a weight or in place of it.
 _FORMATS = {
   "GPTQ or AWQ": r".*\.(qweight|qzeros|g_idx)",
   "FP8": r".*\.(weight_scale_inv|weight_scale|input_scale|activation_scale)",
@@ -21,14 +21,14 @@ _FORMATS = {
 
 
 def refuse_quantised_tensors(tensors: Mapping[str, LazyTensor], origin: str) -> None:
-  """Raises if tensors are those of a quantised checkpoint, whatever its config.json says.
+  """Checks that tensors are not quantised, whatever config.json says.
 
   Args:
     tensors: The tensors of a checkpoint, by name.
     origin: The name of the checkpoint in messages.
 
   Raises:
-    NotImplementedError: A tensor has a name of a quantised format, or a weight has one byte a
+    NotImplementedError: A tensor has a name of a quantised format, or a weight has one byte per
       value.
   """
   for name, tensor in tensors.items():

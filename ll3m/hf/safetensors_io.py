@@ -1,8 +1,8 @@
 """Safetensors files, read and written lazily (https://huggingface.co/docs/safetensors).
 
-A file is eight bytes that give the length of a JSON header, the header (per tensor its dtype,
-shape and place), then the values, little-endian and in C order. Reading maps the file; writing
-fixes every tensor's place beforehand, so that tensors can come in any order and in pieces.
+A file consists of the length of a JSON header in eight bytes, the header (each tensor's dtype,
+shape and position), and the values, little-endian and in C order. Reading maps the file. Writing
+fixes every tensor's position in advance, so tensors can be written in any order and in pieces.
 """
 
 import json
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
   """Reads the header of a file and describes its tensors.
 
   Raises:
-    ValueError: not a safetensors file, truncated, or a header that contradicts itself.
+    ValueError: The file is not a safetensors file, is truncated, or has an inconsistent header.
   """
   size = path.stat().st_size
   with path.open("rb") as file:
@@ -68,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     last = max(last, end)
   if size != 8 + length + last:
     kind = "truncated" if size < 8 + length + last else "longer than its header says"
-    raise ValueError(f"{path} is {kind}: expected {8 + length + last} bytes, it has {size}")
+    raise ValueError(f"{path} is {kind}: expected {8 + length + last} bytes, got {size}")
   return tensors
 
 
@@ -77,9 +77,9 @@ def _describe(path: Path, name: str, entry: Any, base: int) -> tuple[LazyTensor,
     code, shape = str(entry["dtype"]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path}: the header's entry for {name} is not understood") from error
+    raise ValueError(f"{path}: the header's entry for {name} is malformed") from error
   if not all(type(n) is int for n in (begin, end, *shape)):
-    raise ValueError(f"{path}: the header's entry for {name} is not understood")
+    raise ValueError(f"{path}: the header's entry for {name} is malformed")
   if code not in _DTYPES:
     raise NotImplementedError(
       f"{path}: {name} has the dtype {code}, expected F64, F32, F16 or BF16; quantised weights are "
@@ -89,7 +89,7 @@ def _describe(path: Path, name: str, entry: Any, base: int) -> tuple[LazyTensor,
   if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
     raise ValueError(
       f"{path}: {name} should hold {math.prod(shape) * dtype.itemsize} bytes for shape "
-      f"{list(shape)} of {code}, the header gives {end - begin}"
+      f"{list(shape)} of {code}, but the header gives {end - begin}"
     )
   return mapped_tensor(path, dtype, shape, base + begin), end
 
@@ -102,13 +102,13 @@ class TensorInfo(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    """Its size in bytes."""
+    """The size in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _header(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[bytes, dict[str, int]]:
-  """Builds a file's header and returns it with the place of each tensor in the file."""
-  entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  """Builds a file's header and returns it with the position of each tensor in the file."""
+  entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
   offsets, end = {}, 0
   for name, info in tensors:
     offsets[name] = end
@@ -125,26 +125,27 @@ def _header(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[bytes, dict[str,
 
 
 class SafetensorsWriter:
-  """Writes a model as one safetensors file, or as several with an index, in pieces of any order.
+  """Writer of a model as one safetensors file, or several with an index, in any order of pieces.
 
-  Within a file tensors lie as the safetensors library lays them out, by falling dtype size and
-  then by name. The index is written on leaving the `with` block, and only if nothing was raised
-  and every value was written; a single file has none, as transformers writes it.
+  Within a file, tensors are sorted as the safetensors library sorts them: by descending dtype size,
+  then by name. The index is written on exit from the `with` block, if nothing was raised and every
+  value was written. As in transformers, a single file has no index.
   """
 
   def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int):
     """Creates the files at their full size.
 
     Args:
-      directory: an existing folder.
-      tensors: everything that will be written, by name.
-      max_shard_bytes: tensor bytes in one file; a larger tensor gets a file of its own.
+      directory: An existing folder.
+      tensors: All tensors that will be written, by name.
+      max_shard_bytes: Maximum size of the tensors in one file, in bytes; a larger tensor gets its
+        own file.
 
     Raises:
       ValueError: max_shard_bytes is not positive.
     """
     if max_shard_bytes <= 0:
-      raise ValueError(f"the largest shard must have a positive size, got {max_shard_bytes} bytes")
+      raise ValueError(f"the maximum shard size must be positive, got {max_shard_bytes} bytes")
     self._directory = directory
     self._tensors = dict(tensors)
     self._unwritten = {name: info.nbytes for name, info in tensors.items()}
@@ -167,7 +168,7 @@ class SafetensorsWriter:
     """Writes a tensor, or consecutive rows of it.
 
     Raises:
-      ValueError: dtype or shape differ from what was announced.
+      ValueError: The dtype or the shape differs from that given to the constructor.
     """
     info = self._tensors[name]
     if values.dtype != info.dtype or values.shape[1:] != info.shape[1:]:
@@ -202,7 +203,7 @@ class SafetensorsWriter:
 
 
 def _split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
-  """Cuts the tensors into consecutive groups of at most max_bytes."""
+  """Splits the tensors into consecutive groups of at most max_bytes each."""
   shards: list[list[str]] = []
   room = 0
   for name, info in tensors.items():

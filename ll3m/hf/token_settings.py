@@ -1,4 +1,4 @@
-"""A tokenizer folder of ours, and the token ids that the config files beside it name."""
+"""Edits LL3M's copy of a tokenizer folder, and the token ids in the config files beside it."""
 
 import json
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from ll3m.data.generation_config import GENERATION_CONFIG
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.data.tokenizer_files import CONFIG, read_tokenizer_files
 
-# What `generate()` of transformers reads of both files.
+# Keys that transformers' `generate()` reads from config.json and generation_config.json.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Generation settings that hold token ids, or text that ends a generation, of one tokenizer.
+# Generation settings with token ids or stop strings, which are valid for one tokenizer only.
 _OF_ONE_TOKENIZER = (
   "bad_words_ids", "begin_suppress_tokens", "constraints", "force_words_ids",
   "forced_decoder_ids", "sequence_bias", "stop_strings", "suppress_tokens",
@@ -20,12 +20,12 @@ _OF_ONE_TOKENIZER = (
 
 
 def retarget_settings(folder: epath.Path, tokenizer: Tokenizer) -> None:
-  """Makes the config files of a folder name another tokenizer's ids.
+  """Replaces the token ids in a folder's config files by those of another tokenizer.
 
-  Settings that hold ids or texts of the earlier tokenizer go; the others stay.
+  Other settings that hold ids or texts of the previous tokenizer are removed.
 
   Args:
-    folder: Where config.json and generation_config.json are, as far as they exist.
+    folder: The folder of config.json and generation_config.json; either may be missing.
     tokenizer: The new tokenizer.
   """
   for name in (CONFIG, GENERATION_CONFIG):
@@ -41,19 +41,18 @@ def retarget_settings(folder: epath.Path, tokenizer: Tokenizer) -> None:
 
 
 def token_ids(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, int | list[int]]:
-  """Returns the ids of BOS, EOS and padding to write into a file.
+  """Returns the ids of BOS, EOS and padding to write into a config file.
 
-  A model that was trained here ends its texts with the tokenizer's EOS or with the token that ends
-  a turn of its chat template, so generation has to stop at these as well as at those that the
-  file names.
+  A model trained by LL3M ends its texts with the tokenizer's EOS or with the token that ends a turn
+  of its chat template. Generation must stop at these as well as at those that the file names.
 
   Args:
-    settings: What the file says already; its ids come first.
+    settings: The present contents of the file; its ids come first.
     tokenizer: The run's tokenizer.
   """
   named = settings.get("eos_token_id")
   ends = list(named) if isinstance(named, list) else [] if named is None else [named]
-  # Of those that the file lacks, EOS comes first: some readers take only one.
+  # EOS is the first of those that the file lacks, because some programs read only one.
   ends += [i for i in (tokenizer.eos_id, *sorted(tokenizer.stop_ids)) if i not in ends]
   found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
   if len(found["eos_token_id"]) == 1:
@@ -69,14 +68,14 @@ def token_ids(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, in
 
 
 def settle_tokenizer(folder: epath.Path, config_dir: epath.Path) -> None:
-  """Rewrites a tokenizer folder so that nothing in it is left to decide, and reading it is quick.
+  """Rewrites a tokenizer folder so that it is unambiguous and loads fast.
 
-  A folder that has nothing to decide stays as it is, and so does one that cannot be read: whoever
-  needs it reports that.
+  A folder that is unambiguous or cannot be read stays unchanged; loading the tokenizer reports the
+  error.
 
   Args:
-    folder: The folder, which is ours.
-    config_dir: The folder of the config.json that belongs to it.
+    folder: The folder, LL3M's copy.
+    config_dir: The folder of the tokenizer's config.json.
   """
   try:
     found = read_tokenizer_files(folder, config_dir=config_dir)

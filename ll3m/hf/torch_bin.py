@@ -1,8 +1,8 @@
-"""PyTorch's `.bin` checkpoints, read without torch and without trusting pickle.
+"""Reads PyTorch's `.bin` checkpoints without torch and without trusting pickle.
 
-Since torch 1.6 such a file is a zip archive: `data.pkl` says which tensors there are, and each
-storage is an uncompressed member. The unpickler here knows only the names that rebuild tensors;
-each of them gives a description, nothing is imported and nothing that the file brings is run.
+Since torch 1.6 such a file is a zip archive: `data.pkl` lists the tensors, and each storage is an
+uncompressed member. The unpickler accepts only the names that rebuild tensors, and each of them
+returns a description. It imports nothing and runs no code from the file.
 """
 
 import collections
@@ -40,7 +40,7 @@ _MAX_PICKLE_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """The flat values that one or more tensors are views of."""
+  """A flat array of values in a file; one or more tensors are views of it."""
 
   dtype: np.dtype
   offset: int
@@ -51,14 +51,14 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
   """Describes the tensors of a state dict saved by `torch.save`.
 
   Raises:
-    ValueError: not such a file, truncated, or it asks for anything but tensors.
-    NotImplementedError: written by torch before 1.6 (not a zip archive).
+    ValueError: The file is not a torch checkpoint, is truncated, or contains anything but tensors.
+    NotImplementedError: The file was written by torch before 1.6 (not a zip archive).
   """
   try:
     with zipfile.ZipFile(path) as archive:
       members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
       if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE_BYTES:
-        raise ValueError(f"{path} is a zip archive but not one that torch.save wrote")
+        raise ValueError(f"{path} is a zip archive, but was not written by torch.save")
       if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise NotImplementedError(f"{path} holds big-endian values, which are not supported")
       with archive.open(members["data.pkl"]) as file:
@@ -84,7 +84,7 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
 
 
 class _Unpickler(pickle.Unpickler):
-  """Rebuilds descriptions of tensors, and refuses every other name."""
+  """Unpickler that rebuilds descriptions of tensors and rejects every other name."""
 
   def __init__(self, file: Any, path: Path, members: dict[str, zipfile.ZipInfo]):
     super().__init__(file)
@@ -92,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
     self._members = members
 
   def find_class(self, module: str, name: str) -> Any:
-    # Each answer is made for this one call, so that a file cannot alter what the next one gets.
+    # Each call returns a new object, so a file cannot alter the result of the next call.
     if (module, name) == ("collections", "OrderedDict"):
       return collections.OrderedDict
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -101,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
       return lambda data, *_: data
     if module == "torch" and name in _STORAGES:
       return np.dtype(_STORAGES[name])
-    raise ValueError(f"{self._path} asks to run {module}.{name}; only plain tensors are read")
+    raise ValueError(f"{self._path} refers to {module}.{name}; only plain tensors are supported")
 
   def persistent_load(self, pid: Any) -> _Storage:
     kind, dtype, key, _, count = pid
@@ -109,16 +109,19 @@ class _Unpickler(pickle.Unpickler):
     if kind != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int or not info:
       raise ValueError(f"{self._path}: the storage {key!r} of a tensor is missing")
     if info.compress_type != zipfile.ZIP_STORED:
-      raise NotImplementedError(f"{self._path}: its tensors are compressed, which is not supported")
+      raise NotImplementedError(f"{self._path} holds compressed tensors, which are not supported")
     if info.file_size < count * dtype.itemsize:
       raise ValueError(
         f"{self._path}: storage {key} should hold {count * dtype.itemsize} bytes, "
-        f"it has {info.file_size}"
+        f"but holds {info.file_size}"
       )
     return _Storage(dtype, self._data_offset(info), count)
 
   def _data_offset(self, info: zipfile.ZipInfo) -> int:
-    """Finds a member's first byte; the local header's lengths differ from the directory's."""
+    """Returns the position of a member's first byte.
+
+    The lengths in the local header differ from those in the archive's directory.
+    """
     with self._path.open("rb") as file:
       file.seek(info.header_offset)
       _, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
@@ -128,10 +131,10 @@ class _Unpickler(pickle.Unpickler):
     numbers = (offset, *shape, *strides)
     valid = isinstance(storage, _Storage) and len(shape) == len(strides)
     if not valid or not all(isinstance(n, int) and n >= 0 for n in numbers):
-      raise ValueError(f"{self._path}: a tensor's description is not understood")
+      raise ValueError(f"{self._path}: the description of a tensor is malformed")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if all(shape) and last >= storage.count:
-      raise ValueError(f"{self._path}: a tensor reaches beyond its storage")
+      raise ValueError(f"{self._path}: a tensor extends beyond its storage")
     return LazyTensor(
       tuple(shape), storage.dtype, _reader(self._path, storage, offset, shape, strides), self._path
     )

@@ -1,4 +1,4 @@
-"""Checks the tensors that a checkpoint holds against those that its model needs."""
+"""Checks that a checkpoint holds exactly the tensors that its model needs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,17 @@ _COMPARED_BYTES = 64 * 2**20
 
 
 class Match(NamedTuple):
-  """The outcome of a check that passed."""
+  """The result of a check that passed.
 
-  specs: dict[str, TensorSpec]  # what each tensor is, by its name in the checkpoint
-  tensors: dict[str, LazyTensor]  # exactly the needed ones
-  ignored: tuple[str, ...]  # names of known buffers and of a head that repeats the embedding
+  Attributes:
+    specs: The specification of each tensor, by its name in the checkpoint.
+    tensors: Exactly the tensors that the model needs.
+    ignored: Names of known buffers and of a head that repeats the embedding.
+  """
+
+  specs: dict[str, TensorSpec]
+  tensors: dict[str, LazyTensor]
+  ignored: tuple[str, ...]
 
 
 def match_tensors(
@@ -34,31 +40,32 @@ def match_tensors(
   """Pairs every parameter with its tensor.
 
   Args:
-    family: gives the rules and the buffers that may be ignored.
-    config: the architecture that the checkpoint claims to be.
-    tensors: what it holds.
-    origin: how to call the checkpoint in messages.
-    problems: what is wrong with it already, to be told with the rest.
+    family: The family, with its rules and the buffers that may be ignored.
+    config: The architecture according to the checkpoint's config.
+    tensors: The tensors of the checkpoint.
+    origin: The name of the checkpoint in messages.
+    problems: Problems found earlier, to report with the others.
 
   Raises:
-    ValueError: everything that is missing, extra, or of a wrong shape or dtype, in one sentence.
+    ValueError: Tensors are missing, extra, or have a wrong shape or dtype. The message lists them
+      all.
   """
   specs = expected_tensors(family.rules, config)
   problems = list(problems)
   names = {rule.ours: rule.hf for rule in family.rules}
   head, embedding = names["head/w"], names["embed/embedding"]
   if missing := [name for name in specs if name not in tensors]:
-    tied = " (tie_word_embeddings=true makes it the embedding)" if missing == [head] else ""
+    tied = " (with tie_word_embeddings=true it is the embedding)" if missing == [head] else ""
     problems.append(f"missing {listing(missing)}{tied}")
   extra = [name for name in tensors if name not in specs]
   buffers = [n for n in extra if any(re.fullmatch(p, n) for p in family.ignored_buffers)]
   ignored = list(buffers)
   if config.tie_embeddings and head in extra and embedding in tensors:
     if not _identical(tensors[head], tensors[embedding]):
-      problems.append(f"{head} differs from {embedding}, though the config ties them")
+      problems.append(f"{head} differs from {embedding}, but the config ties them")
     ignored.append(head)
   if unknown := [name for name in extra if name not in ignored]:
-    problems.append(f"not expected {listing(unknown)}")
+    problems.append(f"unexpected {listing(unknown)}")
   wrong = []
   for name in specs:
     if name in tensors and tensors[name].shape != specs[name].shape:
@@ -69,7 +76,7 @@ def match_tensors(
     problems.append(f"wrong shape or dtype {listing(wrong)}")
   if problems:
     raise ValueError(
-      f"{origin} does not fit its {family.name} config of {config.num_layers} layers: "
+      f"{origin} does not match its {family.name} config of {config.num_layers} layers: "
       + "; ".join(problems)
     )
   return Match(specs, {name: tensors[name] for name in specs}, tuple(ignored))
@@ -78,16 +85,16 @@ def match_tensors(
 def check_parameters(
   family: Family, config: ModelConfig, arrays: Mapping[str, Any], origin: str
 ) -> None:
-  """Demands that parameters of ours are those of their config.
+  """Checks that LL3M parameters match their config.
 
   Args:
-    family: gives the rules.
-    config: the architecture that the checkpoint claims to be.
-    arrays: the parameters that it holds, or their descriptions, by "module/name".
-    origin: how to call the checkpoint in messages.
+    family: The family, with its rules.
+    config: The architecture according to the checkpoint's config.
+    arrays: The checkpoint's parameters, or their descriptions, by "module/name".
+    origin: The name of the checkpoint in messages.
 
   Raises:
-    ValueError: every parameter that is missing, extra or of a wrong shape, in one sentence.
+    ValueError: Parameters are missing, extra, or have a wrong shape. The message lists them all.
   """
   wanted = parameter_shapes(family.rules, config)
   found = {path: tuple(array.shape) for path, array in arrays.items()}
@@ -97,11 +104,11 @@ def check_parameters(
     if wanted.get(path) != found.get(path)
   ]
   if wrong:
-    raise ValueError(f"{origin} does not fit its config {listing(wrong)}")
+    raise ValueError(f"{origin} does not match its config {listing(wrong)}")
 
 
 def listing(names: Sequence[str]) -> str:
-  """Returns how many names there are, and the first of them."""
+  """Returns the number of names and the first few of them, for a message."""
   more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
   return f"({len(names)}): {', '.join(names[:_LISTED])}{more}"
 

@@ -1,1 +1,1 @@
-"""The decoder in Haiku: one implementation, whose switches are `ModelConfig`'s."""
+"""The decoder in Haiku: one implementation, configured by `ModelConfig`."""

@@ -14,13 +14,13 @@ from ll3m.models.kernels import Kernels
 from ll3m.models.layers import Linear, projections, residual_stddev
 from ll3m_kernels import flash_attention, rotary_embedding
 
-# (query [B,T,N,H], key [B,T,K,H], value [B,T,K,H]) -> (attended [B,T,N,H], what the caller keeps
-# of this layer, e.g. its key-value cache).
+# (query [B,T,N,H], key [B,T,K,H], value [B,T,K,H]) -> (attended [B,T,N,H], aux), where aux is any
+# per-layer output for the caller, e.g. the key-value cache.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Attention(hk.Module):
-  """Projects to queries, keys and values, rotates, attends and projects back."""
+  """Self-attention: projections to queries, keys and values, rotation, attention, projection."""
 
   def __init__(
     self,
@@ -30,7 +30,14 @@ class Attention(hk.Module):
     kernels: Kernels,
     name: str = "attention",
   ):
-    """Args: the config; fused: q, k and v are one matrix; how to call the kernels."""
+    """Creates the module.
+
+    Args:
+      config: The architecture.
+      fused: Whether the query, key and value projections are one matrix.
+      kernels: The kernels' implementation and sharding.
+      name: The name of the module.
+    """
     super().__init__(name=name)
     self._config = config
     self._fused = fused
@@ -39,7 +46,7 @@ class Attention(hk.Module):
   def __call__(
     self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend
   ) -> tuple[Float[Array, "B T D"], Any]:
-    """Returns the output, before the residual addition, and what `attend` keeps."""
+    """Returns the output before the residual addition, and the second output of `attend`."""
     config = self._config
     batch, length, d_model = x.shape
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -80,14 +87,14 @@ def causal_attention(
   segment_ids: Int[Array, "B T"] | None,
   kernels: Kernels,
 ) -> Float[Array, "B T N H"]:
-  """Attends to the tokens before, within the window and the segment."""
+  """Returns causal attention within the sliding window and the segment."""
   window = config.sliding_window
   return flash_attention(
     query,
     key,
     value,
     is_causal=True,
-    # A window of w keys counts the query itself: w - 1 to its left.
+    # A window of w keys includes the query's own: w - 1 keys to its left.
     local_window_size=None if window is None else (window - 1, 0),
     segment_ids=segment_ids,
     **kernels.options,

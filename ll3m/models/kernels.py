@@ -1,4 +1,4 @@
-"""The one seam between the models and the kernels: which implementation runs, on which mesh."""
+"""The interface between models and kernels: the implementation, and the mesh."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,12 @@ from ll3m_kernels import Sharding
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """How a model calls the kernels.
+  """Options with which a model calls the kernels.
 
   Attributes:
-    implementation: None for what suits the platform, or "pallas" or "xla"; see
+    implementation: "pallas", "xla", or None for the default of the platform; see
       `ll3m_kernels.dispatch`.
-    sharding: how activations lie on a mesh of several devices: rows and heads may be split.
+    sharding: The sharding of activations on a mesh of several devices, over rows and heads.
   """
 
   implementation: str | None = None
@@ -26,7 +26,7 @@ class Kernels:
 
   @classmethod
   def on(cls, mesh: Mesh, *, implementation: str | None = None) -> "Kernels":
-    """Returns how a model of ours calls them on a mesh: see `ll3m.core.sharding`."""
+    """Returns the options for an LL3M model on a mesh; see `ll3m.core.sharding`."""
     return cls(implementation, Sharding(mesh, BATCH_AXES, HEAD_AXIS))
 
   @property
@@ -35,17 +35,17 @@ class Kernels:
     return {"implementation": self.implementation, "sharding": self.sharding}
 
   def constrain(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Keeps the residual stream split by rows, and by nothing else."""
+    """Constrains the residual stream to be sharded over rows only."""
     if self.sharding is None:
       return x
     placement = NamedSharding(self.sharding.mesh, self.sharding.rows(x.ndim))
     return jax.lax.with_sharding_constraint(x, placement)
 
   def whole_rows(self, table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Gathers the rows of a table that is to be looked up in, split by rows over the heads' axis.
+    """Constrains a lookup table to be sharded over rows, along the mesh axis of the heads.
 
-    Left to itself the compiler moves the table between the devices of all axes, dp's included,
-    which may be joined by a slow network.
+    Without the constraint, the compiler moves the table between the devices of all axes, including
+    dp, which may be connected by a slow network.
     """
     if self.sharding is None:
       return table
@@ -55,5 +55,5 @@ class Kernels:
     return jax.lax.with_sharding_constraint(table, placement)
 
 
-# What suits the platform, on one device.
+# The platform's default implementation on one device.
 DEFAULT_KERNELS = Kernels()

@@ -1,7 +1,7 @@
 """Linear layers, norms and the feed-forward network.
 
 Dimensions: B batch, T length, M = B * T, D model, F feed-forward, V vocabulary. Parameters are cast
-to the activations' dtype where they are used, so that they may be stored in another.
+to the activations' dtype at each use, so they may be stored in another dtype.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from ll3m.core.model_config import ModelConfig
 from ll3m.models.kernels import Kernels
 from ll3m_kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-# GPT-2's initialisation (Radford et al., 2019), as in the families' own configs.
+# GPT-2's initialisation (Radford et al., 2019), also used in the families' published configs.
 INIT_STDDEV = 0.02
 
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -26,21 +26,28 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 class Linear(hk.Module):
-  """Computes x @ w + b for the rows of a matrix.
+  """The linear layer x @ w + b, applied to the rows of a matrix.
 
-  Not for [B, T, I]: where w's gradient sums over both B and T instead of over rows, XLA:CPU first
-  copies the transposed operands, which took a fifth of a training step.
+  The input is [M, I] rather than [B, T, I]: if w's gradient sums over both B and T instead of over
+  rows, XLA:CPU first copies the transposed operands, which took a fifth of a training step.
   """
 
   def __init__(self, size: int, *, use_bias: bool, stddev: float = INIT_STDDEV, name: str):
-    """Args: size of the output; whether there is a bias; standard deviation of the initial w."""
+    """Creates the module.
+
+    Args:
+      size: The size of the output.
+      use_bias: Whether the layer has a bias.
+      stddev: The standard deviation of the initial w.
+      name: The name of the module.
+    """
     super().__init__(name=name)
     self._size = size
     self._use_bias = use_bias
     self._stddev = stddev
 
   def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-    """Returns the projections."""
+    """Returns the projected rows."""
     w = hk.get_parameter(
       "w", (x.shape[-1], self._size), init=hk.initializers.TruncatedNormal(self._stddev)
     )
@@ -51,10 +58,16 @@ class Linear(hk.Module):
 
 
 class Norm(hk.Module):
-  """RMSNorm, Gemma's RMSNorm or LayerNorm, with or without the residual addition before it."""
+  """RMSNorm, Gemma's RMSNorm or LayerNorm, optionally fused with the residual addition before."""
 
   def __init__(self, config: ModelConfig, *, kernels: Kernels, name: str):
-    """Args: the config; how to call the kernels."""
+    """Creates the module.
+
+    Args:
+      config: The architecture.
+      kernels: The kernels' implementation and sharding.
+      name: The name of the module.
+    """
     super().__init__(name=name)
     self._config = config
     self._kernels = kernels
@@ -73,7 +86,7 @@ class Norm(hk.Module):
 
   def _functions(self, size: int) -> tuple[Callable, Callable]:
     config = self._config
-    # The weight acts as (offset + scale): it starts at the identity in every family.
+    # The weight is (offset + scale), which is initially 1 in every family.
     start = hk.initializers.Constant(1.0 - config.norm_scale_offset)
     weights = {"scale": hk.get_parameter("scale", (size,), init=start)}
     options = {"epsilon": config.norm_epsilon, **self._kernels.options}
@@ -93,13 +106,19 @@ class FeedForward(hk.Module):
   """The gated (SwiGLU, GeGLU) or plain feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, fused: bool, name: str = "mlp"):
-    """Args: the config; fused: gate and up are one matrix (see `ll3m.decoding.decode_params`)."""
+    """Creates the module.
+
+    Args:
+      config: The architecture.
+      fused: Whether gate and up are one matrix (see `ll3m.decoding.decode_params`).
+      name: The name of the module.
+    """
     super().__init__(name=name)
     self._config = config
     self._fused = fused
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Returns the network's output, before the residual addition."""
+    """Returns the output before the residual addition."""
     config = self._config
     activation = _ACTIVATIONS[config.activation]
     names = ("gate", "up") if config.gated_mlp else ("up",)
@@ -110,8 +129,8 @@ class FeedForward(hk.Module):
       use_bias=config.use_bias,
       fused=self._fused,
     )
-    # What the activation is made of is cheaper to compute again than to keep: six [B * T, F] a
-    # layer where two will do.
+    # Recompute the activation's intermediate values in the backward pass: storing them takes six
+    # [B * T, F] per layer instead of two, and recomputing is cheaper.
     hidden = jax.checkpoint(_activate, static_argnums=0, prevent_cse=False)(
       activation, *projected
     )  # [B * T, F]
@@ -133,7 +152,7 @@ def projections(
   use_bias: bool,
   fused: bool,
 ) -> list[Array]:
-  """Projects x by several linear layers; as one matrix, named by all of them, if fused."""
+  """Applies several linear layers to x; if fused, as one matrix whose name joins theirs."""
   if not fused:
     return [
       Linear(size, use_bias=use_bias, name=name)(x) for name, size in zip(names, sizes, strict=True)
@@ -144,5 +163,5 @@ def projections(
 
 
 def residual_stddev(config: ModelConfig) -> float:
-  """Initial standard deviation of what adds to the residual stream (Radford et al., 2019)."""
+  """Returns the initial stddev of weights that feed the residual stream (Radford et al., 2019)."""
   return INIT_STDDEV * (2 * config.num_layers) ** -0.5

@@ -1,8 +1,9 @@
 """The decoder: embedding, a stack of blocks, a final norm and a head.
 
-Dimensions: B batch, T length, D model, V vocabulary, L layers. Haiku, because its pure `init` and
-`apply` functions make kernels, sharding and checkpoints plain pytrees. Parameters of the blocks
-are stacked, with a leading L, so that compile time does not depend on depth.
+Dimensions: B batch, T length, D model, V vocabulary, L layers. The model uses Haiku, because its
+pure `init` and `apply` functions keep parameters plain pytrees, for kernels, sharding and
+checkpoints. Block parameters are stacked along a leading axis L, so that compile time does not
+depend on depth.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ll3m_kernels import ATTENTION_RESIDUALS
 
 Params = dict[str, dict[str, Array]]
 
-# What is kept of a layer for the backward pass, by the name of what is computed again.
+# Checkpoint policies of a layer, by the name of what the backward pass recomputes.
 REMAT_POLICIES: dict[str, Callable | None] = {
   "nothing": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -34,12 +35,12 @@ class Model(NamedTuple):
   """A decoder as pure functions of its parameters.
 
   Attributes:
-    config: the architecture.
-    init: rng -> parameters, float32.
-    hidden: (params, tokens [B, T], positions=None, segment_ids=None) -> [B, T, D], what the head
-      reads. Positions count from 0 unless given; tokens see only their own segment's.
-    logits: (params, hidden [B, T, D]) -> float32 [B, T, V].
-    kernels: how these call the kernels, and how activations lie on a mesh.
+    config: The architecture.
+    init: Function (rng) -> parameters in float32.
+    hidden: Function (params, tokens [B, T], positions=None, segment_ids=None) -> [B, T, D], the
+      input of the head. Positions count from 0 by default; tokens attend within their segment.
+    logits: Function (params, hidden [B, T, D]) -> float32 [B, T, V].
+    kernels: The kernels' implementation, and the sharding of activations.
   """
 
   config: ModelConfig
@@ -50,12 +51,12 @@ class Model(NamedTuple):
 
 
 class Head(NamedTuple):
-  """What turns hidden states into logits.
+  """The linear layer from hidden states to logits.
 
   Attributes:
-    weight: [D, V], or the embedding [V, D] where they are tied.
-    layout: "dv" or "vd", which of the two.
-    bias: [V], if the model has one.
+    weight: The matrix [D, V], or the embedding [V, D] if the model ties them.
+    layout: The layout of the weight, "dv" or "vd".
+    bias: The bias [V], or None.
   """
 
   weight: Array
@@ -67,14 +68,21 @@ class Embed(hk.Module):
   """The token embedding."""
 
   def __init__(self, config: ModelConfig, dtype: Any, *, kernels: Kernels, name: str = "embed"):
-    """Args: the config; dtype of the activations; how they lie on a mesh."""
+    """Creates the module.
+
+    Args:
+      config: The architecture.
+      dtype: The dtype of the activations.
+      kernels: The kernels' implementation, and the sharding of activations.
+      name: The name of the module.
+    """
     super().__init__(name=name)
     self._config = config
     self._dtype = dtype
     self._kernels = kernels
 
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Looks the tokens up."""
+    """Returns the embeddings of the tokens."""
     config = self._config
     shape = (config.vocab_size, config.d_model)
     init = hk.initializers.TruncatedNormal(INIT_STDDEV)
@@ -94,18 +102,18 @@ def block(
   fused: bool = False,
   kernels: Kernels = DEFAULT_KERNELS,
 ) -> tuple[Float[Array, "B T D"], Any]:
-  """Applies one layer; to be called within a Haiku transform.
+  """Applies one layer; must be called within a Haiku transform.
 
   Args:
-    config: the architecture.
-    x: the residual stream.
-    positions: of the tokens, for the rotary embedding.
-    attend: the attention function; see `models.attention.Attend`.
-    fused: the projections that read the same input are one matrix.
-    kernels: how to call them.
+    config: The architecture.
+    x: The residual stream.
+    positions: The tokens' positions, for the rotary embedding.
+    attend: The attention function; see `models.attention.Attend`.
+    fused: Whether projections that read the same input are one matrix.
+    kernels: The kernels' implementation and sharding.
 
   Returns:
-    The new residual stream, and what `attend` keeps of this layer.
+    The new residual stream, and the second output of `attend`.
   """
   attention = Attention(config, fused=fused, kernels=kernels)
   feed_forward = FeedForward(config, fused=fused)
@@ -119,7 +127,7 @@ def block(
 
 
 def head(config: ModelConfig, params: Params) -> Head:
-  """Returns the head's weights, the embedding where they are tied."""
+  """Returns the head's parameters, with the embedding as the weight if the model ties them."""
   bias = params["head"]["b"] if config.use_bias else None
   if config.tie_embeddings:
     return Head(params["embed"]["embedding"], "vd", bias)
@@ -129,7 +137,7 @@ def head(config: ModelConfig, params: Params) -> Head:
 def logits(
   config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-  """Applies the head in float32 accumulation."""
+  """Applies the head with float32 accumulation."""
   weight, layout, bias = head(config, params)
   equation = "BTD,DV->BTV" if layout == "dv" else "BTD,VD->BTV"
   y = jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -146,13 +154,13 @@ def make_model(
   """Builds the decoder's functions.
 
   Args:
-    config: the architecture.
-    dtype: of the activations; parameters are cast to it where they are used.
-    remat: what the backward pass computes again instead of keeping it; see `REMAT_POLICIES`.
-    kernels: how to call them, and how the residual stream [B, T, D] lies on a mesh.
+    config: The architecture.
+    dtype: The dtype of the activations; parameters are cast to it at each use.
+    remat: What the backward pass recomputes instead of storing it; see `REMAT_POLICIES`.
+    kernels: The kernels' implementation, and the sharding of the residual stream [B, T, D].
 
   Raises:
-    ValueError: unknown remat policy.
+    ValueError: The remat policy is unknown.
   """
   if remat not in REMAT_POLICIES:
     raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")

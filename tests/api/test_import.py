@@ -1,4 +1,4 @@
-"""`import ll3m`: what it costs, and that docs/python.md runs."""
+"""`import ll3m` loads nothing else, and the programs of README and docs/python.md run."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 HEAVY = ("tensorflow", "transformers", "orbax", "seqio", "absl", "jax", "haiku")
 
 
-def test_importing_the_package_loads_nothing():
+def test_importing_the_package_loads_no_heavy_library():
   program = (
     f"import sys, ll3m; found = set({HEAVY!r}) & {{m.split('.')[0] for m in sys.modules}}; "
     "assert not found, found; assert 'load' in dir(ll3m)"
@@ -23,7 +23,7 @@ def test_importing_the_package_loads_nothing():
   subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_misspelt_name_is_an_attribute_error():
+def test_a_misspelt_name_raises_attribute_error():
   import ll3m
 
   with pytest.raises(AttributeError, match="'ll3m' has no attribute 'laod'"):
@@ -34,7 +34,7 @@ def test_a_misspelt_name_is_an_attribute_error():
 
 @pytest.fixture
 def folder(tmp_path):
-  """A folder with a model and data of the names that the documents use."""
+  """A folder with a model and data under the names that the documents use."""
   smol = tmp_path / "checkpoints" / "smol"
   write_words(smol)
   write_successor_model(smol, 16, {3: 4, 4: 6, 6: 7, 7: 2}, max_position_embeddings=512)
@@ -47,8 +47,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
   ("document", "least"), [(DOCS.parent / "README.md", 1), (DOCS / "python.md", 7)]
 )
-def test_the_documented_programs_run(folder, document, least):
-  """Block after block, as they stand, in a new interpreter."""
+def test_documented_programs_run(folder, document, least):
+  """Runs all unchanged code blocks of a document in a new interpreter."""
   blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
   assert len(blocks) >= least
   program = "\n".join(blocks)

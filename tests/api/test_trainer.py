@@ -1,4 +1,4 @@
-"""The whole loop for Python programs: against plain optax, and resumed to the bit."""
+"""`ll3m.Trainer` matches plain optax and resumes bitwise."""
 
 import json
 import os
@@ -58,14 +58,14 @@ def records(output: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(model, text, tmp_path_factory) -> tuple[Path, ll3m.Model]:
-  """A run of four steps that nothing interrupts."""
+  """An uninterrupted run of four steps."""
   output = tmp_path_factory.mktemp("runs") / "whole"
   batches = ll3m.data.jsonl(text, model.tokenizer, batch_size=2, length=32)
   return output, make(model, batches, output).train()
 
 
-def test_it_trains_as_optax_does_on_the_gradient_of_the_logits(model, stream, whole):
-  """Neither the loss nor the update of this test is ours."""
+def test_training_matches_plain_optax(model, stream, whole):
+  """The expected losses and updates are computed by optax from the model's logits."""
 
   @jax.jit
   def update(params, opt_state, batch):
@@ -87,10 +87,10 @@ def test_it_trains_as_optax_does_on_the_gradient_of_the_logits(model, stream, wh
   output, trained = whole
   assert [r["loss"] for r in records(output)] == pytest.approx(losses, rel=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), trained.params, params)
-  assert not same(trained, model)  # whose parameters are still there
+  assert not same(trained, model)  # the initial parameters have not been donated
 
 
-def test_the_folder_is_a_run_that_everything_takes(whole, model):
+def test_load_reads_the_folder_of_a_run(whole, model):
   output, trained = whole
   loaded = ll3m.load(output)
   assert same(loaded, trained) and loaded.config == model.config
@@ -98,7 +98,7 @@ def test_the_folder_is_a_run_that_everything_takes(whole, model):
   assert isinstance(loaded.generate("a", max_new_tokens=2), str)
 
 
-def test_a_run_resumes_to_the_bit(model, stream, whole, tmp_path):
+def test_a_run_resumes_bitwise(model, stream, whole, tmp_path):
   held_out = [next(stream())]
   first = make(model, stream(), tmp_path / "run", steps=2).train()
   assert not same(first, whole[1])
@@ -107,11 +107,11 @@ def test_a_run_resumes_to_the_bit(model, stream, whole, tmp_path):
   found = records(tmp_path / "run")
   assert [r for r in found if "loss" in r] == records(whole[0])
   assert [r["step"] for r in found if "eval_loss" in r] == [3, 4]
-  # The loss of the last parameters, measured by another path through the code.
+  # The loss of the last parameters, computed by a separate function.
   assert found[-1]["eval_loss"] == pytest.approx(ll3m.evaluate(resumed, held_out)["loss"], rel=1e-6)
 
 
-def test_batches_without_a_position_are_read_again(model, stream, whole, tmp_path):
+def test_batches_without_a_position_are_read_again_on_resuming(model, stream, whole, tmp_path):
   batches = [batch for _, batch in zip(range(4), stream(), strict=False)]
   make(model, batches, tmp_path / "run", steps=2).train()
   assert same(make(model, batches, tmp_path / "run").train(), whole[1])
@@ -124,17 +124,17 @@ def test_a_finished_run_is_not_trained_again(model, whole):
 @pytest.mark.parametrize(
   ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_a_signal_saves_the_step_and_the_program_resumes(
+def test_a_signal_saves_the_step_and_the_run_resumes_from_it(
   model, stream, whole, tmp_path, number, raised
 ):
   def interrupted(batches):
     for count, batch in enumerate(batches):
       if count == 2:
         os.kill(os.getpid(), number)
-        time.sleep(0.5)  # until the thread that listens has heard it
+        time.sleep(0.5)  # until the listening thread has received it
       yield batch
 
-  # Processes that were started in the background ignore SIGINT.
+  # Processes started in the background ignore SIGINT.
   mine = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
   before = signal.signal(number, mine)
   try:
@@ -150,7 +150,7 @@ def test_a_signal_saves_the_step_and_the_program_resumes(
   assert same(make(model, again, tmp_path / "run").train(), whole[1])
 
 
-def test_a_loss_of_ones_own_with_accumulation(model, stream, tmp_path):
+def test_a_custom_loss_with_accumulation(model, stream, tmp_path):
   def doubled(model, params, batch):
     hidden = model.decoder.hidden(params, batch.inputs, batch.positions, batch.segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -167,7 +167,7 @@ def test_a_loss_of_ones_own_with_accumulation(model, stream, tmp_path):
   assert "accuracy" not in line and line["tokens_per_second"] > 0
 
 
-def test_a_mesh_changes_nothing_but_the_last_bits(text, model, whole, tmp_path):
+def test_a_mesh_changes_losses_by_rounding_only(text, model, whole, tmp_path):
   wide = model.replace(mesh=ll3m.make_mesh("1,2,1", jax.devices()[:2]))
   batches = ll3m.data.jsonl(text, model.tokenizer, batch_size=2, length=32)
   trained = make(wide, batches, tmp_path / "run").train()
@@ -177,7 +177,7 @@ def test_a_mesh_changes_nothing_but_the_last_bits(text, model, whole, tmp_path):
   )
 
 
-def test_what_makes_no_sense_is_refused_before_anything_is_written(model, stream, tmp_path):
+def test_invalid_options_are_rejected_before_anything_is_written(model, stream, tmp_path):
   for options, match in (
     ({"steps": 0}, "`total_steps` must be at least 1, got 0"),
     ({"accumulate": 0}, "`accumulate` must be at least 1, got 0"),
@@ -189,7 +189,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(model, stream
   assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_something_else_is_refused(model, stream, whole, tmp_path):
+def test_a_folder_with_another_model_is_rejected(model, stream, whole, tmp_path):
   model.save(tmp_path / "saved")
   with pytest.raises(ValueError, match="holds a saved model"):
     make(model, stream(), tmp_path / "saved").train()

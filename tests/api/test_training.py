@@ -1,4 +1,4 @@
-"""Steps, losses and batches of the Python API, held against torch's gradients and plain optax."""
+"""Steps, losses and batches of the Python API, compared with torch's gradients and plain optax."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,10 @@ def expected():
 
 
 def batch_of(tokens, mask=None) -> ll3m.Batch:
-  """Rows of one document each; as `expected.npz`, its loss is the mean over all but the last."""
+  """Returns a batch of rows with one document each.
+
+  By default the loss is the mean over all tokens but the last, as in `expected.npz`.
+  """
   tokens = np.asarray(tokens, np.int32)
   targets = np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
   if mask is None:
@@ -39,7 +42,7 @@ def batch_of(tokens, mask=None) -> ll3m.Batch:
   return ll3m.Batch(tokens, targets, mask, ones, np.cumsum(ones, axis=1) - 1)
 
 
-def test_a_step_of_sgd_follows_the_gradient_of_torch(model, expected):
+def test_an_sgd_step_matches_the_gradient_of_torch(model, expected):
   optimizer = optax.sgd(1.0)
   step = jax.jit(ll3m.make_train_step(model, optimizer))
   state, metrics = step(ll3m.init_state(model.params, optimizer), batch_of(expected["tokens"]))
@@ -50,7 +53,7 @@ def test_a_step_of_sgd_follows_the_gradient_of_torch(model, expected):
   for name, spec in specs.items():
     module, _, leaf = spec.ours.rpartition("/")
     value = moved[module][leaf] if spec.layer is None else moved[module][leaf][spec.layer]
-    # Parameters are near 1, so that subtracting them leaves 1e-7 of that.
+    # Parameters are close to 1, so their difference has an error of about 1e-7.
     assert np.linalg.norm(value) == pytest.approx(norms[name], rel=1e-3, abs=1e-5)
   assert float(metrics["grad_norm"]) == pytest.approx(
     np.linalg.norm(list(norms.values())), rel=1e-5
@@ -62,7 +65,7 @@ def test_a_step_of_sgd_follows_the_gradient_of_torch(model, expected):
   [optax.adamw(1e-3), optax.lion(1e-4), optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9)),
    optax.adamw(optax.linear_schedule(1e-3, 0.0, 10))],
 )  # fmt: skip
-def test_any_optax_optimizer_makes_its_own_updates(model, expected, optimizer):
+def test_updates_match_those_of_any_optax_optimizer(model, expected, optimizer):
   batch = jax.tree.map(jnp.asarray, batch_of(expected["tokens"]))
 
   @jax.jit
@@ -85,12 +88,12 @@ def test_any_optax_optimizer_makes_its_own_updates(model, expected, optimizer):
     params, opt_state = update(gradient_of(params), opt_state, params)
     assert int(state.step) == number and float(metrics["skipped"]) == 0
   for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-    # Adam and Lion divide by the gradient's size: where it is all but zero, its sign is chance.
+    # Adam and Lion normalise gradients: where a gradient is almost zero, its sign is random.
     close = np.isclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert close.mean() > 0.995
 
 
-def test_a_loss_of_ones_own_is_the_quotient_over_all_micro_batches(model, expected):
+def test_a_custom_loss_is_the_quotient_over_all_micro_batches(model, expected):
   tokens = np.concatenate([expected["tokens"]] * 2)
   mask = np.ones(tokens.shape, np.float32)
   mask[:, -1], mask[0, 3:] = 0, 0  # micro-batches of different weights
@@ -123,7 +126,7 @@ def test_a_loss_of_ones_own_is_the_quotient_over_all_micro_batches(model, expect
       np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(model, expected):
+def test_a_nonfinite_step_changes_nothing(model, expected):
   optimizer = optax.adam(1e-3)
   step = ll3m.make_train_step(
     model, optimizer, loss_fn=lambda m, p, b: (jnp.nan * jnp.sum(p["embed"]["embedding"]), 1.0)
@@ -137,7 +140,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model, expected):
   assert jax.tree.all(same)
 
 
-def test_the_learning_rate_is_reported_where_it_is_known(model, expected):
+def test_the_learning_rate_of_a_schedule_is_reported(model, expected):
   schedule = optax.linear_schedule(1.0, 0.0, 4)
   optimizer = optax.sgd(schedule)
   step = jax.jit(ll3m.make_train_step(model, optimizer, schedule=schedule))
@@ -149,7 +152,7 @@ def test_the_learning_rate_is_reported_where_it_is_known(model, expected):
   assert rates == [1.0, 0.75, 0.5]
 
 
-def test_a_donated_state_leaves_the_model_alone(model, expected):
+def test_donating_the_state_keeps_the_model(model, expected):
   optimizer = optax.sgd(0.1)
   step = jax.jit(ll3m.make_train_step(model, optimizer), donate_argnums=0)
   step(ll3m.init_state(model.params, optimizer), batch_of(expected["tokens"]))
@@ -161,7 +164,7 @@ def test_a_donated_state_leaves_the_model_alone(model, expected):
   [(0, (2, 3), "at least 1"), (1, (1, 2, 3), r"must be \[B, T\]"), (2, (2, 3), r"\[2, B, T\]"),
    (2, (3, 2, 3), r"\[2, B, T\], got \(3, 2, 3\)")],
 )  # fmt: skip
-def test_batches_of_another_shape_are_refused(model, accumulate, shape, message):
+def test_batches_of_another_shape_are_rejected(model, accumulate, shape, message):
   optimizer = optax.sgd(0.1)
   batch = ll3m.Batch(*(np.zeros(shape, np.int32) for _ in ll3m.Batch._fields))
   with pytest.raises(ValueError, match=message):
@@ -186,7 +189,7 @@ def tokenizer(byte_tokenizer):
   return load_tokenizer(TokenizerConfig(path=str(byte_tokenizer)))
 
 
-def test_batches_are_those_of_the_commands(rows, tokenizer):
+def test_batches_equal_those_of_the_commands(rows, tokenizer):
   ours = ll3m.data.jsonl(rows, tokenizer, batch_size=3, length=24, seed=5)
   config = DatasetConfig(
     type="json",
@@ -199,7 +202,7 @@ def test_batches_are_those_of_the_commands(rows, tokenizer):
       assert np.array_equal(one, other)
 
 
-def test_an_evaluation_is_the_mean_over_all_rows(rows, tokenizer):
+def test_evaluate_returns_the_mean_over_all_targets(rows, tokenizer):
   wide = ll3m.init("llama2_7b", num_layers=1, d_model=16, d_ff=8, num_heads=2,
                    num_kv_heads=2, head_dim=8, vocab_size=258)  # fmt: skip
 

@@ -9,7 +9,7 @@ from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from tests.decoding.test_decoder import CONFIGS, random_params
 
 
-def test_unstacking_joins_without_changing_a_weight():
+def test_unstack_joins_matrices_without_changing_weights():
   config = CONFIGS["phi"].replace(gated_mlp=True)
   params = random_params(config)
   weights = unstack(config, params, jnp.float32)
@@ -25,12 +25,12 @@ def test_unstacking_joins_without_changing_a_weight():
   assert set(weights.ends) == {"embed", "final_norm", "head"}
 
 
-def test_matrices_are_joined_where_heads_are_whole():
+def test_matrices_are_joined_unless_heads_are_sharded():
   assert joins(DEFAULT_KERNELS) and joins(Kernels.on(make_mesh("2,4,1")))
   assert not joins(Kernels.on(make_mesh("1,4,2")))
 
 
-def test_layers_lie_on_a_mesh_as_their_stack_does():
+def test_layers_are_sharded_like_their_stack():
   config = CONFIGS["phi"].replace(vocab_size=64, d_model=16)
   weights = unstack(config, random_params(config), jnp.float32, joined=False)
   placed = place_weights(weights, make_mesh("2,2,2"))
@@ -46,7 +46,7 @@ def test_layers_lie_on_a_mesh_as_their_stack_does():
   assert {shard.data.shape for shard in embedding.addressable_shards} == {(32, 8)}
 
 
-def test_what_is_joined_lies_as_its_parts():
+def test_joined_matrices_are_sharded_like_their_parts():
   weights = unstack(CONFIGS["llama"], random_params(CONFIGS["llama"]), jnp.float32)
   found = shardings(weights, make_mesh("2,4,1"))
   assert found.layers[0]["attention/query_key_value"]["w"].spec == P("fsdp", "mp")

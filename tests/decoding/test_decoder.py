@@ -1,4 +1,4 @@
-"""Prefill and decode against the full forward, token by token, for every family."""
+"""Compares prefill and decoding steps with the full forward pass, for every family."""
 
 import functools
 
@@ -25,12 +25,12 @@ CONFIGS = {
   "gemma": get_preset("gemma_2b").config.replace(**TINY | {"num_kv_heads": 1}),
   "phi": get_preset("phi_2").config.replace(**TINY, rope_scaling_factor=2.5),
 }
-# Both sides compute in float32, in other orders of summation.
+# Both compute in float32, with different orders of summation.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def random_params(config, seed=0):
-  """Every weight random, norms and biases too, so that one that is dropped shows."""
+  """Returns random weights, including norms and biases, so that a missing one is detected."""
   shapes = jax.eval_shape(make_model(config).init, jax.random.key(0))
   rng = np.random.default_rng(seed)
 
@@ -48,19 +48,19 @@ def _forward(config, params, tokens):
 
 
 def full_logits(config, params, tokens):
-  """Logits of one row [T, V]; padded on the right, which causal attention does not see."""
+  """Returns the logits [T, V] of one row; causal attention ignores the padding on its right."""
   padded = np.zeros((1, 32), np.int32)
   padded[0, : len(tokens)] = tokens
   return np.asarray(_forward(config, params, jnp.asarray(padded)))[0, : len(tokens)]
 
 
-def test_there_is_a_config_of_every_family():
+def test_every_family_has_a_config():
   assert {name.split("_")[0] for name in CONFIGS} - {"smollm2"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prefill_and_steps_equal_the_full_forward(name):
-  """Rows of different lengths; the ring is as long as the window, and wraps around."""
+def test_prefill_and_steps_equal_the_full_forward_pass(name):
+  """Rows have different lengths; the ring has the length of the window and wraps around."""
   config = CONFIGS[name]
   params = random_params(config)
   rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_prefill_and_steps_equal_the_full_forward(name):
     np.testing.assert_allclose(logits / scale, expected / scale, **TOLERANCE)
 
 
-def test_a_ring_shorter_than_the_prompt_keeps_its_end():
+def test_a_ring_shorter_than_the_prompt_keeps_the_last_columns():
   config = CONFIGS["mistral"]
   params = random_params(config)
   tokens = np.random.default_rng(1).integers(0, config.vocab_size, 24).astype(np.int32)

@@ -5,7 +5,7 @@ import pytest
 
 from ll3m.decoding.sampling import Sampling, sample
 
-# Descending, with a far tail: 0.5, 0.25, 0.15, 0.07, 0.03 in another order.
+# A permutation of 0.5, 0.25, 0.15, 0.07, 0.03.
 PROBABILITIES = np.array([0.15, 0.5, 0.03, 0.25, 0.07])
 LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3.0
 DRAWS = 20_000
@@ -20,7 +20,7 @@ def frequencies(sampling, logits=LOGITS):
 
 
 def expected(temperature=1.0, top_k=0, top_p=1.0):
-  """The distribution by sorting in numpy, one token at a time."""
+  """Returns the distribution computed by sorting in NumPy, one token at a time."""
   p = PROBABILITIES ** (1 / temperature)
   p = p / p.sum()
   order = np.argsort(-p)[: top_k or None]
@@ -49,24 +49,24 @@ def expected(temperature=1.0, top_k=0, top_p=1.0):
     {"temperature": 2.0, "top_k": 4, "top_p": 0.7},
   ],
 )
-def test_draws_have_the_distribution(options):
+def test_samples_have_the_expected_distribution(options):
   want = expected(**options)
   found = frequencies(Sampling(**options))
-  # Five standard deviations of a frequency of one half.
+  # Five standard deviations of the frequency of an event with probability 1/2.
   np.testing.assert_allclose(found, want, atol=5 * (0.25 / DRAWS) ** 0.5)
   assert not found[want == 0].any()
 
 
-def test_top_p_that_is_tiny_keeps_the_first():
+def test_a_tiny_top_p_keeps_the_most_likely_token():
   assert frequencies(Sampling(1.0, top_p=1e-9))[1] == 1.0
 
 
-def test_top_k_comes_before_top_p():
-  # Of the two likeliest, 0.5 and 0.25, the first has 2/3: it alone reaches 0.6.
+def test_top_k_is_applied_before_top_p():
+  # Among the two most likely tokens, 0.5 and 0.25, the first has 2/3, which exceeds 0.6.
   assert frequencies(Sampling(1.0, top_k=2, top_p=0.6))[1] == 1.0
 
 
-def test_temperature_zero_takes_the_first_of_the_largest():
+def test_temperature_zero_selects_the_first_largest_logit():
   tokens = sample(
     jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]]),
     jnp.zeros(2, jnp.uint32),
@@ -86,13 +86,13 @@ def test_a_huge_temperature_is_uniform():
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.99}])
-def test_masked_tokens_are_never_drawn(options):
+def test_masked_tokens_are_never_sampled(options):
   logits = np.array([1.0, -np.inf, 1.0, 1.0, -np.inf], np.float32)
   found = frequencies(Sampling(50.0, **options), logits)
   assert found[1] == found[4] == 0.0
 
 
-def test_draws_depend_on_seed_and_position_alone():
+def test_samples_depend_only_on_seed_and_position():
   logits = jnp.zeros((4, 1000))
   draw = lambda seeds, positions: sample(  # noqa: E731
     logits, jnp.array(seeds, jnp.uint32), jnp.array(positions), Sampling(1.0)
@@ -112,10 +112,10 @@ def test_draws_depend_on_seed_and_position_alone():
     ({"temperature": 1.0, "top_p": 0.0}, "`top_p` must be above 0"),
     ({"temperature": 1.0, "top_p": 1.5}, "at most 1, got 1.5"),
     ({"temperature": 1.0, "top_p": float("nan")}, "`top_p` must be above 0"),
-    ({"top_k": 5}, "give one above 0"),
-    ({"top_p": 0.5}, "give one above 0"),
+    ({"top_k": 5}, "temperature above 0"),
+    ({"top_p": 0.5}, "temperature above 0"),
   ],
 )
-def test_refuses(options, message):
+def test_rejects_invalid_settings(options, message):
   with pytest.raises(ValueError, match=message):
     Sampling(**options)

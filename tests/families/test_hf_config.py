@@ -1,4 +1,4 @@
-"""Published config.json files, as of 2023 and 2024, and what they must be read as."""
+"""Reads config.json files in the published styles of 2023 and 2024."""
 
 import re
 
@@ -42,7 +42,7 @@ def without(hf, *names):
   return {key: value for key, value in hf.items() if key not in names}
 
 
-def test_missing_keys_mean_what_transformers_means_by_them():
+def test_missing_keys_have_the_defaults_of_transformers():
   llama = read(without(LLAMA, "num_key_value_heads", "rms_norm_eps"))
   assert (llama.num_kv_heads, llama.head_dim, llama.rope_theta) == (6, 8, 1e4)
   assert (llama.norm_epsilon, llama.tie_embeddings) == (1e-6, False)
@@ -56,7 +56,7 @@ def test_missing_keys_mean_what_transformers_means_by_them():
 @pytest.mark.parametrize(
   ("window", "expected"), [({"sliding_window": None}, None), ({"sliding_window": 7}, 7)]
 )
-def test_a_null_window_is_no_window(window, expected):
+def test_a_null_window_disables_the_window(window, expected):
   assert read(MISTRAL, **window).sliding_window == expected
 
 
@@ -69,7 +69,7 @@ def test_a_null_window_is_no_window(window, expected):
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
   ],
 )
-def test_rope_theta_in_every_style(rope):
+def test_reads_rope_theta_in_every_style(rope):
   assert read(LLAMA, **rope).rope_theta == 1e6
 
 
@@ -87,8 +87,8 @@ def test_rope_theta_in_every_style(rope):
     },
   ],
 )
-def test_linear_scaling_in_every_style(rope):
-  """And transformers reads what we write of it as it read the file."""
+def test_reads_linear_scaling_in_every_style(rope):
+  """transformers reads the same parameters from the file and from the exported config."""
   config = read(LLAMA, **rope)
   assert config.rope_scaling_factor == 4.0
   written = families.FAMILIES["llama"].to_hf_config(config)
@@ -99,7 +99,7 @@ def test_linear_scaling_in_every_style(rope):
     assert {key: parameters[key] for key in expected} == expected
 
 
-def test_a_factor_of_one_scales_nothing():
+def test_a_factor_of_one_disables_scaling():
   for parameters in ({"type": "linear", "factor": 1.0}, {"factor": 1.0}, {}):
     assert read(LLAMA, rope_scaling=parameters).rope_scaling_factor == 1.0
 
@@ -111,7 +111,7 @@ def test_a_factor_of_one_scales_nothing():
     {"rope_parameters": {"partial_rotary_factor": 0.4, "rope_type": "default"}},
   ],
 )
-def test_partial_rotary_in_every_style(rope):
+def test_reads_partial_rotary_in_every_style(rope):
   config = read(PHI, **rope)
   assert (config.rotary_fraction, config.rotary_dim) == (0.4, 4)
 
@@ -134,7 +134,7 @@ def test_phis_gelu_is_exact():
   assert read(PHI, hidden_act="gelu").activation == "gelu"
 
 
-def test_tied_llama():
+def test_a_llama_may_tie_its_embeddings():
   assert read(LLAMA, tie_word_embeddings=True).tie_embeddings
 
 
@@ -153,7 +153,7 @@ def test_tied_llama():
     (LLAMA | {"rope_theta": "big"}, "rope_theta of config.json must be float, got 'big'"),
     (LLAMA | {"rope_scaling": "linear"}, "rope_scaling of config.json must be an object or null"),
     (LLAMA | {"rope_parameters": [2.0]}, "rope_parameters of config.json must be an object"),
-    (LLAMA | {"rope_scaling": {"type": "linear"}}, "the type 'linear' and no factor"),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, "the type 'linear' but no factor"),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "must be float, got '4'"),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, got 0.5"),
     (
@@ -166,7 +166,7 @@ def test_tied_llama():
         "rope_scaling": {"type": "linear", "factor": 2.0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
       },
-      "which contradict each other; keep the right one",
+      "which contradict each other",
     ),
     (GEMMA | {"hidden_activation": "gelu", "hidden_act": ["gelu"]}, "hidden_act=['gelu'], which"),
     (
@@ -175,7 +175,7 @@ def test_tied_llama():
     ),
   ],
 )
-def test_refuses_what_makes_no_sense(hf, message):
+def test_rejects_invalid_configs(hf, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     families.from_hf_config(hf)
 
@@ -195,23 +195,23 @@ def test_refuses_what_makes_no_sense(hf, message):
     (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "type 'longrope'"),
     (LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "type 'mrope'"),
     (LLAMA | {"rope_scaling": {"type": ["linear"]}}, "type ['linear']"),
-    (LLAMA | {"rope_scaling": {"factor": 2.0}}, "factor=2.0 and no type of scaling"),
-    (LLAMA | {"rope_parameters": {"rope_type": "default", "factor": 2}}, "factor=2 and no type"),
+    (LLAMA | {"rope_scaling": {"factor": 2.0}}, "factor=2.0 but no type"),
+    (LLAMA | {"rope_parameters": {"rope_type": "default", "factor": 2}}, "factor=2 but no type"),
     (
       LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-      "full_attention={'rope_type': 'default'}, not known to ll3m",
+      "full_attention={'rope_type': 'default'}, unknown to LL3M",
     ),
     (
       LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 0.9}},
-      "attention_factor=0.9, not known to ll3m",
+      "attention_factor=0.9, unknown to LL3M",
     ),
     (
       LLAMA | {"architectures": ["LlamaForSequenceClassification"]},
-      "architectures=['LlamaForSequenceClassification']; of llama models only LlamaForCausalLM",
+      "architectures=['LlamaForSequenceClassification']; llama models support only LlamaForCausal",
     ),
   ],
 )
-def test_refuses_what_the_decoder_does_not_do(hf, message):
+def test_rejects_features_that_the_decoder_does_not_support(hf, message):
   with pytest.raises(NotImplementedError, match=re.escape(message)):
     families.from_hf_config(hf)
 
@@ -219,17 +219,17 @@ def test_refuses_what_the_decoder_does_not_do(hf, message):
 @pytest.mark.parametrize(
   ("preset", "changes", "message"),
   [
-    ("llama2_7b", {"use_bias": True}, "has use_bias=False, and its config.json cannot say True"),
-    ("llama2_7b", {"sliding_window": 9}, "has sliding_window=None"),
-    ("llama2_7b", {"rotary_fraction": 0.5}, "has rotary_fraction=1.0"),
+    ("llama2_7b", {"use_bias": True}, "express use_bias=True; it implies False"),
+    ("llama2_7b", {"sliding_window": 9}, "sliding_window=9; it implies None"),
+    ("llama2_7b", {"rotary_fraction": 0.5}, "rotary_fraction=0.5; it implies 1.0"),
     ("llama2_7b", {"activation": "gelu"}, "a llama model cannot have activation='gelu'"),
-    ("gemma_2b", {"norm_scale_offset": 0.0}, "has norm_scale_offset=1.0"),
-    ("phi_2", {"norm": "rms"}, "has norm='layer'"),
-    ("phi_2", {"head_dim": 60}, "head_dim = d_model / num_heads (2560 / 32), and its config.json"),
-    ("phi_2", {"num_heads": 48, "num_kv_heads": 48}, "(2560 / 48), and its config.json cannot say"),
+    ("gemma_2b", {"norm_scale_offset": 0.0}, "norm_scale_offset=0.0; it implies 1.0"),
+    ("phi_2", {"norm": "rms"}, "norm='rms'; it implies 'layer'"),
+    ("phi_2", {"head_dim": 60}, "head_dim = d_model / num_heads (2560 / 32)"),
+    ("phi_2", {"num_heads": 48, "num_kv_heads": 48}, "(2560 / 48)"),
   ],
 )
-def test_export_refuses_what_config_json_cannot_say(preset, changes, message):
+def test_rejects_configs_that_config_json_cannot_express(preset, changes, message):
   family, config = families.get_preset(preset)
   with pytest.raises(ValueError, match=re.escape(message)):
     family.to_hf_config(config.replace(**changes))

@@ -1,6 +1,6 @@
-"""Every key of a config.json is used, known to be irrelevant, or refused by its name.
+"""Every key of a config.json is used, known to be irrelevant, or rejected by name.
 
-Oracles: the fields of transformers' own configurations, and config.json files as published.
+Oracles: the fields of transformers' own configurations, and published config.json files.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ FILES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "phi": PHI}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_reads_what_transformers_writes(name):
-  """All fields of the family's class, with the values that it gives them."""
+def test_reads_configs_written_by_transformers(name):
+  """They contain all fields of the family's class with their default values."""
   written = CLASSES[name](**FILES[name]).to_dict()
   fields = {field.name for field in dataclasses.fields(CLASSES[name])}
   assert fields <= written.keys() | {"torch_dtype"}
@@ -36,7 +36,7 @@ def test_reads_what_transformers_writes(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_settings_of_no_consequence_are_ignored(name):
+def test_ignores_irrelevant_settings(name):
   hf = FILES[name]
   common = {f.name: "?" for f in dataclasses.fields(PreTrainedConfig)}
   settings = GenerationConfig(
@@ -53,7 +53,7 @@ def test_settings_of_no_consequence_are_ignored(name):
   assert read(common | settings | older | own) == read(hf)
 
 
-PUBLISHED = {  # of the hub, with sizes made small
+PUBLISHED = {  # files from the Hub, with smaller sizes
   "TinyLlama": LLAMA
   | {
     "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
@@ -84,7 +84,7 @@ PUBLISHED = {  # of the hub, with sizes made small
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_files_are_read(name):
+def test_reads_published_files(name):
   assert read(PUBLISHED[name]).vocab_size == 100
 
 
@@ -124,7 +124,7 @@ def test_published_files_are_read(name):
     (LLAMA, {"clip_qkv": None}, [{"clip_qkv": 8.0}]),
   ],
 )  # fmt: skip
-def test_settings_that_count_are_refused_unless_neutral(hf, neutral, others):
+def test_rejects_relevant_settings_unless_neutral(hf, neutral, others):
   assert read(hf, **neutral) == read(hf)
   for other in others:
     ((key, value),) = other.items()
@@ -133,12 +133,12 @@ def test_settings_that_count_are_refused_unless_neutral(hf, neutral, others):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_key_that_nobody_knows_is_refused(name):
+def test_rejects_unknown_keys(name):
   strange = {"mystery_scale": 2.0, "per_layer_config": {"0": {}}, "rms_norm_epsilon": 1e-3}
   with pytest.raises(NotImplementedError) as error:
     families.from_hf_config(FILES[name] | strange)
   for part in ("mystery_scale=2.0", "per_layer_config={'0': {}}", "rms_norm_epsilon=0.001",
-               "not known to ll3m", "if not, remove them from config.json"):  # fmt: skip
+               "unknown to LL3M", "if not, remove them from config.json"):  # fmt: skip
     assert part in str(error.value)
   assert read(FILES[name], mystery_scale=None) == read(FILES[name])
 
@@ -162,15 +162,15 @@ def test_a_misspelt_key_gets_a_suggestion():
     ({"quantization_config": "int8"}, "'int8'"),
   ],
 )
-def test_quantised_models_are_refused_by_their_method(settings, method):
+def test_reports_the_quantisation_method(settings, method):
   (key,) = settings
   part = re.escape(f"config.json has a {key} (quant_method {method})")
-  with pytest.raises(NotImplementedError, match=f"{part}.*convert the unquantised model"):
+  with pytest.raises(NotImplementedError, match=f"{part}.*convert the unquantised"):
     families.from_hf_config(LLAMA | settings)
 
 
 @pytest.mark.parametrize("value", [None, {}])
-def test_an_empty_quantisation_is_none(value):
+def test_ignores_an_empty_quantisation_config(value):
   assert read(LLAMA, quantization_config=value) == read(LLAMA)
 
 
@@ -181,7 +181,7 @@ ANYTHING = (
 )  # fmt: skip
 
 
-def test_any_value_under_any_key_is_read_or_refused_in_a_sentence():
+def test_any_value_of_any_key_is_read_or_rejected_in_one_sentence():
   draw = random.Random(0)
   keys = sorted({*known_keys._NEUTRAL, *rope.KEYS, *LLAMA, *GEMMA, *PHI, "architectures"})
   outcomes = {True: 0, False: 0}

@@ -8,7 +8,7 @@ from ll3m import families
 from ll3m.families import tensor_rules
 from ll3m.models.transformer import make_model
 
-# Parameter counts of the published checkpoints; a tied head counts once.
+# Parameter counts of the published checkpoints; a tied head is counted once.
 COUNTS = {
   "llama2_7b": 6_738_415_616,
   "llama2_13b": 13_015_864_320,
@@ -55,7 +55,7 @@ def test_every_preset_is_in_the_tables():
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameters_are_the_published_ones(name):
+def test_parameter_counts_match_the_published_models(name):
   family, config = families.get_preset(name)
   shapes = abstract_shapes(config)
   assert sum(map(math.prod, shapes.values())) == COUNTS[name]
@@ -63,7 +63,7 @@ def test_parameters_are_the_published_ones(name):
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)
-def test_dimensions_are_the_published_ones(name):
+def test_dimensions_match_the_published_models(name):
   config = families.get_preset(name).config
   assert DIMENSIONS[name] == (
     config.d_model,
@@ -78,7 +78,7 @@ def test_dimensions_are_the_published_ones(name):
   )
 
 
-def test_switches_are_the_published_ones():
+def test_switches_match_the_published_models():
   configs = {name: preset.config for name, preset in families.PRESETS.items()}
   gemmas = {"gemma_2b", "gemma_7b"}
   assert {n for n, c in configs.items() if c.tie_embeddings} == gemmas | {"smollm2_135m"}
@@ -108,7 +108,7 @@ def test_switches_are_the_published_ones():
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_aliases(alias):
+def test_aliases_name_the_same_preset(alias):
   assert families.get_preset(alias) is families.get_preset(ALIASES[alias])
 
 
@@ -122,13 +122,13 @@ def test_unknown_preset_gets_a_suggestion(name, suggestion):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_config_json_round_trip(name):
+def test_presets_round_trip_through_config_json(name):
   family, config = families.get_preset(name)
   hf = json.loads(json.dumps(family.to_hf_config(config)))
   assert families.from_hf_config(hf) == (family, config)
 
 
-def test_load_takes_a_name_a_file_or_a_folder(tmp_path):
+def test_load_accepts_a_name_a_file_or_a_folder(tmp_path):
   family, config = families.get_preset("mistral_7b")
   path = tmp_path / "config.json"
   path.write_text(json.dumps(family.to_hf_config(config)))
@@ -136,7 +136,7 @@ def test_load_takes_a_name_a_file_or_a_folder(tmp_path):
     assert families.load(source) == (family, config)
 
 
-def test_load_refuses_what_is_neither(tmp_path):
+def test_load_rejects_other_arguments(tmp_path):
   with pytest.raises(ValueError, match="unknown model 'mistral'"):
     families.load("mistral")
   path = tmp_path / "config.json"

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, written by the safetensors library and not by ours."""
+"""Tiny random checkpoints, written by the safetensors library rather than by LL3M."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,10 @@ class Tiny(NamedTuple):
 
 @pytest.fixture
 def make_tiny(tmp_path) -> Callable[..., Tiny]:
-  """Writes a random checkpoint of a preset's family into `tmp_path/published`."""
+  """Returns a function that writes a random checkpoint of a preset's family to disk.
+
+  The folder is `tmp_path/published`.
+  """
 
   def make(preset: str = "llama2_7b", dtype=ml_dtypes.bfloat16, **changes) -> Tiny:
     family, config = families.get_preset(preset)
@@ -69,11 +72,11 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture
 def read_all() -> Callable[[LazyTensor], np.ndarray]:
-  """Reads the whole of a tensor."""
+  """Returns a function that reads a whole tensor."""
   return lambda tensor: read_part(tensor, tuple(slice(0, size) for size in tensor.shape))
 
 
 @pytest.fixture
 def same_bits() -> Callable[[np.ndarray, np.ndarray], None]:
-  """Asserts that two arrays have the same dtype, shape and bytes."""
+  """Returns a function that asserts that two arrays have the same dtype, shape and bytes."""
   return assert_same_bits

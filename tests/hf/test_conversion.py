@@ -74,12 +74,12 @@ def test_casts_every_parameter(make_tiny, output, dtype, same_bits):
   same_bits(np.asarray(params["head"]["w"]), np.ascontiguousarray(expected.T))
 
 
-def test_a_failed_conversion_is_no_checkpoint_and_can_be_repeated(make_tiny, output, capfd):
+def test_a_failed_conversion_is_not_a_checkpoint_and_can_be_repeated(make_tiny, output, capfd):
   tiny = make_tiny(dtype=np.float32)
   tiny.save(tiny.tensors | {"lm_head.weight": np.full((37, 12), 1e9, np.float32)})
   with pytest.raises(ValueError, match=r"444 values in .*published.* do not fit float16"):
     conversion.convert_model(open_model(tiny.folder), output, np.dtype(np.float16))
-  with pytest.raises(ValueError, match="not a complete checkpoint: .* has no ll3m.json"):
+  with pytest.raises(ValueError, match="ll3m.json"):
     checkpoint.open_checkpoint(output)
   conversion.convert_model(open_model(tiny.folder), output)
   assert checkpoint.open_checkpoint(output).family == "llama"
@@ -101,24 +101,24 @@ def test_an_interrupted_conversion_stops_reading(make_tiny, output):
   assert len(reads) < len(model.tensors)
 
 
-def test_an_output_folder_with_anything_else_is_refused(make_tiny, output):
+def test_an_output_folder_that_is_not_empty_is_rejected(make_tiny, output):
   model = open_model(make_tiny().folder)
   conversion.convert_model(model, output)
-  with pytest.raises(ValueError, match="already holds something"):
+  with pytest.raises(ValueError, match="output folder .*/converted"):
     conversion.convert_model(model, output)
   shutil.rmtree(output)
   output.mkdir()
   (output / "mine").write_text("")
-  with pytest.raises(ValueError, match="already holds something"):
+  with pytest.raises(ValueError, match="output folder .*/converted"):
     conversion.convert_model(model, output)
   assert [f.name for f in output.iterdir()] == ["mine"]
   (output / "mine").unlink()
-  conversion.convert_model(model, output)  # an empty one is fine
-  with pytest.raises(ValueError, match="is a file"):
+  conversion.convert_model(model, output)  # an empty folder is accepted
+  with pytest.raises(ValueError, match=r"/ll3m\.json"):
     conversion.convert_model(model, output / "ll3m.json")
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
-  with pytest.raises(ValueError, match=r"needs 1000000000.0 GB and its disk has"):
+def test_a_disk_that_is_too_small_is_rejected_before_anything_is_written(tmp_path):
+  with pytest.raises(ValueError, match=r"needs 1000000000.0 GB"):
     model_folder.prepare_output(epath.Path(tmp_path / "output"), 10**18)
   assert not list((tmp_path / "output").iterdir())

@@ -1,4 +1,4 @@
-"""Folders that hold something else than a model are named, wherever a command may be given one."""
+"""Every command that accepts a model describes folders that hold something else."""
 
 import json
 import re
@@ -15,7 +15,7 @@ MLX = {"fine_tune_type": "lora", "model": "mlx-community/x"}
 
 
 def refusals(folder):
-  """What convert, hf:: and --checkpoint say of a folder."""
+  """Returns the errors of convert, hf:: and --checkpoint for a folder."""
   said = []
   for attempt in (
     lambda: open_model(folder),
@@ -39,7 +39,7 @@ def refusals(folder):
     ([], "adapter_model.safetensors", "a PEFT adapter of an unnamed base"),
   ],
 )
-def test_an_adapter_is_named_with_its_base(tmp_path, settings, weights, said):
+def test_an_adapter_is_reported_with_its_base(tmp_path, settings, weights, said):
   (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
   (tmp_path / "tokenizer.json").write_text("{}")
   if weights:
@@ -70,7 +70,7 @@ def test_a_model_beside_an_adapters_config_is_read(make_tiny):
     (("model.pth", "training_args.bin", "rng_state.pth"), "a model saved by torch (.pth) (model.p"),
   ],
 )
-def test_weights_of_other_formats_are_named(tmp_path, names, said):
+def test_weights_of_other_formats_are_reported(tmp_path, names, said):
   for name in names:
     (tmp_path / name).write_text("{}")
   for message in refusals(tmp_path):
@@ -78,7 +78,7 @@ def test_weights_of_other_formats_are_named(tmp_path, names, said):
     assert "expected Hugging Face's format" in message
 
 
-def test_a_folder_of_checkpoints_is_looked_into(tmp_path):
+def test_subfolders_that_hold_models_are_listed(tmp_path):
   (tmp_path / "trainer_state.json").write_text("{}")
   for name in ("checkpoint-500", "checkpoint-1000", "logs"):
     (tmp_path / name).mkdir()
@@ -87,28 +87,28 @@ def test_a_folder_of_checkpoints_is_looked_into(tmp_path):
     (tmp_path / name / "model.safetensors").write_text("{}")
   for message in refusals(tmp_path):
     assert message == (
-      f"{tmp_path} holds no model itself; give a folder in it that does "
+      f"{tmp_path} holds no model, but its subfolders do; give one of them "
       f"(checkpoint-1000, checkpoint-500)"
     )
 
 
-def test_an_unfinished_conversion_is_not_taken_for_something_else(tmp_path):
+def test_an_unfinished_conversion_is_reported_as_incomplete(tmp_path):
   (tmp_path / "hf").mkdir()
   (tmp_path / "hf" / "config.json").write_text("{}")
-  with pytest.raises(ValueError, match=r"not a complete checkpoint: .* has no ll3m.json"):
+  with pytest.raises(ValueError, match=r"complete checkpoint.* ll3m.json"):
     open_source(str(tmp_path))
 
 
-def test_a_published_model_is_not_taken_for_a_converted_one(make_tiny, tmp_path):
+def test_published_and_converted_models_are_told_apart(make_tiny, tmp_path):
   tiny = make_tiny()
   (tmp_path / "model.gguf").write_bytes(b"GGUF")
   for folder in (tiny.folder, tmp_path):
-    said = f"{folder} is a published model, not a converted one; convert it first"
+    said = f"{folder} is a published model, not a converted one"
     with pytest.raises(ValueError, match=re.escape(said)):
       open_converted(str(folder))
   (tmp_path / "model.gguf").unlink()
   (tmp_path / "ll3m.json").write_text("{}")
-  with pytest.raises(NotImplementedError, match="is a converted model of ll3m; give it as it is"):
+  with pytest.raises(NotImplementedError, match="is already converted .* without hf::"):
     open_source(f"hf::{tmp_path}")
 
 
@@ -127,14 +127,14 @@ def test_a_published_model_is_not_taken_for_a_converted_one(make_tiny, tmp_path)
     ({"a.scales": np.float16}, "MLX: a.scales"),
   ],
 )
-def test_quantised_weights_are_named_without_a_config(make_tiny, tensors, said):
+def test_quantised_weights_are_recognised_by_their_names_and_dtypes(make_tiny, tensors, said):
   tiny = make_tiny()
   tiny.save(tiny.tensors | {name: np.zeros((2, 2), dtype) for name, dtype in tensors.items()})
   with pytest.raises(NotImplementedError, match=re.escape(f"holds quantised weights ({said}")):
     open_model(tiny.folder)
 
 
-def test_a_config_that_names_a_quantisation_is_believed_before_weights_are_read(make_tiny):
+def test_a_quantisation_in_config_json_is_rejected_before_weights_are_read(make_tiny):
   tiny = make_tiny()
   config = json.loads((tiny.folder / "config.json").read_text())
   config["quantization_config"] = {"quant_method": "fp8"}
@@ -144,8 +144,8 @@ def test_a_config_that_names_a_quantisation_is_believed_before_weights_are_read(
     open_model(tiny.folder)
 
 
-def test_float8_weights_are_named(make_tiny):
-  """No library here writes them: the header of a file is changed."""
+def test_float8_weights_are_rejected(make_tiny):
+  """Edits the header of a file, because no installed library writes float8 safetensors."""
   tiny = make_tiny(dtype=np.float16)
   tiny.save(tiny.tensors | {"model.norm.weight": np.zeros(12, np.int8)})
   file = tiny.folder / "model.safetensors"

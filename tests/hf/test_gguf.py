@@ -1,4 +1,4 @@
-"""Files are written with the `gguf` package; oracles: its dequantiser, llama.cpp's permute."""
+"""Files are written by the `gguf` package. Oracles: its dequantiser and llama.cpp's permute."""
 
 import json
 
@@ -16,7 +16,7 @@ from ll3m.hf import gguf
 from ll3m.hf.lazy_tensor import read_part
 from ll3m.hf.model_files import open_model
 
-# A quarter of a block of K-quants is no multiple of anything; rows of both q and k are permuted.
+# Parts of a block of K-quants are read; rows of both q and k are permuted.
 D, F, N, K, V = 512, 256, 4, 2, 45
 SHAPES = {
   "token_embd.weight": (V, D),
@@ -49,13 +49,21 @@ QUANTISED = [
 
 
 def interleave(weights, heads):
-  """What llama.cpp's converter does to q and k (convert_hf_to_gguf.py, LlamaModel.permute)."""
+  """Permutes q or k as llama.cpp's converter does (convert_hf_to_gguf.py, LlamaModel.permute)."""
   rows = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
   return rows.swapaxes(1, 2).reshape(weights.shape)
 
 
 def write(path, tensors=None, skip=(), arch="llama", **metadata):
-  """Writes a GGUF; tensors are (bytes or values, kind) by name, metadata replace the usual."""
+  """Writes a GGUF file.
+
+  Args:
+    path: The path of the file.
+    tensors: Pairs (bytes or values, kind) by tensor name; zeros in float32 by default.
+    skip: Keys and tensors to omit.
+    arch: The architecture.
+    **metadata: Values that replace the default metadata.
+  """
   writer = gguf_format.GGUFWriter(path, arch)
   pairs = {
     "llama.block_count": 1,
@@ -109,7 +117,7 @@ def test_reads_the_config(path):
   assert not file.tokenizer_files
 
 
-def test_a_head_of_its_own_unties_the_embedding(path):
+def test_a_separate_head_unties_the_embedding(path):
   tensors = {"output.weight": (np.ones((V, D), np.float32), Kind.F32)}
   file = gguf.open_gguf(write(path, tensors))
   assert not file.config["tie_word_embeddings"]
@@ -139,7 +147,7 @@ def test_undoes_the_interleaving_of_q_and_k(path, dtype, same_bits, read_all):
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
 def test_reads_any_part_of_every_quantisation(path, kind, same_bits, read_all):
-  """Random bytes are valid blocks; a part must be what the whole, dequantised at once, has."""
+  """Random bytes are valid blocks; a part must equal that part of the dequantised whole."""
   block, nbytes = gguf_format.GGML_QUANT_SIZES[kind]
   random = np.random.default_rng(0)
   tensors, expected = {}, {}
@@ -163,12 +171,12 @@ def test_reads_any_part_of_every_quantisation(path, kind, same_bits, read_all):
     same_bits(read_part(tensor, part), np.ascontiguousarray(values[part]))
 
 
-def test_lists_the_common_quantisations():
+def test_common_quantisations_are_supported():
   names = {kind.name for kind in QUANTISED}
   assert {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"} <= names
 
 
-def test_quantised_values_are_near_the_original(path, read_all):
+def test_dequantised_values_are_close_to_the_originals(path, read_all):
   values = np.random.default_rng(0).standard_normal((F, D)).astype(np.float32)
   tensors = {"blk.0.ffn_up.weight": (quantize(values, Kind.Q8_0), Kind.Q8_0)}
   tensor = gguf.open_gguf(write(path, tensors)).tensors["model.layers.0.mlp.up_proj.weight"]
@@ -181,16 +189,16 @@ def test_quantised_values_are_near_the_original(path, read_all):
     ({"arch": "qwen2"}, NotImplementedError, "architecture 'qwen2', expected 'llama'"),
     ({"llama__expert_count": 8}, NotImplementedError, "mixture of experts"),
     ({"llama__attention__head_count": 0}, ValueError, "head_count=0, expected a positive number"),
-    ({"split__count": 2}, NotImplementedError, "one part of several"),
-    ({"skip": ("llama.block_count",)}, ValueError, "lacks the metadata llama.block_count"),
+    ({"split__count": 2}, NotImplementedError, "part of a split model"),
+    ({"skip": ("llama.block_count",)}, ValueError, "lacks .* llama.block_count"),
     ({"skip": ("token_embd.weight",)}, ValueError, "lacks the tensor token_embd.weight"),
     ({"tokenizer__ggml__model": "bert"}, NotImplementedError, "tokenizer of kind 'bert'"),
     ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "tekken"},
-     NotImplementedError, "cuts words as 'tekken', expected one of gpt-2"),
+     NotImplementedError, "pre='tekken', expected one of gpt-2"),
     ({"tokenizer__ggml__model": "llama"}, ValueError, "lacks parts of its tokenizer"),
   ],
 )  # fmt: skip
-def test_refuses_what_it_does_not_know(path, arguments, error, message):
+def test_rejects_files_that_are_not_supported(path, arguments, error, message):
   with pytest.raises(error, match=message):
     gguf.open_gguf(write(path, **arguments))
 
@@ -208,7 +216,7 @@ def test_refuses_what_it_does_not_know(path, arguments, error, message):
     ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 4.0}, 4.0),
   ],
 )
-def test_linear_scaling_in_every_spelling(path, metadata, factor):
+def test_reads_every_spelling_of_linear_scaling(path, metadata, factor):
   file = gguf.open_gguf(write(path, **metadata))
   assert families.from_hf_config(file.config).config.rope_scaling_factor == factor
   assert ("rope_scaling" in file.config) == (factor != 1)
@@ -229,13 +237,13 @@ def test_linear_scaling_in_every_spelling(path, metadata, factor):
     ),
   ],
 )  # fmt: skip
-def test_other_scaling_is_refused(path, metadata, error, message):
+def test_rejects_other_and_contradictory_scaling(path, metadata, error, message):
   with pytest.raises(error, match=message):
     gguf.open_gguf(write(path, **metadata))
 
 
 @pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
-def test_factors_of_the_frequencies_are_refused_unless_they_are_one(path, name):
+def test_rejects_frequency_factors_unless_they_are_one(path, name):
   ones, others = np.ones(64, np.float32), np.linspace(1, 8, 64, dtype=np.float32)
   file = gguf.open_gguf(write(path, {name: (ones, Kind.F32)}))
   assert name not in file.tensors
@@ -261,7 +269,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def test_metadata_that_change_nothing_are_taken(path):
+def test_accepts_metadata_that_change_nothing(path):
   plain = gguf.open_gguf(write(path)).config
   assert gguf.open_gguf(write(path, **NEUTRAL)).config == plain
 
@@ -281,26 +289,26 @@ def test_metadata_that_change_nothing_are_taken(path):
     ("tokenizer.ggml.precompiled_charsmap", [1, 2]), ("tokenizer.ggml.suppress_tokens", [3]),
   ],
 )  # fmt: skip
-def test_metadata_that_change_something_are_refused(path, key, value):
+def test_rejects_metadata_that_change_something(path, key, value):
   with pytest.raises(NotImplementedError, match=f"model.gguf has {key}=.*, which is not supported"):
     gguf.open_gguf(write(path, **{key: value}))
 
 
-def test_metadata_that_nobody_knows_are_refused(path):
+def test_rejects_unknown_metadata(path):
   strange = {"llama.mystery": 2, "llama.attention.layer_norm_epsilon": 1e-3,
              "tokenizer.ggml.mystery": True, "tokenizer.chat_template.mystery": "x"}  # fmt: skip
   with pytest.raises(NotImplementedError) as error:
     gguf.open_gguf(write(path, **strange))
-  for part in (*strange, "llama.mystery=2", "not known to ll3m", "--remove-metadata"):
+  for part in (*strange, "llama.mystery=2", "unknown to LL3M", "--remove-metadata"):
     assert part in str(error.value)
 
 
-def test_layers_of_different_sizes_are_refused(path):
+def test_rejects_layers_of_different_sizes(path):
   with pytest.raises(NotImplementedError, match=r"head_count_kv=\[2, 1\]; layers of different"):
     gguf.open_gguf(write(path, llama__attention__head_count_kv=[2, 1]))
 
 
-def test_an_adapter_is_named(path):
+def test_rejects_an_adapter(path):
   with pytest.raises(NotImplementedError, match="holds a lora adapter, not a model: merge it"):
     gguf.open_gguf(write(path, general__type="adapter", adapter__type="lora"))
 
@@ -314,7 +322,7 @@ def test_an_adapter_is_named(path):
     ({"tokenizer.ggml.eos_token_ids": [2, 5]}, [2, 5]),
   ],
 )
-def test_all_tokens_that_end_an_answer_are_eos_of_generation(path, tmp_path, metadata, eos):
+def test_all_tokens_that_end_an_answer_are_eos_in_generation_config(path, tmp_path, metadata, eos):
   folder = epath.Path(tmp_path / "converted")
   open_model(write(path, **metadata)).save_companions(folder)
   generation = GenerationConfig.from_pretrained(folder / "hf")
@@ -323,14 +331,14 @@ def test_all_tokens_that_end_an_answer_are_eos_of_generation(path, tmp_path, met
 
 
 @pytest.mark.parametrize("length", [0, 3, 100, 700, 100_000, -1])
-def test_names_a_truncated_file(path, length):
+def test_reports_a_truncated_file(path, length):
   write(path)
   path.write_bytes(path.read_bytes()[:length])
   with pytest.raises(ValueError, match=r"model.gguf is (truncated|empty)"):
     gguf.open_gguf(path)
 
 
-def test_names_a_file_of_another_kind(path):
+def test_reports_a_file_of_another_kind(path):
   path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
   with pytest.raises(ValueError, match="model.gguf is a Git LFS pointer"):
     gguf.open_gguf(path)

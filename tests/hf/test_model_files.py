@@ -25,7 +25,7 @@ def shard(tiny, **index):
 
 @pytest.mark.parametrize("preset", ["llama2_7b", "mistral_7b", "gemma_2b", "phi_2"])
 def test_infers_the_model_from_its_config(make_tiny, preset, same_bits, read_all):
-  # Wide enough that Phi's share of a head is a whole number of dimensions.
+  # A width at which Phi's partial rotary embedding covers a whole number of dimensions.
   tiny = make_tiny(preset, np.float16, num_kv_heads=3, head_dim=10, d_model=30)
   model = open_model(tiny.folder)
   assert (model.family, model.config) == (tiny.family.name, tiny.config)
@@ -46,7 +46,7 @@ def test_reads_shards(make_tiny, same_bits, read_all):
 @pytest.mark.parametrize(
   "file", ["../a.safetensors", "/etc/passwd", "x/../a.safetensors", "..", ""]
 )
-def test_shards_outside_the_folder_are_refused(make_tiny, file):
+def test_rejects_shards_outside_the_folder(make_tiny, file):
   tiny = make_tiny()
   shard(tiny, **{"model.norm.weight": file})
   with pytest.raises(ValueError, match=r"places model.norm.weight in .*only files of the same"):
@@ -66,10 +66,10 @@ def test_index_and_shards_must_agree(make_tiny):
   ):
     open_model(tiny.folder)
   (tiny.folder / "b.safetensors").unlink()
-  with pytest.raises(ValueError, match=r"names b.safetensors, which is not there; .*missing \("):
+  with pytest.raises(ValueError, match=r"names b.safetensors, .*missing \("):
     open_model(tiny.folder)
   (tiny.folder / INDEX).write_text("{}")
-  with pytest.raises(ValueError, match="is not an index of weights"):
+  with pytest.raises(ValueError, match="index.json is not a weight index"):
     open_model(tiny.folder)
   (tiny.folder / INDEX).unlink()
   shutil.copy(tiny.folder / "a.safetensors", tiny.folder / "c.safetensors")
@@ -77,22 +77,22 @@ def test_index_and_shards_must_agree(make_tiny):
     open_model(tiny.folder)
 
 
-def test_a_preset_must_be_what_the_config_says(make_tiny):
+def test_a_preset_must_match_the_config(make_tiny):
   tiny = make_tiny()
-  with pytest.raises(ValueError, match=r"^`model`: .*: vocab_size \(expected 32000, got 37\)"):
+  with pytest.raises(ValueError, match=r"^`model` .*: vocab_size \(expected 32000, got 37\)"):
     open_model(tiny.folder, preset="llama2_7b")
   with pytest.raises(ValueError, match=r"family \(expected mistral, got llama\)"):
     open_model(tiny.folder, preset="mistral_7b")
-  with pytest.raises(ValueError, match="unknown model 'llama3'"):
+  with pytest.raises(ValueError, match="model 'llama3'"):
     open_model(tiny.folder, preset="llama3")
   (tiny.folder / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"has no config.json; give `model`"):
     open_model(tiny.folder)
-  with pytest.raises(ValueError, match=r"does not fit its llama config of 32 layers: missing"):
+  with pytest.raises(ValueError, match=r"llama config of 32 layers: missing"):
     open_model(tiny.folder, preset="llama2_7b")
 
 
-def test_a_config_that_is_no_object_is_refused(make_tiny):
+def test_rejects_a_config_that_is_not_an_object(make_tiny):
   tiny = make_tiny()
   for text, message in (("{", "is not JSON"), ("[]", "must hold an object, got list")):
     (tiny.folder / "config.json").write_text(text)
@@ -100,7 +100,7 @@ def test_a_config_that_is_no_object_is_refused(make_tiny):
       open_model(tiny.folder)
 
 
-def test_the_type_of_files_can_be_chosen(make_tiny):
+def test_the_checkpoint_type_can_be_chosen(make_tiny):
   tiny = make_tiny()
   with pytest.raises(FileNotFoundError, match="has neither pytorch_model.bin"):
     open_model(tiny.folder, checkpoint_type="pt")
@@ -110,7 +110,7 @@ def test_the_type_of_files_can_be_chosen(make_tiny):
   assert open_model(tiny.folder).checkpoint_type == "safetensors"
 
 
-def test_a_place_without_a_model_is_named(tmp_path):
+def test_reports_a_path_without_a_model(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*absent"):
     open_model(tmp_path / "absent")
   with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors, \*.bin or \*.gguf"):
@@ -130,13 +130,13 @@ def test_each_parameter_has_one_dtype(make_tiny):
   tiny.save(tensors)
   model = open_model(tiny.folder)
   dtypes = model.parameter_dtypes()
-  assert dtypes.pop("layers/mlp/up/w") == np.float32  # holds both exactly
+  assert dtypes.pop("layers/mlp/up/w") == np.float32  # represents both exactly
   assert set(dtypes.values()) == {np.dtype(np.float16)}
   asked = np.dtype(ml_dtypes.bfloat16)
   assert set(model.parameter_dtypes(asked).values()) == {asked}
 
 
-def test_tokenizer_and_config_files_travel_verbatim(make_tiny, tmp_path):
+def test_copies_tokenizer_and_config_files_verbatim(make_tiny, tmp_path):
   tiny = make_tiny()
   wanted = {
     "tokenizer.json": b"{}",

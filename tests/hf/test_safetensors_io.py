@@ -28,7 +28,7 @@ def stored(tmp_path):
   return path
 
 
-def test_reads_what_the_library_writes(stored, same_bits, read_all):
+def test_reads_files_written_by_the_library(stored, same_bits, read_all):
   found = safetensors_io.read_safetensors(stored)
   assert found.keys() == TENSORS.keys()
   for name, expected in TENSORS.items():
@@ -42,7 +42,7 @@ def infos(tensors):
   return {k: safetensors_io.TensorInfo(v.shape, v.dtype) for k, v in tensors.items()}
 
 
-def test_writes_the_very_file_that_the_library_writes(tmp_path):
+def test_writes_the_same_bytes_as_the_library(tmp_path):
   tensors = {k: v for k, v in TENSORS.items() if v.dtype != bool and v.ndim}
   save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
   with safetensors_io.SafetensorsWriter(tmp_path, infos(tensors), 10**9) as writer:
@@ -55,7 +55,7 @@ def test_writes_pieces_in_any_order_to_shards_with_an_index(tmp_path, same_bits)
   tensors = {f"w{i}": np.random.default_rng(i).random((6, 5)) for i in range(5)}
   with safetensors_io.SafetensorsWriter(
     tmp_path, infos(tensors), 500
-  ) as writer:  # two of 240 bytes
+  ) as writer:  # two tensors of 240 bytes per shard
     for name, values in tensors.items():
       writer.write(name, values[4:], start_row=4)
       writer.write(name, values[:4])
@@ -69,7 +69,7 @@ def test_writes_pieces_in_any_order_to_shards_with_an_index(tmp_path, same_bits)
     same_bits(load_file(tmp_path / file)[name], tensors[name])
 
 
-def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
+def test_a_tensor_larger_than_a_shard_gets_its_own_shard(tmp_path):
   tensors = {"small": np.zeros(2), "large": np.zeros(9), "last": np.zeros(2)}
   with safetensors_io.SafetensorsWriter(tmp_path, infos(tensors), 40) as writer:
     for name, values in tensors.items():
@@ -78,7 +78,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
   assert found == [["small"], ["large"], ["last"]]
 
 
-def test_refuses_to_leave_a_tensor_unwritten(tmp_path):
+def test_raises_if_a_tensor_is_incomplete(tmp_path):
   def write_partly():
     with safetensors_io.SafetensorsWriter(tmp_path, infos({"w": np.zeros((4, 2))}), 100) as writer:
       writer.write("w", np.zeros((3, 2)))
@@ -88,22 +88,22 @@ def test_refuses_to_leave_a_tensor_unwritten(tmp_path):
   assert not (tmp_path / safetensors_io.INDEX_NAME).exists()
 
 
-def test_refuses_other_values_than_were_announced(tmp_path):
+def test_rejects_values_of_another_dtype_than_declared(tmp_path):
   writer = safetensors_io.SafetensorsWriter(tmp_path, infos({"w": np.zeros((4, 2))}), 100)
   with pytest.raises(ValueError, match=r"expected float64 of shape \(4, 2\), got float32"):
     writer.write("w", np.zeros((4, 2), np.float32))
-  with pytest.raises(ValueError, match="positive size"):
+  with pytest.raises(ValueError, match="positive, got 0"):
     safetensors_io.SafetensorsWriter(tmp_path, {}, 0)
 
 
 @pytest.mark.parametrize("length", [0, 5, 40, -1])
-def test_names_a_truncated_file(stored, length):
+def test_reports_a_truncated_file(stored, length):
   stored.write_bytes(stored.read_bytes()[:length])
   with pytest.raises(ValueError, match=r"model.safetensors is (truncated|empty)"):
     safetensors_io.read_safetensors(stored)
 
 
-def test_names_a_file_that_is_too_long(stored):
+def test_reports_a_file_that_is_too_long(stored):
   stored.write_bytes(stored.read_bytes() + b"0")
   with pytest.raises(ValueError, match="longer than its header says: expected"):
     safetensors_io.read_safetensors(stored)
@@ -116,7 +116,7 @@ def test_names_a_file_that_is_too_long(stored):
     (b"<!DOCTYPE html><html>not found</html>", "HTML page"),
   ],
 )
-def test_names_a_file_of_another_kind(stored, content, message):
+def test_reports_a_file_of_another_kind(stored, content, message):
   stored.write_bytes(content)
   with pytest.raises(ValueError, match=f"model.safetensors is an? {message}"):
     safetensors_io.read_safetensors(stored)
@@ -127,12 +127,12 @@ def test_names_a_file_of_another_kind(stored, content, message):
   [
     ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "w should hold 8 bytes"),
     ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, "w should hold 4 bytes"),
-    ({"w": {"dtype": "F32", "shape": [1]}}, "entry for w is not understood"),
-    ({"w": 3}, "entry for w is not understood"),
+    ({"w": {"dtype": "F32", "shape": [1]}}, "entry for w is malformed"),
+    ({"w": 3}, "entry for w is malformed"),
     ([], "header is not an object"),
   ],
 )
-def test_refuses_a_header_that_contradicts_itself(tmp_path, header, message):
+def test_rejects_an_inconsistent_header(tmp_path, header, message):
   text = json.dumps(header).encode()
   path = tmp_path / "x.safetensors"
   path.write_bytes(struct.pack("<Q", len(text)) + text + b"0000")
@@ -140,7 +140,7 @@ def test_refuses_a_header_that_contradicts_itself(tmp_path, header, message):
     safetensors_io.read_safetensors(path)
 
 
-def test_refuses_an_unknown_dtype(tmp_path):
+def test_rejects_an_unknown_dtype(tmp_path):
   text = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
   path = tmp_path / "x.safetensors"
   path.write_bytes(struct.pack("<Q", len(text)) + text + b"0")

@@ -1,4 +1,4 @@
-"""The token ids in config.json and generation_config.json; transformers reads what we write."""
+"""Token ids in config.json and generation_config.json. transformers reads the exported files."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tests.data import tokenizer_folders as folders
 
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory):
-  """A tokenizer whose turns end with another token than its texts: ids 700 and 2."""
+  """A tokenizer with different tokens for the end of a turn (id 700) and of a text (id 2)."""
   encoder = folders.train_byte_level(["<unk>", "<s>", "</s>"])
   encoder.add_tokens([*folders.MARKERS])
   settings = folders.LLAMA | {
@@ -40,11 +40,11 @@ def write_json(file, value):
     (None, None, [2, "end"]),
     (2, None, [2, "end"]),
     ([2, 7], None, [2, 7, "end"]),
-    ([2, 7], {"eos_token_id": 5}, [5, 2, "end"]),  # the second file counts where it exists
+    ([2, 7], {"eos_token_id": 5}, [5, 2, "end"]),  # generation_config.json takes precedence
     (5, {"eos_token_id": [2, 9], "temperature": 0.5, "top_k": 3}, [2, 9, "end"]),
   ],
 )
-def test_an_export_stops_where_we_stop(
+def test_an_exported_model_has_the_same_stop_tokens(
   make_tiny, chatml, tmp_path, config_ends, generation, expected
 ):
   tiny = make_tiny(vocab_size=720)
@@ -71,7 +71,7 @@ def test_an_export_stops_where_we_stop(
     assert getattr(theirs, key) == (generation or {}).get(key)
 
 
-def test_a_run_with_another_tokenizer_keeps_nothing_of_the_old_one(chatml, tmp_path):
+def test_a_new_tokenizer_replaces_all_settings_of_the_old_one(chatml, tmp_path):
   folder = epath.Path(tmp_path)
   write_json(folder / "config.json", {"eos_token_id": 99, "decoder_start_token_id": 9, "d": 1})
   write_json(
@@ -87,7 +87,7 @@ def test_a_run_with_another_tokenizer_keeps_nothing_of_the_old_one(chatml, tmp_p
   assert json.loads((folder / "generation_config.json").read_text()) == {"top_p": 0.9} | ids
 
 
-def test_a_tokenizer_named_by_its_path_ends_at_its_own_ids(chatml, tmp_path):
+def test_a_tokenizer_given_by_path_uses_its_own_stop_ids(chatml, tmp_path):
   source = tmp_path / "source"
   source.mkdir()
   write_json(source / "generation_config.json", {"eos_token_id": 7})
@@ -95,12 +95,12 @@ def test_a_tokenizer_named_by_its_path_ends_at_its_own_ids(chatml, tmp_path):
   end = load_tokenizer(TokenizerConfig(), **own).token_id("<|im_end|>")
   assert load_tokenizer(TokenizerConfig(), **own).stop_ids == {2, 7, end}
   assert load_tokenizer(TokenizerConfig(path=str(chatml)), **own).stop_ids == {2, end}
-  whole = shutil.copytree(chatml, tmp_path / "whole")  # a model's folder brings its own
+  whole = shutil.copytree(chatml, tmp_path / "whole")  # a model's folder has its own config.json
   write_json(whole / "config.json", {"eos_token_id": 9})
   assert load_tokenizer(TokenizerConfig(path=str(whole)), **own).stop_ids == {2, 9, end}
 
 
-def test_an_exported_sentencepiece_model_is_read_as_it_was_trained(make_tiny, tmp_path):
+def test_an_exported_sentencepiece_model_tokenises_like_the_original(make_tiny, tmp_path):
   tiny = make_tiny(vocab_size=800)
   serialized = folders.train_sentencepiece(
     model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
@@ -120,8 +120,8 @@ def test_an_exported_sentencepiece_model_is_read_as_it_was_trained(make_tiny, tm
 @pytest.mark.parametrize(
   "name", ["llama2_legacy", "chatml_in_config", "sentencepiece", "fast_only"]
 )
-def test_a_converted_folder_leaves_nothing_to_decide(make_tiny, tmp_path, name):
-  """It means what the published one means to transformers, and is read without it."""
+def test_a_converted_tokenizer_folder_is_unambiguous(make_tiny, tmp_path, name):
+  """It tokenises like the published folder in transformers, and is read without transformers."""
   tiny = make_tiny(vocab_size=32_010, num_layers=1)
   config = json.loads((tiny.folder / "config.json").read_text())
   if name == "sentencepiece":

@@ -1,4 +1,4 @@
-"""Files are pickled here with stand-ins for torch's names; the committed ones are torch's own."""
+"""Most files are pickled here with stand-ins for torch's names; torch wrote the committed ones."""
 
 import collections
 import io
@@ -21,14 +21,14 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 
 
 class Storage:
-  """Stands for the flat values that torch pickles by reference."""
+  """Stand-in for the flat values that torch pickles by reference."""
 
   def __init__(self, values, kind):
     self.values, self.kind = values, kind
 
 
 class Rebuilt:
-  """Pickles as a call of a function of torch."""
+  """An object pickled as a call of a torch function."""
 
   def __init__(self, function, *args):
     self.call = (function, args)
@@ -39,7 +39,7 @@ class Rebuilt:
 
 @pytest.fixture
 def torch_names(monkeypatch):
-  """Modules named like torch's, so that pickle writes those names."""
+  """Modules with the names of torch's, so that pickle writes these names."""
   utils, torch = types.ModuleType("torch._utils"), types.ModuleType("torch")
   for name in ("_rebuild_tensor_v2", "_rebuild_parameter", "_load_from_elsewhere"):
     function = types.FunctionType((lambda *args: None).__code__, {}, name)
@@ -53,7 +53,7 @@ def torch_names(monkeypatch):
 
 
 def save(path, state, *, compression=zipfile.ZIP_STORED, cut=0, order=b"little"):
-  """Writes the archive of torch.save."""
+  """Writes an archive in the format of torch.save."""
   storages = []
   buffer = io.BytesIO()
 
@@ -97,7 +97,7 @@ def test_reads_strides_offsets_parameters_and_shared_storages(
     scalar=tensor(torch_names, Storage(values[:1], torch_names.torch.FloatStorage), 0, (), ()),
     empty=tensor(torch_names, storage, 0, (0, 3), (3, 1)),
   )
-  state._metadata = {"version": 1}  # as state_dict() has it
+  state._metadata = {"version": 1}  # as in state_dict()
   save(path, state)
   found = torch_bin.read_torch_bin(path)
   expected = np.array([[values[2 + i + 5 * j] for j in range(3)] for i in range(4)])
@@ -109,8 +109,8 @@ def test_reads_strides_offsets_parameters_and_shared_storages(
   assert read_all(found["empty"]).shape == (0, 3)
 
 
-def test_reads_what_torch_wrote(read_all):
-  """The rotary frequencies are values that one knows; test_parity shows that the rest is right."""
+def test_reads_a_file_written_by_torch(read_all):
+  """Checks the rotary frequencies, whose values are known; test_parity covers the rest."""
   folder = FIXTURES / "open_llama_sharded"
   config = json.loads((folder / "config.json").read_text())
   index = json.loads((folder / "pytorch_model.bin.index.json").read_text())["weight_map"]
@@ -130,25 +130,25 @@ class Evil:
 @pytest.mark.parametrize(
   ("state", "message"),
   [
-    ({"w": Evil()}, r"asks to run posix.system; only plain tensors are read"),
-    (collections.OrderedDict(w=collections.Counter()), "asks to run collections.Counter"),
+    ({"w": Evil()}, r"posix.system; only plain tensors"),
+    (collections.OrderedDict(w=collections.Counter()), "collections.Counter; only plain tensors"),
     ({"w": 3}, "'w' is not a tensor"),
     ({"model": {}}, "'model' is not a tensor"),
     ([1], "holds a list, expected a dict"),
   ],
 )
-def test_runs_nothing_and_reads_only_tensors(path, state, message):
+def test_runs_no_code_and_reads_only_tensors(path, state, message):
   save(path, state)
   with pytest.raises(ValueError, match=message):
     torch_bin.read_torch_bin(path)
 
 
-def test_refuses_other_names_of_torch(path, torch_names):
+def test_rejects_other_names_of_torch(path, torch_names):
   save(path, {"w": Rebuilt(torch_names.utils._load_from_elsewhere, "x")})
-  with pytest.raises(ValueError, match="asks to run torch._utils._load_from_elsewhere"):
+  with pytest.raises(ValueError, match="torch._utils._load_from_elsewhere; only plain tensors"):
     torch_bin.read_torch_bin(path)
   save(path, {"w": Storage(np.zeros(2), torch_names.torch.QInt8Storage)})
-  with pytest.raises(ValueError, match="asks to run torch.QInt8Storage"):
+  with pytest.raises(ValueError, match="torch.QInt8Storage; only plain tensors"):
     torch_bin.read_torch_bin(path)
 
 
@@ -157,18 +157,18 @@ def test_refuses_other_names_of_torch(path, torch_names):
   [(5, (2, 4), (4, 1)), (0, (3, 4), (5, 1)), (-1, (2, 2), (2, 1)), (0, (2, 2), (-1, 1)),
    (0, (2, 2), (1,)), (0, (2, "2"), (2, 1))],
 )  # fmt: skip
-def test_refuses_tensors_outside_their_storage(path, torch_names, offset, shape, strides):
+def test_rejects_tensors_outside_their_storage(path, torch_names, offset, shape, strides):
   storage = Storage(np.zeros(12, np.float32), torch_names.torch.FloatStorage)
   save(path, {"w": tensor(torch_names, storage, offset, shape, strides)})
-  with pytest.raises(ValueError, match="beyond its storage|description is not understood"):
+  with pytest.raises(ValueError, match="beyond its storage|description .* malformed"):
     torch_bin.read_torch_bin(path)
 
 
-def test_refuses_short_compressed_and_big_endian_storages(path, torch_names):
+def test_rejects_short_compressed_and_big_endian_storages(path, torch_names):
   storage = Storage(np.zeros(12, np.float32), torch_names.torch.FloatStorage)
   state = {"w": tensor(torch_names, storage, 0, (12,), (1,))}
   save(path, state, cut=4)
-  with pytest.raises(ValueError, match="storage 0 should hold 48 bytes, it has 44"):
+  with pytest.raises(ValueError, match="storage 0 should hold 48 bytes, .* 44"):
     torch_bin.read_torch_bin(path)
   save(path, state, compression=zipfile.ZIP_DEFLATED)
   with pytest.raises(NotImplementedError, match="compressed"):
@@ -178,7 +178,7 @@ def test_refuses_short_compressed_and_big_endian_storages(path, torch_names):
     torch_bin.read_torch_bin(path)
 
 
-def test_names_files_of_another_kind(path):
+def test_reports_files_of_another_kind(path):
   path.write_bytes(pickle.dumps({"w": 1}, protocol=2))
   with pytest.raises(NotImplementedError, match=r"pytorch_model.bin was written by torch before"):
     torch_bin.read_torch_bin(path)
@@ -190,5 +190,5 @@ def test_names_files_of_another_kind(path):
     torch_bin.read_torch_bin(path)
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("a/readme.txt", "hello")
-  with pytest.raises(ValueError, match="not one that torch.save wrote"):
+  with pytest.raises(ValueError, match="zip archive.* torch.save"):
     torch_bin.read_torch_bin(path)

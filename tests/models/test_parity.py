@@ -1,7 +1,7 @@
-"""Every family against transformers: the fixtures of tools/make_parity_fixtures.py.
+"""Parity of every family with transformers, on the fixtures of tools/make_parity_fixtures.py.
 
-Oracle: transformers on torch, float32, eager attention. Ours is the whole path: convert,
-load, then logits, the loss of training and its gradient.
+Oracle: transformers on torch, float32, eager attention. The tests cover the whole path in LL3M:
+conversion, loading, logits, the training loss and its gradient.
 """
 
 import functools
@@ -26,13 +26,13 @@ from ll3m_kernels import linear_cross_entropy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
-WINDOWED = "mistral"  # the one whose window is shorter than its sequence
+WINDOWED = "mistral"  # the fixture whose window is shorter than its sequence
 
 # The largest errors measured over all fixtures were 2.3e-6, 1e-7 and 2.6e-6.
-LOGITS_TOLERANCE = 6e-6  # absolute, of the largest logit
+LOGITS_TOLERANCE = 6e-6  # relative to the largest logit
 LOSS_TOLERANCE = 1e-6  # relative
-NORM_TOLERANCE = 1e-5  # relative, of each tensor's own
-# A wrong architecture must miss by this much (of the largest logit), so that none can pass.
+NORM_TOLERANCE = 1e-5  # relative to each tensor's norm
+# The minimum error of a wrong architecture, relative to the largest logit.
 VISIBLE = 10 * LOGITS_TOLERANCE
 
 
@@ -40,11 +40,11 @@ class Fixture(NamedTuple):
   config: ModelConfig
   rules: tuple[tensor_rules.Rule, ...]
   params: transformer.Params  # float32
-  stored: transformer.Params  # the same in the checkpoint's dtypes
+  stored: transformer.Params  # the same parameters in the checkpoint's dtypes
   tokens: np.ndarray  # [B, T]
   logits: np.ndarray  # [B, T, V]
   loss: float
-  norms: dict[str, float]  # of the gradient in every tensor, by its name in the checkpoint
+  norms: dict[str, float]  # norms of the gradients, by tensor name in the checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def load(tmp_path_factory):
 
 @functools.cache
 def compiled(config, **options):
-  """One compiled function per architecture: fixtures that differ in files only share it."""
+  """Returns the compiled function of an architecture, shared by all fixtures that have it."""
   model = transformer.make_model(config, **options)
 
   def loss_and_logits(params, tokens):
@@ -138,17 +138,17 @@ def test_every_family_and_switch_has_a_fixture(load):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_loss_and_every_gradient_norm(load, name):
+def test_logits_loss_and_gradient_norms_match_transformers(load, name):
   check(load(name))
 
 
 @pytest.mark.parametrize("remat", sorted(set(transformer.REMAT_POLICIES) - {"nothing"}))
-def test_remat_changes_nothing(load, remat):
+def test_remat_does_not_change_the_results(load, remat):
   check(load(WINDOWED), remat=remat)
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
-def test_parameters_may_stay_in_the_checkpoints_dtype(load, name):
+def test_parameters_may_keep_the_dtype_of_the_checkpoint(load, name):
   fixture = load(name)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(fixture.stored)} < {"float16", "bfloat16"}
   logits = logits_of(fixture.config, fixture.stored, fixture.tokens)
@@ -163,7 +163,7 @@ def test_unconverted_checkpoints_give_the_same_parameters(load, name):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma_2b", "phi_2"])
-def test_rows_packed_into_one(load, name):
+def test_packed_rows_give_the_same_logits(load, name):
   fixture = load(name)
   rows, length = fixture.tokens.shape
   logits = logits_of(
@@ -193,15 +193,15 @@ def test_rows_packed_into_one(load, name):
     ("phi_2", {"rotary_fraction": 0.5}),
   ],
 )
-def test_a_wrong_switch_shows(load, name, changes):
+def test_a_wrong_switch_changes_the_logits(load, name, changes):
   fixture = load(name)
   logits = logits_of(fixture.config.replace(**changes), fixture.params, fixture.tokens)
   assert relative_error(logits, fixture.logits) > VISIBLE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dropped_tensor_would_show(load, name):
+def test_no_tensor_is_negligible(load, name):
   fixture = load(name)
   assert min(fixture.norms.values()) > 0.01
   for leaf in jax.tree.leaves(fixture.params):
-    assert np.ptp(leaf) > 0.1  # neither zeros nor ones: not what an initialiser gives
+    assert np.ptp(leaf) > 0.1  # not constant, as after initialisation with zeros or ones

@@ -1,4 +1,4 @@
-"""The download against a small hub of our own; tests/faults/test_download.py has one that fails."""
+"""Downloads from a local hub; tests/faults/test_download.py covers a hub that fails."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import pytest
 TOOL = Path(__file__).parents[2] / "tools" / "download.py"
 TOKEN = "hf_" + "s3cret" * 5
 COMMIT = "0123456789" * 4
-CHUNK = 10 * 2**20  # huggingface_hub writes as much at a time, and goes on after the last of them
+CHUNK = 10 * 2**20  # huggingface_hub writes in chunks of this size and resumes after the last one
 WEIGHTS = np.random.default_rng(0).bytes(3 * CHUNK)
 COMPANIONS = {
   "config.json": b"{}",
@@ -35,12 +35,12 @@ FILES = COMPANIONS | {
 
 
 class Hub(ThreadingHTTPServer):
-  """Serves FILES of the one model that there is, to who knows the token.
+  """A server with a single model, whose files it serves to clients with the token.
 
   Attributes:
-    files: by name, what is there.
-    requests: of files that were asked for: (name, the Range header or None).
-    cut: names of files whose first answer breaks off half-way.
+    files: The contents of the model's files, by name.
+    requests: The requests for files: (name, Range header or None).
+    cut: The names of files whose first response breaks off half-way.
   """
 
   daemon_threads = True
@@ -117,7 +117,7 @@ def hub():
 
 @pytest.fixture
 def download(hub, tmp_path):
-  """Runs the tool; returns the process and the files that are there then."""
+  """Returns a function that runs the tool and returns the process and the downloaded files."""
 
   def run(*flags: str) -> tuple[subprocess.CompletedProcess, dict[str, bytes]]:
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
@@ -135,7 +135,7 @@ def download(hub, tmp_path):
   return run
 
 
-def test_safetensors_come_with_config_and_tokenizer_and_only_once(hub, download):
+def test_downloads_safetensors_config_and_tokenizer_once(hub, download):
   expected = {k: v for k, v in FILES.items() if "/" not in k and not k.endswith(".bin")}
   done, found = download()
   assert done.returncode == 0, done.stderr
@@ -146,14 +146,14 @@ def test_safetensors_come_with_config_and_tokenizer_and_only_once(hub, download)
   assert again == expected and not hub.requests
 
 
-def test_bin_files_come_where_there_are_no_safetensors(hub, download):
+def test_downloads_bin_files_if_there_are_no_safetensors(hub, download):
   hub.files = COMPANIONS | {"pytorch_model.bin": b"pickle"}
   done, found = download()
   assert done.returncode == 0, done.stderr
   assert found == hub.files
 
 
-def test_what_broke_off_goes_on_where_it_was(hub, download):
+def test_resumes_an_interrupted_file(hub, download):
   name = "model-00001-of-00002.safetensors"
   hub.cut.add(name)
   done, found = download()
@@ -161,15 +161,15 @@ def test_what_broke_off_goes_on_where_it_was(hub, download):
   assert found[name] == WEIGHTS
   first, *rest = [wanted for asked, wanted in hub.requests if asked == name]
   assert first is None and rest == [f"bytes={CHUNK}-"]
-  # It is told, and once.
+  # The interruption is reported once.
   assert done.stderr.count("peer closed connection") == 1
 
 
-def test_a_model_without_weights_is_refused(hub, download):
+def test_rejects_a_model_without_weights(hub, download):
   hub.files = dict(COMPANIONS)
   done, found = download()
   assert done.returncode == 1 and not found
   assert done.stderr.splitlines()[-1] == (
-    "error: cannot download some/model: it holds neither safetensors nor .bin files, only "
+    "error: cannot download some/model: expected safetensors or .bin files, got only "
     "config.json, tokenizer.json, tokenizer.model, LICENSE"
   )

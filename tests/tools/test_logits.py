@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_logits_are_those_of_transformers(tmp_path):
+def test_logits_match_transformers(tmp_path):
   expected = np.load(FIXTURE / "expected.npz")
   np.save(tmp_path / "tokens.npy", expected["tokens"].astype(np.int64))
   output = tmp_path / "new" / "logits.npy"
@@ -36,7 +36,7 @@ def test_logits_are_those_of_transformers(tmp_path):
   [
     (np.full((1, 3), VOCABULARY), "token ids must be at least 0 and below 101, got 101"),
     (np.full((1, 3), -1), "token ids must be at least 0 and below 101, got -1"),
-    (np.zeros((1, MAX_POSITIONS + 1), int), "the model takes at most 64 tokens in a row, got 65"),
+    (np.zeros((1, MAX_POSITIONS + 1), int), "at most 64 tokens for this model, got 65"),
     (np.zeros(3, int), "must have the shape [B, T], got [3]"),
     (np.zeros((2, 0), int), "must have the shape [B, T], got [2, 0]"),
     (np.zeros((1, 3)), "must hold integers, got float64"),
@@ -44,7 +44,7 @@ def test_logits_are_those_of_transformers(tmp_path):
     (None, "error: --tokens: no such file: "),
   ],
 )
-def test_unsuitable_tokens_are_one_sentence(tmp_path, tokens, sentence):
+def test_invalid_tokens_give_an_error_of_one_sentence(tmp_path, tokens, sentence):
   path = tmp_path / "tokens.npy"
   if isinstance(tokens, bytes):
     path.write_bytes(tokens)
@@ -60,7 +60,7 @@ def test_unsuitable_tokens_are_one_sentence(tmp_path, tokens, sentence):
   assert not output.exists()
 
 
-def test_a_missing_flag_is_named():
+def test_a_missing_flag_is_reported():
   done = run("--tokens=tokens.npy", "--output=logits.npy")
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == "error: --checkpoint must be given"

@@ -1,4 +1,4 @@
-"""The recipes: their flags, checked and planned by themselves."""
+"""Checks the flags of the recipes and plans their runs."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tools" / "recipes" / "llama2_7b_wikipedia.sh"
-# So that it compiles in seconds.
+# Sizes that compile in seconds.
 SMALL = (
   "--update_model_config=d_model=256,d_ff=512,num_layers=2,num_heads=4,num_kv_heads=4,head_dim=64,"
   "vocab_size=4096",
@@ -27,14 +27,15 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
   )  # fmt: skip
 
 
-def test_it_has_every_flag_of_the_description():
+def test_the_recipe_has_every_flag_of_the_reference():
   described = (ROOT / "tests" / "test_reference_command.py").read_text()
   names = set(re.findall(r"--([a-z_.]+)=", described.partition('"train",')[2].partition("env=")[0]))
   own = set(re.findall(r"--([a-z_.]+)=", RECIPE.read_text()))
-  assert len(names) > 20 and names - own == {"update_model_config"}  # which is the test's own
+  # update_model_config is added by the test of the reference command.
+  assert len(names) > 20 and names - own == {"update_model_config"}
 
 
-def test_a_dry_run_plans_it_here():
+def test_a_dry_run_plans_the_run():
   done = run("--dry_run", *SMALL)
   assert done.returncode == 0, done.stderr
   assert "64 devices of TPU v3 on 32 chips" in done.stdout
@@ -57,7 +58,7 @@ def test_a_dry_run_checks_the_flags(flag, message):
   assert done.stderr.startswith("error: ") and message in done.stderr
 
 
-def test_a_run_needs_its_bucket():
+def test_a_run_requires_a_bucket():
   done = run()
   assert done.returncode != 0
   assert "set BUCKET to the gs:// folder" in done.stderr

@@ -1,4 +1,4 @@
-"""The launcher end to end, with a gcloud on PATH that runs each worker as a local process."""
+"""The launcher end to end, with a fake gcloud that runs each worker as a local process."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
-# Every worker has a home of its own below $WORKERS; all that is asked for is written down.
+# Every worker has its own home below $WORKERS; all calls are recorded.
 GCLOUD = """#!{python}
 import json, os, shutil, subprocess, sys
 workers = [os.path.join(os.environ["WORKERS"], name) for name in ("0", "1")]
@@ -46,7 +46,7 @@ elif verb == "ssh":
 
 @pytest.fixture(autouse=True)
 def interruptible():
-  """Has Ctrl-C reach what a test starts, also where the tests are a script's job in background."""
+  """Makes the processes of a test receive Ctrl-C even if the tests run in the background."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
@@ -82,7 +82,7 @@ class Pod:
     return process.returncode, stdout, stderr
 
   def groups(self) -> list[int]:
-    """The process groups of both workers' runs."""
+    """Returns the process groups of both workers' runs."""
     files = [self.workers / name / "ll3m_run" / "pid" for name in ("0", "1")]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     return [int(file.read_text()) for file in files]
@@ -103,7 +103,7 @@ def pod(tmp_path) -> Pod:
 
 @pytest.fixture
 def script(tmp_path):
-  """Returns a function that writes a script."""
+  """Returns a function that writes a script and returns the flag that names it."""
 
   def write(text: str) -> str:
     path = tmp_path / "script.sh"
@@ -113,7 +113,7 @@ def script(tmp_path):
   return write
 
 
-def test_output_comes_with_the_workers_number_and_to_a_file(pod, script, tmp_path):
+def test_output_is_shown_with_the_worker_number_and_written_to_files(pod, script, tmp_path):
   text = (
     """echo "$GREETING from $LL3M_WORKER of $LL3M_WORKERS"; ls pyproject.toml ll3m/train.py >&2"""
   )
@@ -127,10 +127,10 @@ def test_output_comes_with_the_workers_number_and_to_a_file(pod, script, tmp_pat
     assert sorted((pod.logs / "pod" / f"worker-{worker}.log").read_text().splitlines()) == said
   calls = [json.loads(line) for line in (pod.workers / "calls").read_text().splitlines()]
   assert {call[3] for call in calls} == {"describe", "scp", "ssh"}
-  assert sum(call[3] == "scp" for call in calls) == 1  # the archive, and nothing beside it
+  assert sum(call[3] == "scp" for call in calls) == 1  # only the archive is copied
 
 
-def test_a_failure_stops_the_others_and_gives_its_exit_code(pod, script):
+def test_a_failed_worker_stops_the_others_and_sets_the_exit_code(pod, script):
   text = """trap 'echo saving; exit 9' TERM
 if [ "$LL3M_WORKER" = 1 ]; then sleep 1; exit 3; fi
 sleep 1000 & wait"""
@@ -156,7 +156,7 @@ def test_a_run_that_is_still_installing_is_busy_and_stops(pod, script):
   process = pod.start(text, "--install=sleep 1000")
   groups = pod.groups()
   assert "[worker 1] running" in pod.run("--status")[1]
-  assert "still going on on worker 0, 1" in pod.run(text)[2]
+  assert "still active on worker 0, 1" in pod.run(text)[2]
   process.send_signal(signal.SIGINT)
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 130, stderr
@@ -164,7 +164,7 @@ def test_a_run_that_is_still_installing_is_busy_and_stops(pod, script):
   assert not list(pod.workers.glob("*/trained"))
 
 
-def test_an_installation_that_fails_is_a_failure_of_its_worker(pod, script):
+def test_a_failed_installation_fails_its_worker(pod, script):
   text = script('echo trained > "$HOME/trained"')
   code, stdout, stderr = pod.run(text, "--install=echo no network; exit 7")
   assert code == 7, stderr
@@ -172,7 +172,7 @@ def test_an_installation_that_fails_is_a_failure_of_its_worker(pod, script):
   assert not list(pod.workers.glob("*/trained"))
 
 
-def test_a_worker_that_cannot_be_stopped_is_told(pod, script):
+def test_a_worker_that_cannot_be_stopped_is_reported(pod, script):
   code, _, stderr = pod.run(script("sleep 1000"), "--detach")
   assert code == 0, stderr
   groups = pod.groups()
@@ -186,7 +186,7 @@ def test_a_worker_that_cannot_be_stopped_is_told(pod, script):
   assert not any(map(is_alive, groups))
 
 
-def test_a_detached_run_goes_on_is_told_of_and_ends_when_asked(pod, script):
+def test_a_detached_run_continues_reports_its_status_and_can_be_stopped(pod, script):
   assert "no run" in pod.run("--status")[1]
   running = script("echo step 7; sleep 1000")
   code, _, stderr = pod.run(running, "--detach")
@@ -196,14 +196,14 @@ def test_a_detached_run_goes_on_is_told_of_and_ends_when_asked(pod, script):
   assert "[worker 0] running" in pod.run("--status")[1]
   code, _, stderr = pod.run(running)
   assert code == 1
-  assert stderr == "error: a run is still going on on worker 0, 1 of pod: --stop ends it\n"
-  assert all(map(is_alive, groups))  # which was not touched
+  assert stderr == "error: a run is still active on worker 0, 1 of pod; end it with --stop\n"
+  assert all(map(is_alive, groups))  # the run was not touched
   assert pod.run("--stop")[0] == 0
   assert not any(map(is_alive, groups))
   assert "[worker 0] stopped" in pod.run("--status")[1]
 
 
-def test_a_script_that_ignores_the_request_is_ended_after_the_grace(pod, script):
+def test_a_script_that_ignores_sigterm_is_killed_after_the_grace_period(pod, script):
   code, _, stderr = pod.run(script("trap '' TERM; sleep 1000; sleep 1000"), "--detach")
   assert code == 0, stderr
   groups = pod.groups()
@@ -216,7 +216,7 @@ def test_two_workers_train_together(pod, script, byte_tokenizer, free_port, tmp_
   model = "vocab_size=258,d_model=16,d_ff=24,num_layers=1,num_heads=2,num_kv_heads=1,head_dim=8"
   text = f"""set -e
 export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
-export PYTHONPATH=$PWD:$PWD/kernels  # the code that was sent
+export PYTHONPATH=$PWD:$PWD/kernels  # the transferred code
 python -m ll3m.train --load_model_config=smollm2_135m --update_model_config={model} \
   --tokenizer.path={byte_tokenizer} --total_steps=2 --log_freq=1 --logger.tensorboard=False \
   {data} --train_dataset.seqio_dataset.batch_size=4 --mesh_dim=2,2,1 \
@@ -238,17 +238,17 @@ echo done $LL3M_WORKER"""
   [
     (["--status", "--stop"], "give at most one of --detach, --status and --stop"),
     ([], "--script must be given"),
-    (["--script=/nowhere.sh"], "--script: there is no file /nowhere.sh"),
+    (["--script=/nowhere.sh"], "--script: no such file: /nowhere.sh"),
     (["--status", "--env=A"], "--env expects NAME=VALUE, got 'A'"),
   ],
 )
-def test_mistakes_are_told_before_anything_is_sent(pod, arguments, message):
+def test_invalid_flags_are_reported_before_anything_is_sent(pod, arguments, message):
   code, _, stderr = pod.run(*arguments)
   assert code == 2 and stderr == f"error: {message}\n"
   assert not (pod.workers / "calls").exists()
 
 
-def test_what_gcloud_says_is_told(pod):
+def test_errors_of_gcloud_are_reported(pod):
   code, _, stderr = pod.run("--status", tpu="bod")
   assert code == 1
   assert stderr == "error: cannot describe bod: ERROR: there is no such TPU\n"
