@@ -160,13 +160,14 @@ def _kernels(
     forward = decoding.describe(*own)
   else:
     forward = (
-      f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
-      "resident",
+      f"block_q={blocks.block_q}, block_kv_compute={blocks.block_kv_compute}, "
+      f"block_kv={blocks.block_kv}",
       forward_bytes(problem, blocks, generation),
     )
   backward = (
-    f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
-    f"{blocks.keys_resident_backward} keys resident",
+    f"block_q_backward={blocks.block_q_backward}, "
+    f"block_kv_compute_backward={blocks.block_kv_compute_backward}, "
+    f"block_kv_backward={blocks.block_kv_backward}",
     backward_bytes(problem, blocks, generation),
   )
   return {"forward": forward, "backward": backward}

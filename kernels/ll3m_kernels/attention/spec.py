@@ -42,21 +42,21 @@ def make_span(is_causal: bool, window: tuple[int, int] | None) -> Span:
   return Span(left, 0 if is_causal else right)
 
 
-def some_see(span: Span, first: Any, last: Any, num_keys: int) -> tuple[Any, Any]:
+def keys_seen_by_any(span: Span, first: Any, last: Any, num_keys: int) -> tuple[Any, Any]:
   """Returns the keys [low, high) that some query of first..last may see; maybe low >= high."""
   low = 0 if span.left is None else maximum(first - span.left, 0)
   high = num_keys if span.right is None else minimum(last + span.right + 1, num_keys)
   return low, high
 
 
-def all_see(span: Span, first: Any, last: Any, num_keys: int) -> tuple[Any, Any]:
+def keys_seen_by_all(span: Span, first: Any, last: Any, num_keys: int) -> tuple[Any, Any]:
   """Returns the keys [low, high) that all queries of first..last see; maybe low >= high."""
   low = 0 if span.left is None else maximum(last - span.left, 0)
   high = num_keys if span.right is None else minimum(first + span.right + 1, num_keys)
   return low, high
 
 
-def queries_seeing(span: Span, first: int, last: int, num_queries: int) -> tuple[int, int]:
+def queries_seeing_any(span: Span, first: int, last: int, num_queries: int) -> tuple[int, int]:
   """Returns the queries [low, high) that see some key of first..last; maybe low >= high."""
   low = 0 if span.right is None else max(first - span.right, 0)
   high = num_queries if span.left is None else min(last + span.left + 1, num_queries)
@@ -72,13 +72,13 @@ def queries_seeing_all(span: Span, first: int, last: int, num_queries: int) -> t
 
 def within(span: Span, distance: Int[Array, "..."]) -> Bool[Array, "..."] | None:
   """Returns whether a query sees a key that stands so far to its right; None if all do."""
-  seen = None
+  visible = None
   if span.right is not None:
-    seen = distance <= span.right
+    visible = distance <= span.right
   if span.left is not None:
     near = distance >= -span.left
-    seen = near if seen is None else seen & near
-  return seen
+    visible = near if visible is None else visible & near
+  return visible
 
 
 def maximum(a: Any, b: Any) -> Any:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ll3m_kernels.attention.spec import MASKED, Spec, some_see, within
+from ll3m_kernels.attention.spec import MASKED, Spec, keys_seen_by_any, within
 from ll3m_kernels.soft_cap import soft_cap
 
 # Shorter blocks skip more of what is masked but make smaller products.
 _BLOCK = 128
 # Long sequences get longer blocks: each one is compiled.
-_MOST_BLOCKS = 32
+_MAX_BLOCKS = 32
 
 
 def forward(
@@ -43,16 +43,16 @@ def forward(
     visible = _visible(spec, rows, columns, query_ids, key_ids)
     if visible is not None:
       scores = jnp.where(visible, scores, MASKED)
-    # Never as low as what is masked, so that this vanishes even where nothing is visible.
-    largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), 0.5 * MASKED)
-    weights = jnp.exp(scores - largest)  # [B, K, G, t, s]
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
+    # Above MASKED, so that the weights of masked scores are 0 even where all scores are masked.
+    m = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), 0.5 * MASKED)
+    weights = jnp.exp(scores - m)  # [B, K, G, t, s]
+    l = jnp.sum(weights, axis=-1, keepdims=True)
+    is_empty = l == 0.0
+    l = jnp.where(is_empty, 1.0, l)
     output = _dot("bkts,bksh->bkth", _as_rows(weights.astype(value.dtype)), values[:, :, columns])
-    output = output / total.reshape(*output.shape[:-1], 1)
+    output = output / l.reshape(*output.shape[:-1], 1)
     outputs.append(_ungroup(output, num_heads).astype(query.dtype))
-    sums.append(jnp.where(empty, MASKED, largest + jnp.log(total)))
+    sums.append(jnp.where(is_empty, MASKED, m + jnp.log(l)))
   output = jnp.concatenate(outputs, axis=1)
   log_sum_exp = jnp.concatenate(sums, axis=3)  # [B, K, G, T, 1]
   return output, log_sum_exp.reshape(output.shape[0], num_heads, -1)
@@ -109,10 +109,10 @@ def backward(
 
 def _blocks(spec: Spec, length: int, key_length: int) -> Iterator[tuple[slice, slice]]:
   """Yields blocks of queries, each with the keys that some query of it may see."""
-  size = max(_BLOCK, -(-length // _MOST_BLOCKS))
+  size = max(_BLOCK, -(-length // _MAX_BLOCKS))
   for start in range(0, length, size):
     stop = min(start + size, length)
-    low, high = some_see(spec.span, start, stop - 1, key_length)
+    low, high = keys_seen_by_any(spec.span, start, stop - 1, key_length)
     low = min(low, high - 1)  # a query that sees nothing masks one key
     yield slice(start, stop), slice(low, high)
 
@@ -139,12 +139,12 @@ def _visible(
   distance = (
     jnp.arange(columns.start, columns.stop)[None] - jnp.arange(rows.start, rows.stop)[:, None]
   )
-  seen = within(spec.span, distance)
-  seen = None if seen is None else seen[None]
+  visible = within(spec.span, distance)  # [t, s]
+  visible = None if visible is None else visible[None]
   if query_ids is not None:
-    same = query_ids[:, rows, None] == key_ids[:, None, columns]
-    seen = same if seen is None else seen & same
-  return None if seen is None else seen[:, None, None]
+    same = query_ids[:, rows, None] == key_ids[:, None, columns]  # [B, t, s]
+    visible = same if visible is None else visible & same
+  return None if visible is None else visible[:, None, None]
 
 
 def _by_head(x: Float[Array, "B S K H"]) -> Float[Array, "B K S H"]:

@@ -19,8 +19,8 @@ def test_every_length(generation):
     problem = block_sizes.Problem(length, length, head_dim, head_dim, itemsize, True, mask)
     chosen = block_sizes.default_blocks(problem, generation)
     block_sizes.check(chosen, problem, generation)
-    count = -(-length // chosen.queries)
-    assert count * chosen.queries - length < max(chosen.keys, LANES * count)
+    count = -(-length // chosen.block_q)
+    assert count * chosen.block_q - length < max(chosen.block_kv_compute, LANES * count)
 
 
 def test_queries_and_keys_of_different_lengths():
@@ -30,8 +30,8 @@ def test_queries_and_keys_of_different_lengths():
     for generation in GENERATIONS.values():
       chosen = block_sizes.default_blocks(problem, generation)
       block_sizes.check(chosen, problem, generation)
-      assert chosen.queries % LANES == 0 or chosen.queries == queries
-      assert chosen.keys <= keys
+      assert chosen.block_q % LANES == 0 or chosen.block_q == queries
+      assert chosen.block_kv_compute <= keys
       # As lanes they are whole registers, or all that there are: compilers demand that.
-      for resident in (chosen.keys_resident, chosen.keys_resident_backward):
-        assert resident % LANES == 0 or resident == keys
+      for block_kv in (chosen.block_kv, chosen.block_kv_backward):
+        assert block_kv % LANES == 0 or block_kv == keys

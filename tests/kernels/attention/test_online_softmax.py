@@ -15,8 +15,8 @@ SIZES = (384, 100, 40, 256)  # of the pieces: whole registers of lanes, and what
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("is_turned", [True, False], ids=["turned", "not_turned"])
-def test_pieces_in_two_updates(is_turned, scale):
+@pytest.mark.parametrize("is_transposed", [True, False], ids=["transposed", "not_transposed"])
+def test_pieces_in_two_updates(is_transposed, scale):
   rng = np.random.default_rng(0)
   scores = [rng.normal(scale=20.0, size=(ROWS, size)) for size in SIZES]
   scores[0][3] = 300.0  # all that comes later vanishes beside it
@@ -26,22 +26,22 @@ def test_pieces_in_two_updates(is_turned, scale):
   values = [rng.normal(size=(size, HEAD)) for size in SIZES]
 
   def kernel(*refs):
-    score_refs, value_refs, (output_ref, log_sum_exp_ref, *known) = refs[:4], refs[4:8], refs[8:]
-    running = online_softmax.Softmax(*known, is_turned, scale)
+    score_refs, value_refs, (output_ref, log_sum_exp_ref, *state) = refs[:4], refs[4:8], refs[8:]
+    softmax = online_softmax.Softmax(*state, is_transposed, scale)
     rows = slice(128, 128 + ROWS)
-    running.start(rows)
+    softmax.start(rows)
     for pieces in ((0, 1), (2, 3)):
-      update = online_softmax.Update(running, rows, {n: score_refs[n][...] for n in pieces})
-      assert update.meets(pieces[0]) and not update.meets(4)
+      update = online_softmax.Update(softmax, rows, {n: score_refs[n][...] for n in pieces})
+      assert update.has_piece(pieces[0]) and not update.has_piece(4)
       for n in pieces:
-        product = update.weights(n) @ value_refs[n][...]
-        update.add(product.T if is_turned else product)
+        product = update.take_weights(n) @ value_refs[n][...]
+        update.add(product.T if is_transposed else product)
       update.store()
-    running.finish(rows, output_ref, log_sum_exp_ref)
+    softmax.finish(rows, output_ref, log_sum_exp_ref)
 
   rows = 128 + ROWS
-  sums = (HEAD, rows) if is_turned else (rows, HEAD)
-  shapes = [(1, 1, rows, HEAD), (1, 1, 1, rows), sums, (rows, 128), (rows, 128)]
+  acc = (HEAD, rows) if is_transposed else (rows, HEAD)
+  shapes = [(1, 1, rows, HEAD), (1, 1, 1, rows), acc, (rows, 128), (rows, 128)]
   with jax.default_matmul_precision("highest"):
     output, log_sum_exp, *_ = pl.pallas_call(
       kernel,

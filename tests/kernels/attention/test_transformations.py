@@ -195,9 +195,12 @@ def test_gradient_of_a_vmap_that_one_output_does_not_depend_on():
 def test_bad_blocks_are_explained():
   arrays = draw(length=400)
   for sizes, message in (
-    ((100, 128, 128, 128, 128, 128), "block_sizes.queries must be a multiple of 128 or at least"),
-    ((128, 128, 200, 128, 128, 128), r"keys_resident must be a multiple of keys \(128\), got 200"),
-    ((0, 128, 128, 128, 128, 128), "block_sizes.queries must be a positive integer, got 0"),
+    ((100, 128, 128, 128, 128, 128), "block_sizes.block_q must be a multiple of 128 or at least"),
+    (
+      (128, 128, 200, 128, 128, 128),
+      r"block_kv must be a multiple of block_kv_compute \(128\), got 200",
+    ),
+    ((0, 128, 128, 128, 128, 128), "block_sizes.block_q must be a positive integer, got 0"),
   ):
     with pytest.raises(ValueError, match=message):
       flash_attention(*arrays, block_sizes=BlockSizes(*sizes))
