@@ -130,7 +130,7 @@ def key_of(problem: Problem, generation: Generation) -> block_tables.Key:
     "flash_attention",
     generation.name,
     {2: "bfloat16", 4: "float32"}[problem.itemsize],
-    problem.head_dim if problem.head_dim == problem.value_dim else 0,  # in no table
+    problem.head_dim if problem.head_dim == problem.value_dim else 0,  # no table has size 0
     problem.mask,
     block_tables.length_bucket(max(problem.queries, problem.keys)),
   )

@@ -1,9 +1,8 @@
 """The forward pass of attention on a TPU (Dao, 2023, FlashAttention-2).
 
 A grid step has block_q queries of one head and block_kv keys of its KV head, which it processes in
-tiles. From its position in the grid it knows which tiles are full, partial and empty
-(`tile_schedule`, which has a glossary); tiles of other segments are skipped by the ranges of their
-ids.
+tiles. Its position in the grid determines which tiles are full, partial or empty (see
+`tile_schedule` and its glossary); tiles of other segments are skipped by the ranges of their ids.
 
 Scores are [queries, keys]: each square of K^T is loaded into the matrix unit once for all queries
 of a step, and so is V, unless that would leave columns of the matrix unit empty
@@ -340,11 +339,11 @@ def _within_piece(piece: forward_schedule.Piece, rows: slice) -> slice:
 
 def _mask_edges(
   spec: specs.Spec,
-  scores: Float[Array, "r k"],
+  scores: Float[Array, "r n"],
   rows: slice,
   piece: forward_schedule.Piece,
   full: slice,
-) -> Float[Array, "r k"]:
+) -> Float[Array, "r n"]:
   """Masks by position, except for the keys that all queries of the band see."""
   if piece.diagonal_offset is None:
     return scores

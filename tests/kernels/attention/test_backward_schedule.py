@@ -1,4 +1,4 @@
-"""The chunks of squares that a mask cuts, against the mask written out."""
+"""The chunks of partial blocks, compared with the whole mask."""
 
 import numpy as np
 import pytest
@@ -31,24 +31,24 @@ def test_visible_pairs_of_a_partial_block_are_in_one_chunk(
   offsets = tile_schedule.diagonal_offsets(spec, layout)
   assert offsets
   for offset in offsets:
-    right = offset + position[:, None] - position  # of a query, by key
-    visible = np.ones_like(right, bool)
+    distance = offset + position[:, None] - position  # [key, query]
+    visible = np.ones_like(distance, bool)
     if span.right is not None:
-      visible &= right <= span.right
+      visible &= distance <= span.right
     if span.left is not None:
-      visible &= right >= -span.left
-    counts = np.zeros_like(right)
+      visible &= distance >= -span.left
+    counts = np.zeros_like(distance)
     found = backward_schedule.partial_block_chunks(
       spec, layout, 0, offset, dispatch.GENERATIONS[generation]
     )
     for chunk in found:
       start, size = chunk.first_key, chunk.keys.size
       counts[start : start + size, chunk.queries] += 1
-      assert chunk.diagonal_offset == right[start, chunk.queries.start]
+      assert chunk.diagonal_offset == distance[start, chunk.queries.start]
       if chunk.full.start < chunk.full.stop:
         assert visible[start : start + size, chunk.queries][:, chunk.full].all()
     assert counts.max(initial=0) <= 1
     assert (counts >= visible).all()
-    # Along each of two edges, a chunk's own half and what rounding to 128 queries adds.
+    # Masked pairs along each of two edges: half a chunk, plus the rounding to 128 queries.
     step = max(chunk.keys.size for chunk in found)
     assert counts.sum() - visible.sum() <= block_q * (step + 256)

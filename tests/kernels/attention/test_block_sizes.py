@@ -1,4 +1,4 @@
-"""The default blocks of every length can be laid out, on every TPU."""
+"""The default block sizes are valid for every length on every TPU."""
 
 import itertools
 
@@ -12,7 +12,7 @@ LENGTHS = [*range(1, 700, 37), *range(704, 9000, 64), 12_345, 16_384, 20_000, 32
 
 
 @pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
-def test_every_length(generation):
+def test_default_blocks_are_valid_for_every_length(generation):
   for length, head_dim, itemsize, mask in itertools.product(
     LENGTHS, (8, 64, 100, 128, 256), (2, 4), ("causal", "full", "window")
   ):
@@ -23,7 +23,7 @@ def test_every_length(generation):
     assert count * chosen.block_q - length < max(chosen.block_kv_compute, LANES * count)
 
 
-def test_queries_and_keys_of_different_lengths():
+def test_default_blocks_are_valid_for_different_lengths_of_queries_and_keys():
   lengths = (1, 100, 200, 500, 1280, 2000, 5000)
   for queries, keys in itertools.product(lengths, lengths):
     problem = block_sizes.Problem(queries, keys, 128, 64, 2, has_segments=False)
@@ -32,6 +32,6 @@ def test_queries_and_keys_of_different_lengths():
       block_sizes.check(chosen, problem, generation)
       assert chosen.block_q % LANES == 0 or chosen.block_q == queries
       assert chosen.block_kv_compute <= keys
-      # As lanes they are whole registers, or all that there are: compilers demand that.
+      # The compilers require whole registers of lanes, or the whole length.
       for block_kv in (chosen.block_kv, chosen.block_kv_backward):
         assert block_kv % LANES == 0 or block_kv == keys
