@@ -171,10 +171,13 @@ OPERATIONS = {
     key=lambda shape, generation: attention_blocks.key_of(_problem(shape), generation),
     rule=lambda shape, generation: attention_blocks.rule(_problem(shape), generation),
     options={
-      "attention_forward": {"keys": (256, 512, 1024, 2048), "queries": (512, 1024, 2048, 4096)},
+      "attention_forward": {
+        "block_kv_compute": (256, 512, 1024, 2048),
+        "block_q": (512, 1024, 2048, 4096),
+      },
       "attention_backward": {
-        "keys_backward": (256, 512, 1024, 2048),
-        "queries_backward": (512, 1024, 2048, 4096),
+        "block_kv_compute_backward": (256, 512, 1024, 2048),
+        "block_q_backward": (512, 1024, 2048, 4096),
       },
     },
     serves=lambda limits, shape, generation: attention_blocks.serves(

@@ -50,7 +50,7 @@ def test_a_norm_is_tuned_by_the_real_compiler(tmp_path, capsys):
   """Other entries of the table are kept; a second run compiles nothing."""
   output, estimates = tmp_path / "table.json", tmp_path / "estimates.jsonl"
   other = block_tables.Key("flash_attention", "v5e", "bfloat16", 128, "full", 4096)
-  block_tables.write(output, {other: {"limits": {"queries": 1}, "cycles": {}}})
+  block_tables.write(output, {other: {"limits": {"block_q": 1}, "cycles": {}}})
   arguments = ["--op=norm_forward", "--generation=v5e", "--shape=D=256,T=2048"]
   arguments += [f"--output={output}", f"--estimates={estimates}"]
   assert tune.main(arguments) == 0

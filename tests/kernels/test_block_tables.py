@@ -25,7 +25,12 @@ def test_length_bucket(length, bucket):
 def mine(tmp_path, monkeypatch):
   """Writes a table for `PROBLEM` and names it in the environment variable."""
   key = block_sizes.key_of(PROBLEM, V5E)
-  limits = {"queries": 512, "keys": 256, "queries_backward": 256, "keys_backward": 128}
+  limits = {
+    "block_q": 512,
+    "block_kv_compute": 256,
+    "block_q_backward": 256,
+    "block_kv_compute_backward": 128,
+  }
   path = tmp_path / "mine.json"
   block_tables.write(path, {key: {"limits": limits, "cycles": {}}})
   monkeypatch.setenv(block_tables.VARIABLE, str(path))
@@ -36,7 +41,7 @@ def test_a_users_table_overrides_the_rule(mine):
   assert block_sizes.default_blocks(PROBLEM, V5E) == BlockSizes(512, 256, 4096, 256, 128, 4096)
   shorter = block_sizes.Problem(3000, 3000, 128, 128, 2, has_segments=False, mask="full")
   chosen = block_sizes.default_blocks(shorter, V5E)
-  assert chosen.keys <= 256 and chosen.queries <= 512, "both lengths are in one bucket"
+  assert chosen.block_kv_compute <= 256 and chosen.block_q <= 512, "the same bucket of lengths"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Attention with grouped queries, windows, segments and soft caps."""
+"""Attention with grouped queries, sliding windows, segment ids and soft caps."""

@@ -1,4 +1,4 @@
-"""The public attention function: checks its arguments and chooses an implementation."""
+"""The public attention function, the checks of its arguments, and the choice of implementation."""
 
 from typing import Any, NamedTuple
 
@@ -39,35 +39,36 @@ def flash_attention(
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Computes softmax(scale * Q K^T + mask) V with grouped queries (Dao, 2023).
 
-  Names and meanings are those of `jax.nn.dot_product_attention` where it has them. Query head n
-  reads KV head n // (N / K). A query that sees no key gives 0, and no gradient.
+  Arguments that `jax.nn.dot_product_attention` also has keep their names and meanings. Query head n
+  attends to KV head n // (N / K). The output of a query that sees no key is 0, and so is its
+  gradient.
 
   Args:
-    query: the queries.
-    key: the keys.
-    value: the values; their head dim may differ from the keys'. They must be finite also where no
-      query sees them: what is masked has weight 0, and 0 * NaN is NaN.
-    scale: multiplies the scores, a Python or NumPy number; H**-0.5 by default.
-    is_causal: query t sees keys s <= t, also for T != S (aligned at the top left).
-    local_window_size: (left, right), or one number for both: query t sees the keys
-      t - left <= s <= t + right.
-    segment_ids: a query sees only keys of its own segment. One array for self-attention, or
-      (query's, key's). Compared for equality only; no id is special. They must fit in int32 (see
-      `arguments.int32_ids`).
-    logits_soft_cap: scores become cap * tanh(scores / cap).
-    return_residual: also return the log-sum-exp of each query's scores, float32; -1e30 of one that
-      sees no key.
-    block_sizes: how the kernel is cut; by default as suits the shapes and the TPU.
-    implementation: see `dispatch.resolve`.
-    sharding: how the arrays lie on a mesh: batch and heads may be split, lengths may not. KV heads
-      that are fewer than the devices they would be split over are read by several of them.
+    query: Queries.
+    key: Keys.
+    value: Values; their head dim may differ from the keys'. They must be finite even where no query
+      sees them: a masked value has weight 0, and 0 * NaN is NaN.
+    scale: Factor of the scores, a Python or NumPy number; None means H**-0.5.
+    is_causal: Whether query t sees only keys s <= t, also for T != S (aligned at the top left).
+    local_window_size: Sizes (left, right) of a sliding window, or one number for both: query t sees
+      only keys t - left <= s <= t + right.
+    segment_ids: Segment ids; a query sees only keys of its own segment. One array for
+      self-attention, or a pair (ids of queries, ids of keys). Ids are only compared for equality,
+      and must fit in int32 (see `validation.int32_ids`).
+    logits_soft_cap: Soft cap: scores become cap * tanh(scores / cap). None means no cap.
+    return_residual: Whether to also return the log-sum-exp of each query's scores, in float32; it
+      is -1e30 for a query that sees no key.
+    block_sizes: Block sizes of the kernel; None chooses them by shapes and TPU.
+    implementation: Name of the implementation; see `dispatch.resolve`.
+    sharding: Placement of the arrays on a mesh: batch and heads may be split, lengths may not. If
+      there are fewer KV heads than devices along the head axis, devices share KV heads.
 
   Returns:
     The attended values, in the query's dtype; softmax runs in float32.
 
   Raises:
-    ValueError: shapes, dtypes or options that do not fit.
-    NotImplementedError: the named implementation cannot serve an argument.
+    ValueError: Shapes, dtypes or options are invalid.
+    NotImplementedError: The named implementation does not support an argument.
   """
   plan = make_plan(
     query,
@@ -88,12 +89,12 @@ def flash_attention(
 
 
 class Plan(NamedTuple):
-  """What a call and its explanation have in common.
+  """A checked call, which is either run or explained.
 
   Attributes:
-    static: what the operation takes beside arrays.
-    arrays: query, key, value, and the segment ids of queries and keys, or None twice.
-    text: in words.
+    static: Arguments of the operation that are not arrays.
+    arrays: Query, key, value, and the segment ids of queries and keys, or None twice.
+    text: Description of what the call runs.
   """
 
   static: Static
@@ -115,7 +116,7 @@ def make_plan(
   implementation: Any,
   sharding: Any,
 ) -> Plan:
-  """Checks the arguments of a call, named as there, and settles what runs."""
+  """Checks the arguments of `flash_attention` and chooses the implementation."""
   query, key, value = floating("query", query), floating("key", key), floating("value", value)
   _check(query, key, value)
   flag("return_residual", return_residual)
@@ -138,7 +139,7 @@ def make_plan(
     refusal = _refusal(query, key, value)
     chosen = dispatch.choose(implementation, refusal)
     if block_sizes is not None and chosen == "xla":
-      raise NotImplementedError("block_sizes: implementation 'xla' has no blocks")
+      raise NotImplementedError("block_sizes: expected None, as implementation 'xla' has no blocks")
     kernels = {} if refusal else _kernels(spec, block_sizes, own, query_ids is not None)
     text = dispatch.describe("flash_attention", implementation, refusal, kernels)
   static = Static(spec, block_sizes, chosen, sharding)
@@ -148,10 +149,16 @@ def make_plan(
 def _kernels(
   spec: Spec, block_sizes: BlockSizes | None, own: tuple[Any, Any, Any], has_segments: bool
 ) -> dict[str, tuple[str, int]]:
-  """Says how each pass is cut on one device, and the vector memory it takes, in bytes.
+  """Returns, for each pass, its block sizes in words, and its vector memory in bytes.
+
+  Args:
+    spec: The options of the attention call.
+    block_sizes: The block sizes that the caller chose; None for the default ones.
+    own: Query, key and value of one device.
+    has_segments: Whether there are segment ids.
 
   Raises:
-    ValueError: the caller's block sizes cannot be laid out.
+    ValueError: The caller's block sizes do not fit the shapes or the memory.
   """
   generation = dispatch.generation()
   problem = problem_of(*own, spec.span, has_segments)
@@ -160,23 +167,24 @@ def _kernels(
     forward = decoding.describe(*own)
   else:
     forward = (
-      f"tiles of {blocks.keys} keys x {blocks.queries} queries, {blocks.keys_resident} keys "
-      "resident",
+      f"block_q={blocks.block_q}, block_kv_compute={blocks.block_kv_compute}, "
+      f"block_kv={blocks.block_kv}",
       forward_bytes(problem, blocks, generation),
     )
   backward = (
-    f"tiles of {blocks.keys_backward} keys x {blocks.queries_backward} queries, "
-    f"{blocks.keys_resident_backward} keys resident",
+    f"block_q_backward={blocks.block_q_backward}, "
+    f"block_kv_compute_backward={blocks.block_kv_compute_backward}, "
+    f"block_kv_backward={blocks.block_kv_backward}",
     backward_bytes(problem, blocks, generation),
   )
   return {"forward": forward, "backward": backward}
 
 
 def _refusal(query: Any, key: Any, value: Any) -> str | None:
-  """Says why the kernel cannot serve these arrays, if so."""
+  """Returns why the kernel does not support these arrays; None if it does."""
   for name, array in (("query", query), ("key", key), ("value", value)):
     if array.dtype not in (jnp.bfloat16, jnp.float32) or array.dtype != query.dtype:
-      return f"{name}: expected bfloat16 or float32, one for all, got {array.dtype}"
+      return f"{name}: expected bfloat16 or float32, the same for all arrays, got {array.dtype}"
     if array.shape[3] > MAX_HEAD_DIM:
       return f"{name}: expected a head dim of at most {MAX_HEAD_DIM}, got {array.shape[3]}"
   return None
@@ -195,7 +203,7 @@ def _check(query: Any, key: Any, value: Any) -> None:
     )
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(
-      f"query and key must have one head dim, got {query.shape[-1]} and {key.shape[-1]}"
+      f"query and key must have the same head dim, got {query.shape[-1]} and {key.shape[-1]}"
     )
   if query.shape[2] % key.shape[2]:
     raise ValueError(
@@ -204,7 +212,7 @@ def _check(query: Any, key: Any, value: Any) -> None:
 
 
 def _window(size: Any, longest: int) -> tuple[int, int] | None:
-  """Returns how many keys a query sees to its left and right; no more than there may be."""
+  """Returns the window (left, right), each at most the longest length; None without a window."""
   if size is None:
     return None
   sizes = size if isinstance(size, tuple | list) else (size, size)
@@ -219,11 +227,15 @@ def _segments(segment_ids: Any, query: Any, key: Any) -> tuple[Any, Any]:
     return None, None
   pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
   if len(pair) != 2:
-    raise ValueError(f"segment_ids must be an array or (query's, key's), got {len(pair)} of them")
+    raise ValueError(
+      f"segment_ids must be an array or a pair (query ids, key ids), got {len(pair)} arrays"
+    )
   found = []
   for name, ids, like in zip(("query", "key"), pair, (query, key), strict=True):
     ids = int32_ids(f"segment ids of the {name}", ids)
     if ids.shape != like.shape[:2]:
-      raise ValueError(f"segment ids of the {name} must be {like.shape[:2]}, got {ids.shape}")
+      raise ValueError(
+        f"segment ids of the {name} must have shape {like.shape[:2]}, got {ids.shape}"
+      )
     found.append(ids)
   return found[0], found[1]

@@ -1,6 +1,6 @@
-"""How attention is cut into pieces that fit a TPU core's vector memory.
+"""Block sizes of the attention kernels, and the vector memory that they need.
 
-T queries, S keys, H and Hv head dims of keys and values. A tile is [keys, queries] of scores.
+See the glossary of `tile_schedule`. T queries, S keys, H and Hv head dims of keys and values.
 """
 
 import dataclasses
@@ -19,44 +19,45 @@ from ll3m_kernels.dispatch import MIB, Generation
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """Sizes in tokens: multiples of 128, or the whole length where that is shorter.
+  """Block sizes in tokens: each a multiple of 128, or at least the whole length.
 
   Attributes:
-    queries: of a tile of the forward pass.
-    keys: of a tile of the forward pass.
-    keys_resident: fetched together by the forward pass; a multiple of `keys`.
-    queries_backward: of a tile of the backward pass.
-    keys_backward: of a tile of the backward pass.
-    keys_resident_backward: whose gradients the backward pass holds in memory at a time; a
-      multiple of `keys_backward`.
+    block_q: Number of queries of a tile in the forward pass.
+    block_kv_compute: Number of keys of a tile in the forward pass.
+    block_kv: Number of keys that a grid step of the forward pass holds in memory; a multiple of
+      `block_kv_compute`.
+    block_q_backward: Number of queries of a tile in the backward pass.
+    block_kv_compute_backward: Number of keys of a tile in the backward pass.
+    block_kv_backward: Number of keys whose gradients one call of the backward pass holds in memory;
+      a multiple of `block_kv_compute_backward`.
   """
 
-  queries: int
-  keys: int
-  keys_resident: int
-  queries_backward: int
-  keys_backward: int
-  keys_resident_backward: int
+  block_q: int
+  block_kv_compute: int
+  block_kv: int
+  block_q_backward: int
+  block_kv_compute_backward: int
+  block_kv_backward: int
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       size = getattr(self, field.name)
       if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"block_sizes.{field.name} must be a positive integer, got {size!r}")
-    for resident, tile in (
-      ("keys_resident", "keys"),
-      ("keys_resident_backward", "keys_backward"),
+    for block_kv, compute in (
+      ("block_kv", "block_kv_compute"),
+      ("block_kv_backward", "block_kv_compute_backward"),
     ):
-      if getattr(self, resident) % getattr(self, tile):
+      if getattr(self, block_kv) % getattr(self, compute):
         raise ValueError(
-          f"block_sizes.{resident} must be a multiple of {tile} ({getattr(self, tile)}), "
-          f"got {getattr(self, resident)}"
+          f"block_sizes.{block_kv} must be a multiple of {compute} ({getattr(self, compute)}), "
+          f"got {getattr(self, block_kv)}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """The shapes of a call, as far as memory depends on them."""
+  """The properties of a call that the choice of block sizes depends on."""
 
   queries: int  # T
   keys: int  # S
@@ -68,30 +69,30 @@ class Problem:
 
 
 class Limits(NamedTuple):
-  """The largest tiles, in tokens: lengths are cut evenly into as few as they allow.
+  """Upper bounds of block sizes, in tokens; a length is split evenly into as few blocks as allowed.
 
   Attributes:
-    queries: of a tile of the forward pass.
-    keys: of a tile of the forward pass.
-    queries_backward: of a tile of the backward pass.
-    keys_backward: of a tile of the backward pass.
+    block_q: Number of queries of a tile in the forward pass.
+    block_kv_compute: Number of keys of a tile in the forward pass.
+    block_q_backward: Number of queries of a tile in the backward pass.
+    block_kv_compute_backward: Number of keys of a tile in the backward pass.
   """
 
-  queries: int
-  keys: int
-  queries_backward: int
-  keys_backward: int
+  block_q: int
+  block_kv_compute: int
+  block_q_backward: int
+  block_kv_compute_backward: int
 
 
 def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
-  """Returns the blocks of a call, for the TPU at hand.
+  """Returns the block sizes of a call, for the TPU in use.
 
   Args:
-    given: the caller's own choice, if any.
-    problem: what is to be cut.
+    given: The block sizes that the caller chose; None for the default ones.
+    problem: The shapes of the call.
 
   Raises:
-    ValueError: the caller's choice cannot be laid out.
+    ValueError: The given block sizes do not fit the shapes or the memory.
   """
   generation = dispatch.generation()
   if given is None:
@@ -101,16 +102,16 @@ def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
 
 
 def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
-  """Chooses the tiles that are known to suit, and as many resident keys as there is room for."""
+  """Returns the block sizes of a table or of `rule`, with the largest block_kv that fits memory."""
   found = block_tables.find(key_of(problem, generation))
-  # What was tuned without segments, or for another length, may be too much here.
+  # Block sizes that were tuned without segments, or for another length, may not fit.
   if found is not None and serves(Limits(**found), problem, generation):
     return _within(Limits(**found), problem, generation)
   return _within(rule(problem, generation), problem, generation)
 
 
 def serves(limits: Limits, problem: Problem, generation: Generation) -> bool:
-  """Returns whether tiles of these limits fit the memory, and leave some to the compiler."""
+  """Returns whether blocks of these limits need at most three quarters of the vector memory."""
   return all(
     _leaves_room(count, limits, problem, generation) for count in (forward_bytes, backward_bytes)
   )
@@ -124,19 +125,19 @@ def _leaves_room(
 
 
 def key_of(problem: Problem, generation: Generation) -> block_tables.Key:
-  """Returns under what the tables have a problem."""
+  """Returns the key of a problem in the tables."""
   return block_tables.Key(
     "flash_attention",
     generation.name,
     {2: "bfloat16", 4: "float32"}[problem.itemsize],
-    problem.head_dim if problem.head_dim == problem.value_dim else 0,  # no table has these
+    problem.head_dim if problem.head_dim == problem.value_dim else 0,  # no table has size 0
     problem.mask,
     block_tables.length_bucket(max(problem.queries, problem.keys)),
   )
 
 
 def rule(problem: Problem, generation: Generation) -> Limits:
-  """Returns the largest sensible tiles, smaller where an element or a head is large."""
+  """Returns the default limits; they are smaller for large elements and large heads."""
   is_large, is_largest = (generation.vmem_bytes >= size * MIB for size in (64, 128))
   is_wide = max(problem.head_dim, problem.value_dim) > LANES
   tile = 1024 if is_large else 512
@@ -145,48 +146,50 @@ def rule(problem: Problem, generation: Generation) -> Limits:
     tile //= 2
     # On v6e, a head dim of 256 takes 0.63 of the cycles with tiles of 512 that it takes with 256.
     backward = backward if is_large and problem.itemsize == 2 else tile // 2
-  # K is loaded into the matrix unit once for all queries of a step, and V where it is not turned.
-  queries = max(tile, 2048) if is_large else tile
-  keys, queries_backward, keys_backward = tile, backward, backward
+  # K is loaded into the matrix unit once for all queries of a step, and so is V unless acc is
+  # transposed.
+  block_q = max(tile, 2048) if is_large else tile
+  block_kv_compute, block_q_backward, block_kv_compute_backward = tile, backward, backward
   if problem.itemsize == 2 and is_large:
     # On v6e, full masks take 0.96 of the cycles with 2048 that they take with 1024; on v5e, causal
     # masks and windows take 0.995, but full ones 1.01.
     if is_largest and not is_wide and (problem.mask != "full" or generation.matrix_unit > LANES):
-      keys = 2048
+      block_kv_compute = 2048
     # Causal, backward takes 0.83 (v6e) and 0.92 (v5e) of the cycles with 2048 queries, not 512.
-    queries_backward = 2048 if is_largest or not is_wide else 1024
+    block_q_backward = 2048 if is_largest or not is_wide else 1024
     if problem.mask == "full" and (is_largest or not is_wide):
-      keys_backward = 2048  # none of them in vain; 0.963 (v6e) and 0.988 (v5e) of 512
-  limits = Limits(queries, keys, queries_backward, keys_backward)
+      # No score is masked: 0.963 (v6e) and 0.988 (v5e) of the cycles with 512.
+      block_kv_compute_backward = 2048
+  limits = Limits(block_q, block_kv_compute, block_q_backward, block_kv_compute_backward)
   if problem.itemsize > 2 or not is_large or problem.mask == "window":
     return limits
-  # What begins and ends a block runs beside products if that is all one piece of code: at T = 4096,
-  # causal, forward takes 0.95 (v6e) and 0.97 (v5e) of the cycles, backward 0.93 and 0.97.
-  for count, most in (
-    (forward_bytes, {"queries": 4096}),
-    (backward_bytes, {"queries_backward": 4096, "keys_backward": 2048}),
+  # A single block is one piece of code, in which the start and the end overlap products: at
+  # T = 4096, causal, forward takes 0.95 (v6e) and 0.97 (v5e) of the cycles, backward 0.93 and 0.97.
+  for count, larger in (
+    (forward_bytes, {"block_q": 4096}),
+    (backward_bytes, {"block_q_backward": 4096, "block_kv_compute_backward": 2048}),
   ):
-    if _leaves_room(count, limits._replace(**most), problem, generation):
-      limits = limits._replace(**most)
+    if _leaves_room(count, limits._replace(**larger), problem, generation):
+      limits = limits._replace(**larger)
   return limits
 
 
 def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSizes:
-  queries, keys = _tile(problem, limits.queries, limits.keys)
-  queries_backward, keys_backward = _tile(problem, limits.queries_backward, limits.keys_backward)
-  blocks = BlockSizes(queries, keys, keys, queries_backward, keys_backward, keys_backward)
-  for field, block, count in (
-    ("keys_resident", queries, forward_bytes),
-    ("keys_resident_backward", queries_backward, backward_bytes),
+  forward = _tile(problem, limits.block_q, limits.block_kv_compute)
+  backward = _tile(problem, limits.block_q_backward, limits.block_kv_compute_backward)
+  blocks = BlockSizes(*forward, forward[1], *backward, backward[1])
+  for field, block_q, count in (
+    ("block_kv", blocks.block_q, forward_bytes),
+    ("block_kv_backward", blocks.block_q_backward, backward_bytes),
   ):
-    keys = getattr(blocks, field)  # of one tile
-    # Whole squares, see `tile_schedule.cuts`; where there are fewer keys than lanes, a block ends
-    # with the keys.
-    if block % keys == 0 and keys % LANES == 0:
-      keys = block
-    parts = -(-problem.keys // keys)
+    unit = getattr(blocks, field)  # of one tile
+    # Whole partial blocks, see `tile_schedule.diagonal_offsets`. With fewer keys than lanes, a
+    # block ends with the keys.
+    if block_q % unit == 0 and unit % LANES == 0:
+      unit = block_q
+    parts = -(-problem.keys // unit)
     while parts >= 1:
-      trial = dataclasses.replace(blocks, **{field: keys * parts})
+      trial = dataclasses.replace(blocks, **{field: unit * parts})
       if parts == 1 or count(problem, trial, generation) <= 0.75 * generation.vmem_bytes:
         blocks = trial
         break
@@ -194,57 +197,62 @@ def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSi
   return blocks
 
 
-def _tile(problem: Problem, most_queries: int, most_keys: int) -> tuple[int, int]:
-  """Returns the queries and keys of a tile: as many tiles' worth of queries as may be."""
-  keys = even(problem.keys, most_keys)
-  queries = even(problem.queries, min(most_keys, most_queries))
-  if queries == keys:
-    # As many as leave the least of the last block beyond the end.
-    most = max(most_queries // keys, 1)
-    queries = keys * min(range(most, 0, -1), key=lambda n: -(-problem.queries // (n * keys)) * n)
-  return queries, keys
+def _tile(problem: Problem, max_block_q: int, max_block_kv_compute: int) -> tuple[int, int]:
+  """Returns block_q, if possible a large multiple of block_kv_compute, and block_kv_compute."""
+  block_kv_compute = even(problem.keys, max_block_kv_compute)
+  block_q = even(problem.queries, min(max_block_kv_compute, max_block_q))
+  if block_q == block_kv_compute:
+    # The largest multiple among those with the shortest overhang of the last block.
+    most = max(max_block_q // block_q, 1)
+    multiples = range(most, 0, -1)
+    block_q *= min(multiples, key=lambda n: -(-problem.queries // (n * block_kv_compute)) * n)
+  return block_q, block_kv_compute
 
 
 def fit(blocks: BlockSizes, problem: Problem) -> BlockSizes:
-  """Cuts blocks down to the lengths that there are."""
-  keys, keys_backward = min(blocks.keys, problem.keys), min(blocks.keys_backward, problem.keys)
-  queries = _cut(problem, blocks.queries, keys)
-  queries_backward = _cut(problem, blocks.queries_backward, keys_backward)
-  most_tiles = blocks.keys_resident // blocks.keys
-  most_tiles_backward = blocks.keys_resident_backward // blocks.keys_backward
+  """Reduces block sizes to the lengths of a call."""
+  block_kv_compute = min(blocks.block_kv_compute, problem.keys)
+  block_kv_compute_backward = min(blocks.block_kv_compute_backward, problem.keys)
+  block_q = _fit_block_q(problem, blocks.block_q, block_kv_compute)
+  block_q_backward = _fit_block_q(problem, blocks.block_q_backward, block_kv_compute_backward)
+  most_tiles = blocks.block_kv // blocks.block_kv_compute
+  most_tiles_backward = blocks.block_kv_backward // blocks.block_kv_compute_backward
   return BlockSizes(
-    queries=queries,
-    keys=keys,
-    keys_resident=_resident(problem, most_tiles, queries, keys),
-    queries_backward=queries_backward,
-    keys_backward=keys_backward,
-    keys_resident_backward=_resident(problem, most_tiles_backward, queries_backward, keys_backward),
+    block_q=block_q,
+    block_kv_compute=block_kv_compute,
+    block_kv=_fit_block_kv(problem, most_tiles, block_q, block_kv_compute),
+    block_q_backward=block_q_backward,
+    block_kv_compute_backward=block_kv_compute_backward,
+    block_kv_backward=_fit_block_kv(
+      problem, most_tiles_backward, block_q_backward, block_kv_compute_backward
+    ),
   )
 
 
-def _cut(problem: Problem, queries: int, keys: int) -> int:
-  # Whole squares, in which the mask's edges are known, may extend beyond the end: see
-  # `tile_schedule.cuts`.
-  is_square = queries % keys == 0 and queries <= up(problem.queries, keys)
-  return queries if is_square else min(queries, problem.queries)
+def _fit_block_q(problem: Problem, block_q: int, block_kv_compute: int) -> int:
+  # Whole partial blocks, whose diagonal offsets are static, may extend beyond the last query; see
+  # `tile_schedule.diagonal_offsets`.
+  is_whole = block_q % block_kv_compute == 0 and block_q <= up(problem.queries, block_kv_compute)
+  return block_q if is_whole else min(block_q, problem.queries)
 
 
-def _resident(problem: Problem, most_tiles: int, queries: int, keys: int) -> int:
-  count = -(-problem.keys // keys)
-  if queries % keys == 0 and keys % LANES == 0:
-    count = up(count, queries // keys)
-  return keys * min(most_tiles, count)
+def _fit_block_kv(problem: Problem, most_tiles: int, block_q: int, block_kv_compute: int) -> int:
+  count = -(-problem.keys // block_kv_compute)
+  if block_q % block_kv_compute == 0 and block_kv_compute % LANES == 0:
+    count = up(count, block_q // block_kv_compute)
+  return block_kv_compute * min(most_tiles, count)
 
 
 def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
-  """Demands that blocks of the caller's own choice can be laid out.
+  """Checks that block sizes fit a call and the memory.
 
   Raises:
-    ValueError: not a multiple of 128, or too large for the memory, with how large they are.
+    ValueError: A size is neither a multiple of 128 nor at least the length, or the blocks do not
+      fit the memory.
   """
   for field in dataclasses.fields(blocks):
     size = getattr(blocks, field.name)
-    length = problem.queries if field.name.startswith("queries") else problem.keys
+    length = problem.queries if field.name.startswith("block_q") else problem.keys
     if size % LANES and size < length:
       raise ValueError(
         f"block_sizes.{field.name} must be a multiple of {LANES} or at least the length "
@@ -255,60 +263,62 @@ def check(blocks: BlockSizes, problem: Problem, generation: Generation) -> None:
     needed = count(problem, fitted, generation)
     if needed > generation.vmem_bytes:
       raise ValueError(
-        f"block_sizes need {needed / MIB:.1f} MiB of vector memory in the {name} pass, a core of "
-        f"a {generation.name} has {generation.vmem_bytes / MIB:.0f} MiB: {blocks}"
+        f"block_sizes need {needed / MIB:.1f} MiB of vector memory in the {name} pass, but a "
+        f"{generation.name} core has {generation.vmem_bytes / MIB:.0f} MiB: {blocks}"
       )
 
 
 def forward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
-  """Returns the vector memory that the forward pass takes: blocks twice, scratch and scores once.
+  """Returns the vector memory of the forward pass: blocks twice, scratch and scores once.
 
-  Of a step's scores in a tile the compiler was seen to keep up to three arrays, in float32: two and
-  a half, as what it is granted is more than what is counted. A block that is all one piece of code
-  keeps more at once, but not all of these: 34 MiB of 36 at most (v5p, causal, 4096 queries).
+  The compiler was seen to keep up to three float32 arrays of a step's scores in a tile. Two and a
+  half are counted here, since `vmem_limit` grants more than is counted. A single block, one piece
+  of code, keeps more scores at once, but not three arrays of all of them: 34 MiB, of at most 36
+  (v5p, causal, 4096 queries).
   """
   width = problem.itemsize
-  queries, keys, resident = blocks.queries, blocks.keys, blocks.keys_resident
+  block_q, block_kv_compute, block_kv = blocks.block_q, blocks.block_kv_compute, blocks.block_kv
   key_columns, value_columns = up(problem.head_dim, LANES), up(problem.value_dim, LANES)
-  streamed = queries * (key_columns + value_columns) * width
-  if is_turned(problem.value_dim, generation):
+  streamed = block_q * (key_columns + value_columns) * width
+  if is_transposed(problem.value_dim, generation):
     value_columns = rows(problem.value_dim, width)
-  streamed += resident * (key_columns + value_columns) * width
-  streamed += 8 * 4 * (queries + (queries + resident) * problem.has_segments)
+  streamed += block_kv * (key_columns + value_columns) * width
+  streamed += 8 * 4 * (block_q + (block_q + block_kv) * problem.has_segments)
   statistics = (2 + problem.has_segments) * LANES
-  scratch = queries * (4 * (value_columns + statistics) + 2 * key_columns * width)
-  meet = queries if queries % keys == 0 else keys  # squares: see `tile_schedule.cuts`
-  scores = up(step_size(queries, generation), 8) * up(meet, LANES)
+  scratch = block_q * (4 * (value_columns + statistics) + 2 * key_columns * width)
+  # Keys of a partial block; see `tile_schedule.diagonal_offsets`.
+  keys = block_q if block_q % block_kv_compute == 0 else block_kv_compute
+  scores = up(step_size(block_q, generation), 8) * up(keys, LANES)
   return 2 * streamed + scratch + 10 * scores
 
 
-def is_turned(value_dim: int, generation: Generation) -> bool:
-  """Returns whether the forward pass sums values by weights as [Hv, queries].
+def is_transposed(value_dim: int, generation: Generation) -> bool:
+  """Returns whether the forward pass keeps acc as [Hv, block_q].
 
-  The product's columns fill the matrix unit then, but weights have to be loaded into that instead
-  of values. At T = 4096, causal, head dim 64 takes 0.79 of the cycles and 96 takes 0.88 (v5e), but
-  128 takes 1.01 (v6e): there a load takes as long as it saves.
+  The columns of the product then fill the matrix unit, but weights are loaded into it instead of
+  values. At T = 4096, causal, head dim 64 takes 0.79 of the cycles and 96 takes 0.88 (v5e), but 128
+  takes 1.01 (v6e), where a load takes as long as it saves.
   """
   return value_dim < generation.matrix_unit <= LANES
 
 
 def backward_bytes(problem: Problem, blocks: BlockSizes, generation: Generation) -> int:
-  """Returns the same for the backward pass, with three arrays of a chunk's scores."""
+  """Returns the vector memory of the backward pass, with three arrays of a chunk's scores."""
   width = problem.itemsize
-  queries, keys = blocks.queries_backward, blocks.keys_backward
-  resident = blocks.keys_resident_backward
+  block_q, block_kv_compute = blocks.block_q_backward, blocks.block_kv_compute_backward
+  block_kv = blocks.block_kv_backward
   columns = up(problem.head_dim, LANES) + up(problem.value_dim, LANES)
   streamed = (
-    queries * (2 * rows(problem.head_dim, width) * 4 + rows(problem.value_dim, width) * width)
-    + resident * (2 * columns + rows(problem.head_dim, width)) * width
-    + 8 * 4 * (2 * queries + (queries + resident) * problem.has_segments)
+    block_q * (2 * rows(problem.head_dim, width) * 4 + rows(problem.value_dim, width) * width)
+    + block_kv * (2 * columns + rows(problem.head_dim, width)) * width
+    + 8 * 4 * (2 * block_q + (block_q + block_kv) * problem.has_segments)
   )
-  scratch = resident * columns * 4 + queries * rows(problem.head_dim, width) * 4
-  return 2 * streamed + scratch + 3 * 4 * up(queries, LANES) * up(chunk_size(keys), 8)
+  scratch = block_kv * columns * 4 + block_q * rows(problem.head_dim, width) * 4
+  return 2 * streamed + scratch + 3 * 4 * up(block_q, LANES) * up(chunk_size(block_kv_compute), 8)
 
 
 def problem_of(query, key, value, span: Span, has_segments: bool) -> Problem:
-  """Describes arrays [B, T, N, H], [B, S, K, H] and [B, S, K, Hv], and what is seen of them."""
+  """Returns the problem of arrays [B, T, N, H], [B, S, K, H] and [B, S, K, Hv] and a mask."""
   return Problem(
     queries=query.shape[1],
     keys=key.shape[1],
@@ -321,5 +331,5 @@ def problem_of(query, key, value, span: Span, has_segments: bool) -> Problem:
 
 
 def rows(size: int, itemsize: int) -> int:
-  """Rounds a count of sublanes up to whole registers."""
+  """Rounds a number of sublanes up to whole registers."""
   return up(size, 32 // itemsize)

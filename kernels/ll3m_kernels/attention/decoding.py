@@ -1,9 +1,9 @@
-"""The forward pass for a few queries against many keys, as in decoding, on a TPU.
+"""The forward pass on a TPU for few queries and many keys, as in decoding.
 
-It takes as long as keys and values take to arrive, so each of them is fetched once: the query heads
-of a KV head become rows of one matrix, R = G * T of them. (`forward` would fetch keys again for
-each of the heads, and fill a tile with one query.) Keys and values are read as a cache holds them,
-[B, K, S, H]. Scores are [R, keys]; a grid step has a block of keys.
+Its time is that of fetching keys and values, so each is fetched once: all G query heads of a KV
+head become the R = G * T rows of one matrix. (`forward` would fetch keys once per query head, and
+use one row of a tile.) Keys and values are read as a cache holds them, [B, K, S, H]. Scores are
+[R, block_kv]; a grid step has one block_kv of keys. See the glossary of `tile_schedule`.
 """
 
 import functools
@@ -25,26 +25,29 @@ from ll3m_kernels.dispatch import MIB
 from ll3m_kernels.sharding import result
 
 _LOG_2 = math.log(2.0)
-_MOST_ROWS = 128
-# Of keys and values in one grid step, of which two are in memory at a time.
+_MAX_ROWS = 128
+# Keys and values of one grid step; those of two grid steps are in memory at a time.
 _BLOCK_BYTES = 2 * MIB
 _VMEM_BYTES = 16 * MIB
 
 
 def serves(span: specs.Span, query: Any, key: Any) -> bool:
-  """Whether queries [B, T, N, H] are few enough for [B, S, K, H], and nothing masks by position."""
-  return span == specs.Span(None, None) and _rows(query, key) <= _MOST_ROWS
+  """Returns whether this kernel serves queries [B, T, N, H] and keys [B, S, K, H].
+
+  It serves at most 128 rows (T * N / K) of queries, and no mask by position.
+  """
+  return span == specs.Span(None, None) and _rows(query, key) <= _MAX_ROWS
 
 
 def describe(query: Any, key: Any, value: Any) -> tuple[str, int]:
-  """Returns in words how the kernel is cut, and the vector memory that takes, in bytes."""
-  rows, block = _rows(query, key), keys_of_a_block(key, value)
-  text = f"{rows} rows of queries x {block} keys, for few queries"
-  return text, 2 * block * _bytes_per_key(key, value) + 3 * 4 * rows * block
+  """Returns a description of the block sizes, and the vector memory that they need, in bytes."""
+  rows, block_kv = _rows(query, key), block_kv_of(key, value)
+  text = f"{rows} rows of queries x {block_kv} keys, for few queries"
+  return text, 2 * block_kv * _bytes_per_key(key, value) + 3 * 4 * rows * block_kv
 
 
-def keys_of_a_block(key: Any, value: Any) -> int:
-  """Returns how many keys [B, S, K, H] a grid step has: all, or a multiple of 128."""
+def block_kv_of(key: Any, value: Any) -> int:
+  """Returns the number of keys of a grid step, for keys [B, S, K, H]: all, or a multiple of 128."""
   return even(key.shape[1], _BLOCK_BYTES // _bytes_per_key(key, value) // LANES * LANES)
 
 
@@ -68,40 +71,39 @@ def forward(
   batch, length, num_heads, head_dim = query.shape
   num_keys, num_kv_heads, value_dim = value.shape[1:]
   group = num_heads // num_kv_heads
-  rows, block = group * length, keys_of_a_block(key, value)
-  count = pl.cdiv(num_keys, block)
-  # [B, K, R, H], the queries of one head together.
+  rows, block_kv = group * length, block_kv_of(key, value)
+  count = pl.cdiv(num_keys, block_kv)
+  # [B, K, R, H], with the queries of one head adjacent.
   folded = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
 
-  def of_rows(size):
+  def row_spec(size):
     return pl.BlockSpec((1, 1, rows, size), lambda b, k, j: (b, k, 0, 0))
 
-  def of_keys(size):
-    return pl.BlockSpec((1, 1, block, size), lambda b, k, j: (b, k, j, 0))
+  def kv_spec(size):
+    return pl.BlockSpec((1, 1, block_kv, size), lambda b, k, j: (b, k, j, 0))
 
   arrays = [
     folded.reshape(batch, num_kv_heads, rows, head_dim),
     key.swapaxes(1, 2),
     value.swapaxes(1, 2),
   ]
-  in_specs = [of_rows(head_dim), of_keys(head_dim), of_keys(value_dim)]
+  in_specs = [row_spec(head_dim), kv_spec(head_dim), kv_spec(value_dim)]
   if query_ids is not None:
     ids = jnp.tile(query_ids.astype(jnp.int32), (1, group))
-    key_ranges = specs.block_ranges(key_ids, block)
-
+    key_ranges = specs.block_ranges(key_ids, block_kv)
     query_ranges = specs.block_ranges(ids, rows)
     arrays += [ids[:, :, None], key_ids[:, None].astype(jnp.int32), query_ranges, key_ranges]
     in_specs += [
       pl.BlockSpec((1, rows, 1), lambda b, k, j: (b, 0, 0)),
-      pl.BlockSpec((1, 1, block), lambda b, k, j: (b, 0, j)),
+      pl.BlockSpec((1, 1, block_kv), lambda b, k, j: (b, 0, j)),
       ranges_spec(query_ranges),
       ranges_spec(key_ranges),
     ]
   output, log_sum_exp = pl.pallas_call(
-    functools.partial(_kernel, spec, num_keys, block, count, query_ids is not None),
+    functools.partial(_kernel, spec, num_keys, block_kv, count, query_ids is not None),
     grid=(batch, num_kv_heads, count),
     in_specs=in_specs,
-    out_specs=[of_rows(value_dim), of_rows(1)],
+    out_specs=[row_spec(value_dim), row_spec(1)],
     out_shape=[
       result((batch, num_kv_heads, rows, value_dim), query.dtype, query),
       result((batch, num_kv_heads, rows, 1), jnp.float32, query),
@@ -119,35 +121,35 @@ def forward(
   )
 
 
-def _kernel(spec, num_keys, block, count, has_segments, query_ref, key_ref, value_ref, *refs):
+def _kernel(spec, num_keys, block_kv, count, has_segments, query_ref, key_ref, value_ref, *refs):
   ids, refs = (refs[:4], refs[4:]) if has_segments else (None, refs)
-  output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref = refs
+  output_ref, log_sum_exp_ref, acc_ref, m_ref, l_ref = refs
   j = pl.program_id(2)
 
   @pl.when(j == 0)
   def _():
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-    # Never as low as what is masked, so that this vanishes even where nothing is visible.
-    largest_ref[...] = jnp.full_like(largest_ref, 0.5 * specs.MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    # Above MASKED, so that the weights of masked scores are 0 even where all scores are masked.
+    m_ref[...] = jnp.full_like(m_ref, 0.5 * specs.MASKED)
+    l_ref[...] = jnp.zeros_like(l_ref)
 
   def add_block():
-    values = value_ref[0, 0]
-    scores, _ = masking.scale(spec, dot(query_ref[0, 0], key_ref[0, 0], (1, 1)))  # [R, keys]
-    if num_keys % block:
-      left = num_keys - j * block
+    values = value_ref[0, 0]  # [block_kv, Hv]
+    scores, _ = masking.scale(spec, dot(query_ref[0, 0], key_ref[0, 0], (1, 1)))  # [R, block_kv]
+    if num_keys % block_kv:
+      remaining = num_keys - j * block_kv
       key_index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-      scores = jnp.where(key_index < left, scores, specs.MASKED)
-      values = masking.existing(values, 0, left)
+      scores = jnp.where(key_index < remaining, scores, specs.MASKED)
+      values = masking.zero_beyond(values, 0, remaining)
     if ids is not None:
       scores = jnp.where(ids[0][0] == ids[1][0], scores, specs.MASKED)
-    before = largest_ref[...]
-    largest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-    weights = jnp.exp2(scores - largest)
-    shrink = jnp.exp2(before - largest)
-    largest_ref[...] = largest
-    total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
-    sum_ref[...] = shrink * sum_ref[...] + dot(weights.astype(values.dtype), values)
+    m_prev = m_ref[...]  # [R, 1]
+    m_next = jnp.maximum(m_prev, jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.exp2(scores - m_next)  # [R, block_kv]
+    alpha = jnp.exp2(m_prev - m_next)
+    m_ref[...] = m_next
+    l_ref[...] = alpha * l_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
+    acc_ref[...] = alpha * acc_ref[...] + dot(weights.astype(values.dtype), values)  # [R, Hv]
 
   if ids is None:
     add_block()
@@ -160,9 +162,9 @@ def _kernel(spec, num_keys, block, count, has_segments, query_ref, key_ref, valu
 
   @pl.when(j == count - 1)
   def _():
-    total = total_ref[...]
-    is_empty = total == 0.0
-    total = jnp.where(is_empty, 1.0, total)
-    output_ref[0, 0] = (sum_ref[...] / total).astype(output_ref.dtype)
-    log_sum_exp = largest_ref[...] * _LOG_2 + jnp.log(total)
+    l = l_ref[...]
+    is_empty = l == 0.0
+    l = jnp.where(is_empty, 1.0, l)
+    output_ref[0, 0] = (acc_ref[...] / l).astype(output_ref.dtype)
+    log_sum_exp = m_ref[...] * _LOG_2 + jnp.log(l)
     log_sum_exp_ref[0, 0] = jnp.where(is_empty, specs.MASKED, log_sum_exp)

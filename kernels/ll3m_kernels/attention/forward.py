@@ -1,14 +1,16 @@
 """The forward pass of attention on a TPU (Dao, 2023, FlashAttention-2).
 
-A grid step has a block of queries of one head and the resident keys of its KV head. It walks these
-in tiles, and knows from its place in the grid which of them the mask cuts, which it leaves whole
-and which no query sees; tiles of other segments are skipped by the ranges of their ids.
+A grid step has block_q queries of one head and block_kv keys of its KV head, which it processes in
+tiles. Its position in the grid determines which tiles are full, partial or empty (see
+`tile_schedule` and its glossary); tiles of other segments are skipped by the ranges of their ids.
 
 Scores are [queries, keys]: each square of K^T is loaded into the matrix unit once for all queries
-of a step, and so is V, unless it would leave columns of that empty (`block_sizes.is_turned`). On
-partially masked tiles the mask's offset is static (`tile_schedule.cuts`), so queries are processed
-in bands, each multiplied only by the keys that it can see (`forward_schedule`). Both edges of a
-sliding window share one softmax update.
+of a step, and so is V, unless that would leave columns of the matrix unit empty
+(`block_sizes.is_transposed`). In partial blocks whose diagonal offset is static, queries are
+processed in bands, each multiplied only by the keys that it can see (`forward_schedule`). Both
+edges of a sliding window share one softmax update.
+
+Dimensions in the kernel: r queries and n keys of a piece, H and Hv head dims of keys and values.
 """
 
 import enum
@@ -56,76 +58,81 @@ def forward(
   generation = dispatch.generation()
   problem = sizes.problem_of(query, key, value, spec.span, query_ids is not None)
   blocks = sizes.choose_blocks(block_sizes, problem)
-  # What no query sees is not even fetched.
-  _, num_keys = specs.some_see(spec.span, 0, length - 1, num_keys)
+  # Keys that no query sees are not fetched.
+  _, num_keys = specs.keys_seen_by_any(spec.span, 0, length - 1, num_keys)
   layout = Layout(
-    length, num_keys, blocks.queries, blocks.keys, blocks.keys_resident, query_ids is not None
+    length,
+    num_keys,
+    blocks.block_q,
+    blocks.block_kv_compute,
+    blocks.block_kv,
+    query_ids is not None,
   )
-  query_blocks = pl.cdiv(length, layout.queries)
-  key_blocks = pl.cdiv(num_keys, layout.resident)
+  num_q_blocks = pl.cdiv(length, layout.block_q)
+  num_kv_blocks = pl.cdiv(num_keys, layout.block_kv)
 
-  def key_block(i, j):
-    """The block of resident keys to fetch: none that the queries do not see."""
-    if key_blocks == 1:
+  def kv_index(i, j):
+    """Returns the index of the block_kv to fetch, clamped to those that the queries see."""
+    if num_kv_blocks == 1:
       return 0
-    first = i * layout.queries
-    last = specs.minimum(first + layout.queries, length) - 1
-    low, high = specs.some_see(spec.span, first, last, num_keys)
+    first = i * layout.block_q
+    last = specs.minimum(first + layout.block_q, length) - 1
+    low, high = specs.keys_seen_by_any(spec.span, first, last, num_keys)
     least, most = (
-      specs.divide(low, layout.resident),
-      specs.divide(specs.maximum(high - 1, 0), layout.resident),
+      specs.divide(low, layout.block_kv),
+      specs.divide(specs.maximum(high - 1, 0), layout.block_kv),
     )
     return specs.minimum(specs.maximum(j, least), specs.maximum(most, least))
 
-  def of_queries(size):
-    return pl.BlockSpec((1, 1, layout.queries, size), lambda b, n, i, j: (b, n, i, 0))
+  def q_spec(size):
+    return pl.BlockSpec((1, 1, layout.block_q, size), lambda b, n, i, j: (b, n, i, 0))
 
-  def of_keys(size):
+  def kv_spec(size):
     return pl.BlockSpec(
-      (1, 1, layout.resident, size),
-      lambda b, n, i, j: (b, specs.divide(n, group), key_block(i, j), 0),
+      (1, 1, layout.block_kv, size),
+      lambda b, n, i, j: (b, specs.divide(n, group), kv_index(i, j), 0),
     )
 
   scaling = _scaling(spec, query.dtype, head_dim)
-  # Whole registers, which hold anything beyond the head: that is cut off of sums of values, and
-  # zeroed in queries and keys. Those keep to the head where there are no halves to stand in lanes.
+  # Whole registers. Columns beyond the head hold arbitrary values: they are cut off from acc, and
+  # zeroed in queries and keys. Without halves, queries and keys need no such columns.
   columns = up(head_dim, LANES) if scaling is _Scaling.HALVES else head_dim
   value_columns = up(value_dim, LANES)
-  in_specs = [of_queries(columns), of_keys(columns), of_keys(value_columns)]
+  in_specs = [q_spec(columns), kv_spec(columns), kv_spec(value_columns)]
   arrays = [x.swapaxes(1, 2) for x in (query, key, value)]
-  sum_shape = (layout.queries, value_columns)
-  if sizes.is_turned(value_dim, generation):
+  acc_shape = (layout.block_q, value_columns)
+  if sizes.is_transposed(value_dim, generation):
     value_rows = sizes.rows(value_dim, value.dtype.itemsize)
     arrays[2] = value.transpose(0, 2, 3, 1)
     in_specs[2] = pl.BlockSpec(
-      (1, 1, value_rows, layout.resident),
-      lambda b, n, i, j: (b, specs.divide(n, group), 0, key_block(i, j)),
+      (1, 1, value_rows, layout.block_kv),
+      lambda b, n, i, j: (b, specs.divide(n, group), 0, kv_index(i, j)),
     )
-    sum_shape = (value_rows, layout.queries)
+    acc_shape = (value_rows, layout.block_q)
   scratch = [(LANES, jnp.float32), (LANES, jnp.float32)]
   if scaling.needs_queries:
     scratch.append((columns * (2 if scaling is _Scaling.HALVES else 1), query.dtype))
   if layout.has_segments:
     id_arrays, id_specs = id_inputs(
-      layout, query_ids, key_ids, lambda b, n, i, j: (b, i), lambda b, n, i, j: (b, key_block(i, j))
+      layout, query_ids, key_ids, lambda b, n, i, j: (b, i), lambda b, n, i, j: (b, kv_index(i, j))
     )
     arrays, in_specs = arrays + id_arrays, in_specs + id_specs
     scratch.append((LANES, jnp.int32))
   output, log_sum_exp = pl.pallas_call(
-    functools.partial(_kernel, spec, layout, generation, key_blocks, scaling, head_dim),
-    grid=(batch, num_heads, query_blocks, key_blocks),
+    functools.partial(_kernel, spec, layout, generation, num_kv_blocks, scaling, head_dim),
+    grid=(batch, num_heads, num_q_blocks, num_kv_blocks),
     in_specs=in_specs,
     out_specs=[
-      of_queries(value_dim),
-      pl.BlockSpec((1, 1, 1, layout.queries), lambda b, n, i, j: (b, n, 0, i)),
+      q_spec(value_dim),
+      pl.BlockSpec((1, 1, 1, layout.block_q), lambda b, n, i, j: (b, n, 0, i)),
     ],
     out_shape=[
       result((batch, num_heads, length, value_dim), query.dtype, query),
       result((batch, num_heads, 1, length), jnp.float32, query),
     ],
     scratch_shapes=[
-      pltpu.VMEM(sum_shape, jnp.float32),
-      *(pltpu.VMEM((layout.queries, size), dtype) for size, dtype in scratch),
+      pltpu.VMEM(acc_shape, jnp.float32),
+      *(pltpu.VMEM((layout.block_q, size), dtype) for size, dtype in scratch),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
@@ -137,14 +144,14 @@ def forward(
 
 
 class _Scaling(enum.Enum):
-  """Where the scale, times log2(e) for a power of two, is multiplied in, without a rounding.
+  """Where scale * log2(e) is multiplied in without rounding, for weights that are powers of two.
 
   Attributes:
-    EXPONENTS: into the differences of scores that are raised to powers.
-    SCORES: into the scores: slower, but it takes a soft cap, and a scale that turns their order.
-    QUERIES: into float32 queries.
-    HALVES: into bfloat16 queries, each of which becomes the sum of two: [high, low] meets [k, k],
-      which costs nothing where the matrix unit is deep enough for both.
+    EXPONENTS: Scales the differences of scores, before `exp2`.
+    SCORES: Scales the scores. Slower, but allows a soft cap and a scale that reverses their order.
+    QUERIES: Scales float32 queries.
+    HALVES: Scales bfloat16 queries, each of which becomes the sum of two bfloat16: [high, low] is
+      multiplied by [k, k], which is free where the matrix unit is deep enough for both.
   """
 
   EXPONENTS = enum.auto()
@@ -154,12 +161,12 @@ class _Scaling(enum.Enum):
 
   @property
   def needs_queries(self) -> bool:
-    """Whether there are other queries than the caller's."""
+    """Whether the kernel multiplies other queries than the caller's."""
     return self in (_Scaling.QUERIES, _Scaling.HALVES)
 
 
 def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
-  # What is masked must vanish also when it is scaled late.
+  # Masked scores must have weight 0 also when they are scaled late.
   if spec.logits_soft_cap is not None or spec.scale < 1e-6:
     return _Scaling.SCORES
   if dtype == jnp.float32:
@@ -169,29 +176,29 @@ def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
 
 
 def _kernel(
-  spec, layout, generation, key_blocks, scaling, head_dim, query_ref, key_ref, value_ref, *refs
+  spec, layout, generation, num_kv_blocks, scaling, head_dim, query_ref, key_ref, value_ref, *refs
 ):
   ids, refs = (Ids(*refs[:4]), refs[4:]) if layout.has_segments else (None, refs)
-  output_ref, log_sum_exp_ref, sum_ref, largest_ref, total_ref, *scratch = refs
+  output_ref, log_sum_exp_ref, acc_ref, m_ref, l_ref, *scratch = refs
   queries_ref = scratch[0] if scaling.needs_queries else query_ref.at[0, 0]
-  late = spec.scale * LOG2_E if scaling is _Scaling.EXPONENTS else 1.0
-  is_turned = sizes.is_turned(output_ref.shape[3], generation)
-  known = online_softmax.Softmax(sum_ref, largest_ref, total_ref, is_turned, late)
+  exponent_scale = spec.scale * LOG2_E if scaling is _Scaling.EXPONENTS else 1.0
+  is_transposed = sizes.is_transposed(output_ref.shape[3], generation)
+  softmax = online_softmax.Softmax(acc_ref, m_ref, l_ref, is_transposed, exponent_scale)
 
-  # Whether position hides what is beyond the last key from all queries that there are.
+  # Whether position hides everything beyond the last key from all existing queries.
   right = spec.span.right
   hides_end = right is not None and layout.num_queries + right <= layout.num_keys
 
   i, j = pl.program_id(2), pl.program_id(3)
-  first_key = j * layout.resident if key_blocks > 1 else 0
+  first_key = j * layout.block_kv if num_kv_blocks > 1 else 0
 
-  def of_head(x: Array) -> Array:
-    return masking.existing(x, 1, head_dim) if x.shape[1] > head_dim else x
+  def zero_beyond_head(x: Array) -> Array:
+    return masking.zero_beyond(x, 1, head_dim) if x.shape[1] > head_dim else x
 
   def start(rows: slice) -> None:
-    known.start(rows)
+    softmax.start(rows)
     if scaling.needs_queries:
-      query = of_head(query_ref[0, 0, rows, :]).astype(jnp.float32) * (spec.scale * LOG2_E)
+      query = zero_beyond_head(query_ref[0, 0, rows, :]).astype(jnp.float32) * (spec.scale * LOG2_E)
       high = query.astype(queries_ref.dtype)
       if scaling is _Scaling.HALVES:
         low = (query - high.astype(jnp.float32)).astype(queries_ref.dtype)
@@ -199,105 +206,116 @@ def _kernel(
       queries_ref[rows, :] = high
 
   def finish(rows: slice) -> None:
-    known.finish(rows, output_ref, log_sum_exp_ref)
+    softmax.finish(rows, output_ref, log_sum_exp_ref)
 
   def start_all() -> None:
     @pl.when(j == 0)
     def _():
-      start(slice(0, layout.queries))
+      start(slice(0, layout.block_q))
       if ids is not None:
         scratch[-1][...] = masking.column(ids.queries[0])
 
   def finish_all() -> None:
-    @pl.when(j == key_blocks - 1)
+    @pl.when(j == num_kv_blocks - 1)
     def _():
       for rows in forward_schedule.rows_of_steps(layout, generation):
         finish(rows)
 
-  def score(piece: forward_schedule.Piece, may_end: bool) -> tuple[Array, Array]:
-    """Returns the scores of some keys, masked but for position, and their values."""
+  def score(piece: forward_schedule.Piece, may_overrun: bool) -> tuple[Array, Array]:
+    """Returns the scores and values of a piece; only position is not masked yet."""
     columns = piece.columns
     count = columns.stop - columns.start
     index = keys_at(layout, piece.tile, columns.start, count)
-    keys = of_head(key_ref[0, 0, index, :])
-    values = value_ref[0, 0, :, index] if is_turned else value_ref[0, 0, index, :]
+    keys = zero_beyond_head(key_ref[0, 0, index, :])  # [n, H]
+    # [Hv, n] or [n, Hv]
+    values = value_ref[0, 0, :, index] if is_transposed else value_ref[0, 0, index, :]
     if scaling is _Scaling.HALVES:
       keys = jnp.concatenate([keys, keys], axis=1)
-    scores = dot(queries_ref[piece.rows, :], keys, (1, 1))
+    scores = dot(queries_ref[piece.rows, :], keys, (1, 1))  # [r, n]
     if scaling is _Scaling.SCORES:
       scores, _ = masking.scale(spec, scores)
-    left = None
-    if may_end:
-      left = layout.num_keys - first_key - piece.tile * layout.keys - columns.start
-      values = masking.existing(values, int(is_turned), left)
-      if piece.distance is not None and hides_end:
-        left = None
-    same = None
+    remaining = None
+    if may_overrun:
+      remaining = layout.num_keys - first_key - piece.tile * layout.block_kv_compute - columns.start
+      values = masking.zero_beyond(values, int(is_transposed), remaining)
+      if piece.diagonal_offset is not None and hides_end:
+        remaining = None
+    id_pair = None
     if ids is not None:
-      same = (online_softmax.widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
-    return masking.mask(spec, scores, 1, count=left, ids=same), values
+      id_pair = (online_softmax.widen(scratch[-1][piece.rows, :], count), ids.keys[0, :, index])
+    return masking.mask(spec, scores, 1, count=remaining, ids=id_pair), values
 
-  def add(
+  def run_step(
     step: forward_schedule.Step,
     scored: Sequence[tuple[Array, Array]],
     ahead: Iterator[tuple[Array, Array]],
   ) -> list[tuple[Array, Array]]:
-    """Adds to some queries what some keys give: one update, of however many pieces.
+    """Runs one step: one softmax update, with any number of pieces.
 
     Args:
-      step: the queries and keys.
-      scored: what `score` gave for the pieces.
-      ahead: yields what it gives for those of the next step, between the products of this one.
+      step: The queries and keys.
+      scored: The result of `score` for each piece of the step.
+      ahead: Yields the results of `score` for the next step. They are computed between the products
+        of this step.
 
     Returns:
-      All that `ahead` yields.
+      All results that `ahead` yields.
     """
     updates = []
-    for rows, seen in step.bands:
+    for rows, full_columns in step.bands:
       scores = {}
-      for n, whole in seen:
+      for n, full in full_columns:
         piece = step.pieces[n]
-        part = scored[n][0][_within(piece, rows)]
-        scores[n] = _mask_edges(spec, part, rows, piece, whole)
-      updates.append(online_softmax.Update(known, rows, scores))
-    found = []
+        part = scored[n][0][_within_piece(piece, rows)]
+        scores[n] = _mask_edges(spec, part, rows, piece, full)
+      updates.append(online_softmax.Update(softmax, rows, scores))
+    next_scored = []
     for n, (piece, (_, values)) in enumerate(zip(step.pieces, scored, strict=True)):
-      found.extend(itertools.islice(ahead, 1))
-      meeting = [update for update in updates if update.meets(n)]
-      weights = jnp.concatenate([update.weights(n) for update in meeting], axis=0)
-      weights = weights.astype(values.dtype)
-      product = dot(values, weights, (1, 1)) if is_turned else dot(weights, values)
-      for update in meeting:
-        rows = _within(piece, update.rows)
-        update.add(product[:, rows] if is_turned else product[rows])
+      next_scored.extend(itertools.islice(ahead, 1))
+      piece_updates = [update for update in updates if update.has_piece(n)]
+      weights = jnp.concatenate([update.take_weights(n) for update in piece_updates], axis=0)
+      weights = weights.astype(values.dtype)  # [r, n]
+      # [Hv, r] or [r, Hv]
+      product = dot(values, weights, (1, 1)) if is_transposed else dot(weights, values)
+      for update in piece_updates:
+        rows = _within_piece(piece, update.rows)
+        update.add(product[:, rows] if is_transposed else product[rows])
     for update in updates:
       update.store()
-    return [*found, *ahead]
+    return [*next_scored, *ahead]
 
-  def add_all(
-    steps: Sequence[forward_schedule.Step], may_end: bool, ends: tile_schedule.Ends
+  def run_steps(
+    steps: Sequence[forward_schedule.Step], may_overrun: bool, ends: tile_schedule.Ends
   ) -> None:
     if ends.starts:
-      start(slice(0, layout.queries))
+      start(slice(0, layout.block_q))
     scored: Sequence[tuple[Array, Array]] = []
     for step, following in itertools.zip_longest(steps, steps[1:]):
-      scored = scored or [score(piece, may_end) for piece in step.pieces]
-      # While weights are loaded into the matrix unit, it has the next step's scores to do.
-      next_pieces = following.pieces if following is not None and is_turned else []
-      scored = add(step, scored, (score(piece, may_end) for piece in next_pieces))
+      scored = scored or [score(piece, may_overrun) for piece in step.pieces]
+      # While weights are loaded into the matrix unit, it computes the next step's scores.
+      next_pieces = following.pieces if following is not None and is_transposed else []
+      scored = run_step(step, scored, (score(piece, may_overrun) for piece in next_pieces))
       if ends.finishes:
         finish(slice(step.bands[0].rows.start, step.bands[-1].rows.stop))
 
-  def add_tile(tile: Any, distance: Any, may_end: bool, ends: tile_schedule.Ends) -> None:
-    add_all(forward_schedule.whole(layout, tile, distance, generation), may_end, ends)
-
-  def add_squares(
-    squares: Sequence[tuple[Any, int]], may_end: bool, ends: tile_schedule.Ends
+  def add_tile(
+    tile: Any, diagonal_offset: Any, may_overrun: bool, ends: tile_schedule.Ends
   ) -> None:
-    add_all(forward_schedule.staircase(spec, layout, squares, generation), may_end, ends)
+    run_steps(
+      forward_schedule.tile_steps(layout, tile, diagonal_offset, generation), may_overrun, ends
+    )
 
-  def fit_together(squares: Sequence[tuple[Any, int]]) -> bool:
-    steps = forward_schedule.staircase(spec, layout, squares, generation)
+  def add_partial_blocks(
+    partial_blocks: Sequence[tuple[Any, int]], may_overrun: bool, ends: tile_schedule.Ends
+  ) -> None:
+    run_steps(
+      forward_schedule.partial_block_steps(spec, layout, partial_blocks, generation),
+      may_overrun,
+      ends,
+    )
+
+  def fit_together(partial_blocks: Sequence[tuple[Any, int]]) -> bool:
+    steps = forward_schedule.partial_block_steps(spec, layout, partial_blocks, generation)
     return forward_schedule.fit_memory(layout, steps, generation)
 
   tile_schedule.for_each_tile(
@@ -307,30 +325,30 @@ def _kernel(
     first_key,
     ids,
     add_tile,
-    add_squares,
+    add_partial_blocks,
     fit_together,
     start_all,
     finish_all,
   )
 
 
-def _within(piece: forward_schedule.Piece, rows: slice) -> slice:
-  """Returns where some queries of a block stand in a piece."""
+def _within_piece(piece: forward_schedule.Piece, rows: slice) -> slice:
+  """Returns the range, within a piece, of some queries of the block."""
   return slice(rows.start - piece.rows.start, rows.stop - piece.rows.start)
 
 
 def _mask_edges(
   spec: specs.Spec,
-  scores: Float[Array, "r k"],
+  scores: Float[Array, "r n"],
   rows: slice,
   piece: forward_schedule.Piece,
-  whole: slice,
-) -> Float[Array, "r k"]:
-  """Masks what position hides from some queries of a band, and leaves alone what all see."""
-  if piece.distance is None:
+  full: slice,
+) -> Float[Array, "r n"]:
+  """Masks by position, except for the keys that all queries of the band see."""
+  if piece.diagonal_offset is None:
     return scores
   start = piece.columns.start
-  distance = piece.distance + start - rows.start
+  diagonal_offset = piece.diagonal_offset + start - rows.start
   return masking.mask_edges(
-    spec, scores, 1, distance, slice(whole.start - start, whole.stop - start)
+    spec, scores, 1, diagonal_offset, slice(full.start - start, full.stop - start)
   )

@@ -1,8 +1,28 @@
-"""Which tiles a block of queries meets, and where position cuts them.
+r"""The tiles that a block of queries visits, and where the edges of the mask cross them.
 
-Where block_q and the tile size divide one another, the mask's edges are at the same offsets in all
-blocks. These offsets are found while compiling (`cuts`); `forward_schedule` and `backward_schedule`
-use them.
+Glossary of the attention kernels; the words are those of jax's flash_attention and
+splash_attention:
+
+  block_q           Number of queries of a grid step.
+  block_kv          Number of keys that a grid step holds in vector memory.
+  block_kv_compute  Number of keys of a tile; divides block_kv.
+  tile              A tile is block_q queries by block_kv_compute keys.
+  full block        Position hides none of its keys from any of its queries.
+  empty block       Position hides all of its keys from all of its queries; it is skipped.
+  partial block     An edge of the mask crosses it. Where `diagonal_offsets` finds the offsets, a
+                    partial block is block_q queries by block_q keys: one tile or several.
+  diagonal offset   Position of the first key of a block minus position of its first query.
+  m, l, acc         State of the online softmax for a query: maximum of the scores so far, sum of
+                    the weights, and sum of the values times their weights.
+  alpha             Factor that rescales l and acc when m grows from m_prev to m_next.
+
+The blocks of one block of queries under a sliding window:
+
+  keys ->    ....\####\....    . empty    \ partial    # full
+
+Where block_q is a multiple of block_kv_compute and block_kv a multiple of block_q, all blocks of
+queries have the same diagonal offsets. `diagonal_offsets` finds them at trace time;
+`forward_schedule` and `backward_schedule` use them.
 """
 
 import functools
@@ -16,40 +36,39 @@ from jax.experimental import pallas as pl
 from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention.layout import Ids, Layout
 
-# What the mask cuts in one of so few places is compiled for each of them.
-_MOST_CUTS = 4
+# The code for a partial block is compiled once per diagonal offset, up to this many of them.
+_MAX_DIAGONAL_OFFSETS = 4
 
 
-def cuts(spec: specs.Spec, layout: Layout) -> list[int] | None:
-  """Returns where the squares begin that the mask cuts, from a block's first query to the right.
+def diagonal_offsets(spec: specs.Spec, layout: Layout) -> list[int] | None:
+  """Returns the diagonal offsets of the partial blocks of a block of queries.
 
-  A square is as many keys as a block has queries. Where tiles and resident keys fit squares, there
-  are only a few such places, which are the same for all blocks; else None is returned.
+  Returns None where the block sizes do not divide one another or there are too many offsets.
   """
-  size = layout.queries
-  if size % layout.keys or layout.resident % size:
+  block_q = layout.block_q
+  if block_q % layout.block_kv_compute or layout.block_kv % block_q:
     return None
   found = set()
   left, right = spec.span
   for limit in (right, None if left is None else -left):
     if limit is not None:
-      # The squares that hold a key at this distance of some query.
-      found.update(range(limit // size * size, limit + size, size))
+      # The blocks in which some key is `limit` positions to the right of some query.
+      found.update(range(limit // block_q * block_q, limit + block_q, block_q))
   found = {
-    cut
-    for cut in found
-    if not (right is None or cut + size - 1 <= right)
-    or not (left is None or cut - (size - 1) >= -left)
+    offset
+    for offset in found
+    if not (right is None or offset + block_q - 1 <= right)
+    or not (left is None or offset - (block_q - 1) >= -left)
   }
-  return sorted(found) if len(found) <= _MOST_CUTS else None
+  return sorted(found) if len(found) <= _MAX_DIAGONAL_OFFSETS else None
 
 
 class Ends(NamedTuple):
-  """What a call has to do beside its own part, since there it can run while products do.
+  """The start and finish of a block of queries, delegated to a call so that they overlap products.
 
   Attributes:
-    starts: what `start` would have done, see `for_each_tile`.
-    finishes: what `finish` would do.
+    starts: Whether the call must also do the work of `start`; see `for_each_tile`.
+    finishes: Whether the call must also do the work of `finish`.
   """
 
   starts: bool = False
@@ -63,43 +82,48 @@ def for_each_tile(
   first_key: Any,
   ids: Ids | None,
   body: Callable[[Any, Any, bool, Ends], None],
-  squares: Callable[[Sequence[tuple[Any, int]], bool, Ends], None] | None = None,
+  partial_body: Callable[[Sequence[tuple[Any, int]], bool, Ends], None] | None = None,
   fit_together: Callable[[Sequence[tuple[Any, int]]], bool] | None = None,
   start: Callable[[], None] | None = None,
   finish: Callable[[], None] | None = None,
 ) -> None:
-  """Calls `body(tile, distance, may_end, ends)` for the resident tiles that a block's queries see.
+  """Calls `body(tile, diagonal_offset, may_overrun, ends)` for the tiles that are not empty.
 
   Args:
-    spec: of the call.
-    layout: of the kernel.
-    query_block: number of the block of queries.
-    first_key: position of the first resident key, a multiple of `layout.keys`.
-    ids: the segment ids, if any.
-    body: gets a tile's number among the resident ones; how far right of the first query it
-      begins, or None if position hides none of it from any query; whether it may reach beyond the
-      last key; and what else it has to do.
-    squares: the same for the squares that `cuts` found, if it did: gets the first tile and the
-      distance of each. It is given all of them at once where all are resident and seen, since one
-      update of the softmax is cheaper than several; else, or where ids may skip some, one by one.
-    fit_together: whether there is memory for several of them at once; None if there never is.
-    start: called before all others, unless one of them is told to do it: that happens only where
-      there are no ids and all keys are resident.
-    finish: called after all others, unless one of them is told to do it, likewise.
+    spec: The options of the attention call.
+    layout: The block sizes of the kernel.
+    query_block: Index of the block of queries.
+    first_key: Position of the first key of the block_kv, a multiple of block_kv_compute.
+    ids: The segment ids, if any.
+    body: Receives the index of a tile in the block_kv; the tile's diagonal offset, or None if the
+      tile is full; whether the tile may reach beyond the last key; and the delegated `Ends`.
+    partial_body: Processes partial blocks in place of `body` where `diagonal_offsets` finds their
+      offsets. Receives (index of the first tile, diagonal offset) of each block, and the last two
+      arguments of `body`. It gets all partial blocks in one call where none is empty and all are
+      in the block_kv, since one update of the softmax is cheaper than several. Otherwise, and
+      where segment ids may skip some blocks, it gets one block per call.
+    fit_together: Returns whether the given partial blocks fit in memory at once; None if they
+      never do.
+    start: Called first, unless it is delegated to a call. That happens only where there are no
+      segment ids and the block_kv holds all keys.
+    finish: Called last, unless it is delegated, under the same conditions.
   """
-  first_query = query_block * layout.queries
-  last_query = specs.minimum(first_query + layout.queries, layout.num_queries) - 1
-  base, count = specs.divide(first_key, layout.keys), layout.resident // layout.keys
-  found = cuts(spec, layout) if squares is not None else None
-  unit = 1 if found is None else layout.queries // layout.keys  # what is whole, in tiles
-  # Others may be skipped, or have only a part of the keys.
-  can_tell = None not in (start, finish) and ids is None and layout.resident >= layout.num_keys
+  block_q, block_kv_compute = layout.block_q, layout.block_kv_compute
+  first_query = query_block * block_q
+  last_query = specs.minimum(first_query + block_q, layout.num_queries) - 1
+  base, count = specs.divide(first_key, block_kv_compute), layout.block_kv // block_kv_compute
+  offsets = diagonal_offsets(spec, layout) if partial_body is not None else None
+  # Full blocks are counted in multiples of a partial block, or else of a tile.
+  tiles_per_block = 1 if offsets is None else block_q // block_kv_compute
+  block_keys = tiles_per_block * block_kv_compute
+  # Otherwise a call may be skipped, or see only some of the keys.
+  can_delegate = None not in (start, finish) and ids is None and layout.block_kv >= layout.num_keys
   start, finish = start or _nothing, finish or _nothing
 
   def local(tile: Any) -> Any:
     return specs.minimum(specs.maximum(tile - base, 0), count)
 
-  def where_ids_meet(tile: Any, size: int, function: Callable[[], None]) -> None:
+  def where_segments_overlap(tile: Any, size: int, function: Callable[[], None]) -> None:
     if ids is None:
       function()
       return
@@ -115,72 +139,82 @@ def for_each_tile(
       )
     )(function)
 
-  def visit(tile: Any, distance: Any, may_end: bool) -> None:
-    where_ids_meet(tile, 1, lambda: body(tile, distance, may_end, Ends()))
+  def visit(tile: Any, diagonal_offset: Any, may_overrun: bool) -> None:
+    where_segments_overlap(tile, 1, lambda: body(tile, diagonal_offset, may_overrun, Ends()))
 
-  def visit_cut(tile: Any) -> None:
-    visit(tile, (base + tile) * layout.keys - first_query, may_end)
+  def visit_partial(tile: Any) -> None:
+    visit(tile, (base + tile) * block_kv_compute - first_query, may_overrun)
 
-  def visit_whole(tile: Any) -> None:
+  def visit_full(tile: Any) -> None:
     visit(tile, None, False)
 
-  may_end = layout.num_keys % layout.keys != 0
-  low, high = specs.some_see(spec.span, first_query, last_query, layout.num_keys)
-  first = local(specs.divide(low, layout.keys))
-  stop = specs.maximum(local(specs.divide(high + layout.keys - 1, layout.keys)), first)
-  # Queries beyond the last one count here, so that what is whole does not depend on the block.
-  low, high = specs.all_see(
-    spec.span, first_query, first_query + layout.queries - 1, layout.num_keys
+  may_overrun = layout.num_keys % block_kv_compute != 0
+  # Tiles first..stop are not empty; full_start..full_stop are full.
+  low, high = specs.keys_seen_by_any(spec.span, first_query, last_query, layout.num_keys)
+  first = local(specs.divide(low, block_kv_compute))
+  stop = specs.maximum(local(specs.divide(high + block_kv_compute - 1, block_kv_compute)), first)
+  # Includes queries beyond the last one, so that every block of queries has the same full blocks.
+  low, high = specs.keys_seen_by_all(
+    spec.span, first_query, first_query + block_q - 1, layout.num_keys
   )
-  whole_start = unit * specs.divide(low + unit * layout.keys - 1, unit * layout.keys)
-  whole_stop = unit * specs.divide(specs.maximum(high, 0), unit * layout.keys)
-  whole_start = specs.minimum(specs.maximum(local(whole_start), first), stop)
-  whole_stop = specs.minimum(specs.maximum(local(whole_stop), whole_start), stop)
-  # Not of two tiles: a loop over the other one is unrolled, and then both take memory at once.
-  if can_tell and spec.span == (None, None) and not may_end and stop == whole_stop != 2:
+  full_start = tiles_per_block * specs.divide(low + block_keys - 1, block_keys)
+  full_stop = tiles_per_block * specs.divide(specs.maximum(high, 0), block_keys)
+  full_start = specs.minimum(specs.maximum(local(full_start), first), stop)
+  full_stop = specs.minimum(specs.maximum(local(full_stop), full_start), stop)
+  # Not for two tiles: a loop over the other one is unrolled, and then both need memory at once.
+  if can_delegate and spec.span == (None, None) and not may_overrun and stop == full_stop != 2:
     start()
-    _loop(whole_start, whole_stop - 1, visit_whole)
-    body(jnp.int32(whole_stop - 1), None, False, Ends(finishes=True))
+    _loop(full_start, full_stop - 1, visit_full)
+    body(jnp.int32(full_stop - 1), None, False, Ends(finishes=True))
     return
-  if found is None:
+  if offsets is None:
     start()
-    _loop(first, whole_start, visit_cut)
-    _loop(whole_start, whole_stop, visit_whole)
-    _loop(whole_stop, stop, visit_cut)
+    _loop(first, full_start, visit_partial)
+    _loop(full_start, full_stop, visit_full)
+    _loop(full_stop, stop, visit_partial)
     finish()
     return
-  square_may_end = layout.num_keys % layout.queries != 0
-  last = layout.num_keys // layout.queries * unit - base  # the square that the keys end in
-  places = [((query_block + cut // layout.queries) * unit - base, cut) for cut in found]
-  seen = [(tile + unit > first) & (tile < stop) for tile, _ in places]
-  # Ids skip squares one by one.
-  if ids is None and len(places) > 1 and fit_together is not None and fit_together(places):
-    all_seen = functools.reduce(jnp.logical_and, seen)
-    pl.when(~all_seen if can_tell else True)(start)
-    pl.when(all_seen)(lambda: squares(places, square_may_end, Ends(starts=can_tell)))
-    seen = [one & ~all_seen for one in seen]
-    can_tell = False  # which one is the last depends on the block
+  block_may_overrun = layout.num_keys % block_q != 0
+  tail = layout.num_keys // block_q * tiles_per_block - base  # the block in which the keys end
+  partial_blocks = [
+    ((query_block + offset // block_q) * tiles_per_block - base, offset) for offset in offsets
+  ]
+  nonempty = [(tile + tiles_per_block > first) & (tile < stop) for tile, _ in partial_blocks]
+  # Segment ids skip partial blocks one by one.
+  if (
+    ids is None
+    and len(partial_blocks) > 1
+    and fit_together is not None
+    and fit_together(partial_blocks)
+  ):
+    all_nonempty = functools.reduce(jnp.logical_and, nonempty)
+    pl.when(~all_nonempty if can_delegate else True)(start)
+    pl.when(all_nonempty)(
+      lambda: partial_body(partial_blocks, block_may_overrun, Ends(starts=can_delegate))
+    )
+    nonempty = [one & ~all_nonempty for one in nonempty]
+    can_delegate = False  # the last call depends on the block of queries
   else:
     start()
-  _loop(whole_start, whole_stop, visit_whole)
-  # Under a causal mask, queries see themselves, and nothing beyond.
-  sees_itself = spec.span.right == 0 and 0 in found and layout.num_queries <= layout.num_keys
-  can_tell = can_tell and sees_itself
-  last_stop = stop
-  for (tile, cut), is_seen in zip(places, seen, strict=True):
-    ends = Ends(finishes=can_tell and cut == 0)
-    pl.when(is_seen)(
+  _loop(full_start, full_stop, visit_full)
+  # Under a causal mask, queries see the block on the diagonal and nothing to its right.
+  ends_on_diagonal = spec.span.right == 0 and 0 in offsets and layout.num_queries <= layout.num_keys
+  can_delegate = can_delegate and ends_on_diagonal
+  tail_stop = stop
+  for (tile, offset), is_nonempty in zip(partial_blocks, nonempty, strict=True):
+    ends = Ends(finishes=can_delegate and offset == 0)
+    pl.when(is_nonempty)(
       functools.partial(
-        where_ids_meet,
+        where_segments_overlap,
         tile,
-        unit,
-        functools.partial(squares, [(tile, cut)], square_may_end, ends),
+        tiles_per_block,
+        functools.partial(partial_body, [(tile, offset)], block_may_overrun, ends),
       )
     )
-    last_stop = jnp.where(tile == last, last, last_stop)
-  if square_may_end and not sees_itself:  # also where the mask leaves it whole
-    _loop(specs.maximum(last, first), last_stop, lambda tile: visit(tile, None, may_end))
-  if not can_tell:
+    tail_stop = jnp.where(tile == tail, tail, tail_stop)
+  if block_may_overrun and not ends_on_diagonal:  # the tail, unless a partial block
+    _loop(specs.maximum(tail, first), tail_stop, lambda tile: visit(tile, None, may_overrun))
+  if not can_delegate:
     finish()
 
 

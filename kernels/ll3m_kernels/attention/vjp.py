@@ -1,4 +1,4 @@
-"""Attention as one differentiable operation: either implementation, on one device or on a mesh."""
+"""Attention as one differentiable operation, for both implementations, with or without a mesh."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,19 +17,19 @@ from ll3m_kernels.sharding import Sharding, map_shards, own_part
 
 OUTPUT_NAME = "flash_attention_output"
 RESIDUAL_NAME = "flash_attention_log_sum_exp"
-# What the backward pass reads beside the arguments: with these names saved
+# The values that the backward pass reads besides the arguments. If they are saved
 # (`jax.checkpoint_policies.save_only_these_names`), a remat does not run the forward pass again.
 ATTENTION_RESIDUALS = (OUTPUT_NAME, RESIDUAL_NAME)
 
 
 class Static(NamedTuple):
-  """What does not change with the data.
+  """The static arguments of attention.
 
   Attributes:
-    spec: the options of the call.
-    block_sizes: the caller's own; None for the default ones.
-    implementation: as `dispatch.choose` returns it.
-    sharding: of the arrays; None on one device.
+    spec: Options of the call.
+    block_sizes: Block sizes that the caller chose; None for the default ones.
+    implementation: Return value of `dispatch.choose`.
+    sharding: Placement of the arrays on a mesh; None on one device.
   """
 
   spec: Spec
@@ -106,16 +106,16 @@ def _backward(static, residuals, cotangents):
   return (*bars, None, None)
 
 
-# An output that a vmap's rows share has one cotangent, not one for each row.
+# An output that all rows of a vmap share has one cotangent, not one per row.
 attention.defvjp(_forward, _backward, generic_batching=True)
 
 
 class Heads:
-  """How heads are spread over a mesh axis of m devices.
+  """The split of the heads over a mesh axis of m devices.
 
-  Query heads are split if m divides them. KV heads are split if m divides them too. Where there
-  are fewer of them than devices (K divides m), each device holds all and uses the one that its
-  query heads read; else all heads stay whole, and the devices of the axis do the same work.
+  Query heads are split if m divides N. KV heads are split if m divides K too. If instead K < m and
+  K divides m, each device holds all KV heads and picks the one that its query heads attend to.
+  Otherwise no heads are split, and all devices of the axis do the same work.
   """
 
   def __init__(self, sharding: Sharding | None, num_heads: int, num_kv_heads: int):
@@ -133,7 +133,7 @@ class Heads:
     self.ids = PartitionSpec(batch, None)  # [B, T]
 
   def own_parts(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-    """Describes what one device attends with."""
+    """Returns the shapes of the query, key and value of one device."""
     query = own_part(self._sharding, query, self.queries)
     key, value = (own_part(self._sharding, x, self.keys) for x in (key, value))
     if self._picks:
@@ -143,14 +143,14 @@ class Heads:
     return query, key, value
 
   def own(self, array: Array) -> Array:
-    """Takes the KV heads that this device's query heads read."""
+    """Returns the KV heads that this device's query heads attend to."""
     if not self._picks:
       return array
     head = jax.lax.axis_index(self._axis) // self._devices_per_head
     return jax.lax.dynamic_slice_in_dim(array, head, 1, axis=2)
 
   def join(self, cotangent: Array) -> Array:
-    """The transpose of `own`, summed over the devices that read the same head, in float32."""
+    """Transposes `own`: sums the cotangents of each KV head over the devices, in float32."""
     if not self._picks:
       return cotangent
     head = jax.lax.axis_index(self._axis) // self._devices_per_head

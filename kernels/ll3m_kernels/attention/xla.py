@@ -1,9 +1,10 @@
-"""Attention whose [T, S] scores do not outlive a block of queries: the implementation "xla".
+"""The implementation "xla": attention in plain jnp, one block of queries at a time.
 
-Queries are taken in blocks, and a block reads only the keys that the causal mask and the window
-let some of it see. The backward pass computes the scores again from their log-sum-exp (Dao, 2023):
-XLA's own gradient would keep three arrays of that size per layer. For 2 x 512 tokens and SmolLM2's
-heads, forward and backward take a third of the CPU time of the whole scores with XLA's gradient.
+It never holds the whole [T, S] scores: a block of queries reads only the keys that the causal mask
+and the window let any of them see. The backward pass recomputes the weights from the log-sum-exp
+(Dao, 2023); XLA's own gradient would keep three [T, S] arrays per layer. For 2 x 512 tokens and
+SmolLM2's heads, forward and backward take a third of the CPU time of computing the whole scores
+with XLA's gradient.
 """
 
 from collections.abc import Iterator
@@ -11,13 +12,13 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ll3m_kernels.attention.spec import MASKED, Spec, some_see, within
+from ll3m_kernels.attention.spec import MASKED, Spec, keys_seen_by_any, within
 from ll3m_kernels.soft_cap import soft_cap
 
-# Shorter blocks skip more of what is masked but make smaller products.
+# Shorter blocks skip more masked scores but make smaller products.
 _BLOCK = 128
-# Long sequences get longer blocks: each one is compiled.
-_MOST_BLOCKS = 32
+# Each block is compiled separately, so long sequences get longer blocks.
+_MAX_BLOCKS = 32
 
 
 def forward(
@@ -43,16 +44,16 @@ def forward(
     visible = _visible(spec, rows, columns, query_ids, key_ids)
     if visible is not None:
       scores = jnp.where(visible, scores, MASKED)
-    # Never as low as what is masked, so that this vanishes even where nothing is visible.
-    largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), 0.5 * MASKED)
-    weights = jnp.exp(scores - largest)  # [B, K, G, t, s]
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
+    # Above MASKED, so that the weights of masked scores are 0 even where all scores are masked.
+    m = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), 0.5 * MASKED)
+    weights = jnp.exp(scores - m)  # [B, K, G, t, s]
+    l = jnp.sum(weights, axis=-1, keepdims=True)
+    is_empty = l == 0.0
+    l = jnp.where(is_empty, 1.0, l)
     output = _dot("bkts,bksh->bkth", _as_rows(weights.astype(value.dtype)), values[:, :, columns])
-    output = output / total.reshape(*output.shape[:-1], 1)
+    output = output / l.reshape(*output.shape[:-1], 1)
     outputs.append(_ungroup(output, num_heads).astype(query.dtype))
-    sums.append(jnp.where(empty, MASKED, largest + jnp.log(total)))
+    sums.append(jnp.where(is_empty, MASKED, m + jnp.log(l)))
   output = jnp.concatenate(outputs, axis=1)
   log_sum_exp = jnp.concatenate(sums, axis=3)  # [B, K, G, T, 1]
   return output, log_sum_exp.reshape(output.shape[0], num_heads, -1)
@@ -75,11 +76,12 @@ def backward(
   group = num_heads // num_kv_heads
   keys, values = _by_head(key), _by_head(value)
   log_sum_exp = log_sum_exp.reshape(*keys.shape[:2], group, -1, 1)
-  # d S = P * (d P - delta): what the normalisation takes back, less what log Z asks for.
+  # dS = P * (dP - delta), where delta = sum(dO * O) - d(log-sum-exp).
   delta = jnp.sum(output_bar.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)  # [B, T, N]
   delta = (delta.swapaxes(1, 2) - log_sum_exp_bar).reshape(log_sum_exp.shape)
   query_bars = []
-  # Transposed, [B, K, H, S]: XLA:CPU would copy a transposed block of scores, the large operand.
+  # Transposed, [B, K, H, S]: otherwise XLA:CPU copies a transposed block of scores, the larger
+  # operand.
   key_bar = jnp.zeros((*keys.shape[:2], keys.shape[3], keys.shape[2]), jnp.float32)
   value_bar = jnp.zeros((*values.shape[:2], values.shape[3], values.shape[2]), jnp.float32)
   for rows, columns in _blocks(spec, query.shape[1], key.shape[1]):
@@ -108,11 +110,11 @@ def backward(
 
 
 def _blocks(spec: Spec, length: int, key_length: int) -> Iterator[tuple[slice, slice]]:
-  """Yields blocks of queries, each with the keys that some query of it may see."""
-  size = max(_BLOCK, -(-length // _MOST_BLOCKS))
+  """Yields ranges of queries, each with the range of keys that any of them sees."""
+  size = max(_BLOCK, -(-length // _MAX_BLOCKS))
   for start in range(0, length, size):
     stop = min(start + size, length)
-    low, high = some_see(spec.span, start, stop - 1, key_length)
+    low, high = keys_seen_by_any(spec.span, start, stop - 1, key_length)
     low = min(low, high - 1)  # a query that sees nothing masks one key
     yield slice(start, stop), slice(low, high)
 
@@ -120,7 +122,7 @@ def _blocks(spec: Spec, length: int, key_length: int) -> Iterator[tuple[slice, s
 def _scores(
   spec: Spec, queries: Float[Array, "B K R H"], keys: Float[Array, "B K s H"], group: int
 ) -> tuple[Float[Array, "B K G t s"], Float[Array, "B K G t s"] | None]:
-  """Returns the scores of R = G * t query rows, and the slope of the soft cap there, if any."""
+  """Returns the scores of R = G * t query rows, and the slope of the soft cap, if any."""
   scores = _dot("bkth,bksh->bkts", queries, keys) * spec.scale
   scores = scores.reshape(*keys.shape[:2], group, -1, keys.shape[2])
   if spec.logits_soft_cap is None:
@@ -139,12 +141,12 @@ def _visible(
   distance = (
     jnp.arange(columns.start, columns.stop)[None] - jnp.arange(rows.start, rows.stop)[:, None]
   )
-  seen = within(spec.span, distance)
-  seen = None if seen is None else seen[None]
+  visible = within(spec.span, distance)  # [t, s]
+  visible = None if visible is None else visible[None]
   if query_ids is not None:
-    same = query_ids[:, rows, None] == key_ids[:, None, columns]
-    seen = same if seen is None else seen & same
-  return None if seen is None else seen[:, None, None]
+    same = query_ids[:, rows, None] == key_ids[:, None, columns]  # [B, t, s]
+    visible = same if visible is None else visible & same
+  return None if visible is None else visible[:, None, None]
 
 
 def _by_head(x: Float[Array, "B S K H"]) -> Float[Array, "B K S H"]:
@@ -152,13 +154,13 @@ def _by_head(x: Float[Array, "B S K H"]) -> Float[Array, "B K S H"]:
 
 
 def _group(x: Float[Array, "B t N H"], num_kv_heads: int) -> Float[Array, "B K R H"]:
-  """Makes the query heads of a KV head rows of one matrix: R = G * t."""
+  """Merges the query heads of a KV head into the rows of one matrix: R = G * t."""
   batch, _, _, size = x.shape
   return x.swapaxes(1, 2).reshape(batch, num_kv_heads, -1, size)
 
 
 def _ungroup(x: Float[Array, "B K R H"], num_heads: int) -> Float[Array, "B t N H"]:
-  """The inverse of `_group`."""
+  """Inverts `_group`."""
   batch, _, _, size = x.shape
   return x.reshape(batch, num_heads, -1, size).swapaxes(1, 2)
 

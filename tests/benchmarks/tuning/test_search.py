@@ -40,9 +40,9 @@ def search(cycles):
 def distance(kernel, limits, forward=(512, 4096), backward=(256, 1024)):
   """Returns cycles with one minimum, whose coordinates can be found one by one."""
   names, best = (
-    (("keys", "queries"), forward)
+    (("block_kv_compute", "block_q"), forward)
     if kernel == "attention_forward"
-    else (("keys_backward", "queries_backward"), backward)
+    else (("block_kv_compute_backward", "block_q_backward"), backward)
   )
   return 1000 + sum(abs(limits[n] - b) for n, b in zip(names, best, strict=True))
 
@@ -50,10 +50,10 @@ def distance(kernel, limits, forward=(512, 4096), backward=(256, 1024)):
 def test_the_minimum_is_found():
   found, _ = search(distance)
   assert found.limits == {
-    "keys": 512,
-    "queries": 4096,
-    "keys_backward": 256,
-    "queries_backward": 1024,
+    "block_kv_compute": 512,
+    "block_q": 4096,
+    "block_kv_compute_backward": 256,
+    "block_q_backward": 1024,
   }
   for kernel, options in ATTENTION.options.items():
     every = [
@@ -78,12 +78,12 @@ def test_small_gains_are_ignored():
 
   def cycles(kernel, limits):
     if kernel == "attention_forward":
-      return 999 if limits["queries"] == 512 else 1000
-    return 900 if limits["keys_backward"] == 256 else 1000
+      return 999 if limits["block_q"] == 512 else 1000
+    return 900 if limits["block_kv_compute_backward"] == 256 else 1000
 
   found, _ = search(cycles)
   rule = ATTENTION.rule(SHAPE, GENERATIONS["v5e"])._asdict()
-  assert found.limits == rule | {"keys_backward": 256}
+  assert found.limits == rule | {"block_kv_compute_backward": 256}
   assert found.cycles == {
     "attention_forward": {"tuned": 1000, "rule": 1000},
     "attention_backward": {"tuned": 900, "rule": 1000},
@@ -92,10 +92,10 @@ def test_small_gains_are_ignored():
 
 def test_limits_that_cannot_be_priced_are_skipped_and_reported():
   def cycles(kernel, limits):
-    return "the profile aborted" if limits["keys"] == 512 else distance(kernel, limits)
+    return "the profile aborted" if limits["block_kv_compute"] == 512 else distance(kernel, limits)
 
   found, _ = search(cycles)
-  assert found.limits["keys"] == 256
+  assert found.limits["block_kv_compute"] == 256
   assert found.failures and all("the profile aborted" in text for text in found.failures)
 
 

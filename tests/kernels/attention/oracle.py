@@ -1,4 +1,4 @@
-"""Attention and its gradients in float64 NumPy, straight from the definition.
+"""Attention and its gradients in float64 NumPy, computed from the definition.
 
 Dimensions: B batch, T queries, S keys, N heads, K KV heads, H and W head dims of keys and values.
 """
@@ -31,7 +31,10 @@ def attention(
   segment_ids: Any = None,
   logits_soft_cap: float | None = None,
 ) -> Attended:
-  """Returns the results, and the gradients for cotangents of both; none where nothing is seen."""
+  """Returns output, log-sum-exp and the gradients for the cotangents of both.
+
+  A query that sees no key has output 0 and no gradient.
+  """
   query, key, value, output_bar, log_sum_exp_bar = (
     np.asarray(x, np.float64) for x in (query, key, value, output_bar, log_sum_exp_bar)
   )
@@ -45,23 +48,24 @@ def attention(
     capped = np.tanh(scores / logits_soft_cap)
     scores, slope = logits_soft_cap * capped, 1 - capped**2
   t, s = np.arange(length)[:, None], np.arange(num_keys)[None]
-  seen = np.ones((length, num_keys), bool)
+  visible = np.ones((length, num_keys), bool)
   if is_causal:
-    seen &= s <= t
+    visible &= s <= t
   if local_window_size is not None:
     left, right = np.broadcast_to(local_window_size, 2)
-    seen &= (s >= t - left) & (s <= t + right)
-  seen = seen[None, None]
+    visible &= (s >= t - left) & (s <= t + right)
+  visible = visible[None, None]
   if segment_ids is not None:
-    ours, theirs = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    seen = seen & (np.asarray(ours)[:, None, :, None] == np.asarray(theirs)[:, None, None, :])
-  scores = np.where(seen, scores, -np.inf)
-  any_seen = np.broadcast_to(seen, scores.shape).any(-1, keepdims=True)
-  largest = np.where(any_seen, scores.max(-1, keepdims=True), 0.0)
-  weights = np.exp(scores - largest)
-  total = np.where(any_seen, weights.sum(-1, keepdims=True), 1.0)
-  weights /= total
-  log_sum_exp = np.where(any_seen, largest + np.log(total), UNSEEN)[..., 0]
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    query_ids, key_ids = (np.asarray(ids) for ids in pair)
+    visible = visible & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
+  scores = np.where(visible, scores, -np.inf)
+  sees_any = np.broadcast_to(visible, scores.shape).any(-1, keepdims=True)
+  m = np.where(sees_any, scores.max(-1, keepdims=True), 0.0)
+  weights = np.exp(scores - m)
+  l = np.where(sees_any, weights.sum(-1, keepdims=True), 1.0)
+  weights /= l
+  log_sum_exp = np.where(sees_any, m + np.log(l), UNSEEN)[..., 0]
   output = np.einsum("bnts,bsnw->btnw", weights, values)
   weights_bar = np.einsum("btnw,bsnw->bnts", output_bar, values)
   inner = (weights_bar * weights).sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The chunks of squares that a mask cuts, against the mask written out."""
+"""The chunks of partial blocks, compared with the whole mask."""
 
 import numpy as np
 import pytest
@@ -19,30 +19,36 @@ SPANS = [
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize("span", SPANS)
-@pytest.mark.parametrize("queries, keys", [(512, 256), (384, 128), (1024, 512), (100, 100)])
-def test_what_a_square_shows_is_met_once(generation, span, queries, keys):
-  layout = Layout(4 * queries, 4 * queries, queries, keys, 4 * queries, False)
+@pytest.mark.parametrize(
+  "block_q, block_kv_compute", [(512, 256), (384, 128), (1024, 512), (100, 100)]
+)
+def test_visible_pairs_of_a_partial_block_are_in_one_chunk(
+  generation, span, block_q, block_kv_compute
+):
+  layout = Layout(4 * block_q, 4 * block_q, block_q, block_kv_compute, 4 * block_q, False)
   spec = Spec(1.0, span, None)
-  position = np.arange(queries)
-  cuts = tile_schedule.cuts(spec, layout)
-  assert cuts
-  for cut in cuts:
-    right = cut + position[:, None] - position  # of a query, by key
-    seen = np.ones_like(right, bool)
+  position = np.arange(block_q)
+  offsets = tile_schedule.diagonal_offsets(spec, layout)
+  assert offsets
+  for offset in offsets:
+    distance = offset + position[:, None] - position  # [key, query]
+    visible = np.ones_like(distance, bool)
     if span.right is not None:
-      seen &= right <= span.right
+      visible &= distance <= span.right
     if span.left is not None:
-      seen &= right >= -span.left
-    met = np.zeros_like(right)
-    found = backward_schedule.of_square(spec, layout, 0, cut, dispatch.GENERATIONS[generation])
+      visible &= distance >= -span.left
+    counts = np.zeros_like(distance)
+    found = backward_schedule.partial_block_chunks(
+      spec, layout, 0, offset, dispatch.GENERATIONS[generation]
+    )
     for chunk in found:
-      start, size = chunk.first, chunk.keys.size
-      met[start : start + size, chunk.queries] += 1
-      assert chunk.distance == right[start, chunk.queries.start]
-      if chunk.whole.start < chunk.whole.stop:
-        assert seen[start : start + size, chunk.queries][:, chunk.whole].all()
-    assert met.max(initial=0) <= 1
-    assert (met >= seen).all()
-    # Along each of two edges, a chunk's own half and what rounding to 128 queries adds.
+      start, size = chunk.first_key, chunk.keys.size
+      counts[start : start + size, chunk.queries] += 1
+      assert chunk.diagonal_offset == distance[start, chunk.queries.start]
+      if chunk.full.start < chunk.full.stop:
+        assert visible[start : start + size, chunk.queries][:, chunk.full].all()
+    assert counts.max(initial=0) <= 1
+    assert (counts >= visible).all()
+    # Masked pairs along each of two edges: half a chunk, plus the rounding to 128 queries.
     step = max(chunk.keys.size for chunk in found)
-    assert met.sum() - seen.sum() <= queries * (step + 256)
+    assert counts.sum() - visible.sum() <= block_q * (step + 256)

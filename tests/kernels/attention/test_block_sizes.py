@@ -1,4 +1,4 @@
-"""The default blocks of every length can be laid out, on every TPU."""
+"""The default block sizes are valid for every length on every TPU."""
 
 import itertools
 
@@ -12,26 +12,26 @@ LENGTHS = [*range(1, 700, 37), *range(704, 9000, 64), 12_345, 16_384, 20_000, 32
 
 
 @pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
-def test_every_length(generation):
+def test_default_blocks_are_valid_for_every_length(generation):
   for length, head_dim, itemsize, mask in itertools.product(
     LENGTHS, (8, 64, 100, 128, 256), (2, 4), ("causal", "full", "window")
   ):
     problem = block_sizes.Problem(length, length, head_dim, head_dim, itemsize, True, mask)
     chosen = block_sizes.default_blocks(problem, generation)
     block_sizes.check(chosen, problem, generation)
-    count = -(-length // chosen.queries)
-    assert count * chosen.queries - length < max(chosen.keys, LANES * count)
+    count = -(-length // chosen.block_q)
+    assert count * chosen.block_q - length < max(chosen.block_kv_compute, LANES * count)
 
 
-def test_queries_and_keys_of_different_lengths():
+def test_default_blocks_are_valid_for_different_lengths_of_queries_and_keys():
   lengths = (1, 100, 200, 500, 1280, 2000, 5000)
   for queries, keys in itertools.product(lengths, lengths):
     problem = block_sizes.Problem(queries, keys, 128, 64, 2, has_segments=False)
     for generation in GENERATIONS.values():
       chosen = block_sizes.default_blocks(problem, generation)
       block_sizes.check(chosen, problem, generation)
-      assert chosen.queries % LANES == 0 or chosen.queries == queries
-      assert chosen.keys <= keys
-      # As lanes they are whole registers, or all that there are: compilers demand that.
-      for resident in (chosen.keys_resident, chosen.keys_resident_backward):
-        assert resident % LANES == 0 or resident == keys
+      assert chosen.block_q % LANES == 0 or chosen.block_q == queries
+      assert chosen.block_kv_compute <= keys
+      # The compilers require whole registers of lanes, or the whole length.
+      for block_kv in (chosen.block_kv, chosen.block_kv_backward):
+        assert block_kv % LANES == 0 or block_kv == keys

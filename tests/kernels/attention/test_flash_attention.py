@@ -1,4 +1,4 @@
-"""Both implementations of attention against float64 NumPy: values and all gradients."""
+"""Values and all gradients of both implementations of attention, against float64 NumPy."""
 
 import functools
 
@@ -17,14 +17,14 @@ from ll3m_kernels import BlockSizes, flash_attention
 from tests.kernels.attention import oracle
 from tests.kernels.tolerances import assert_close
 
-# Several blocks and parts also in short sequences.
+# Several block_q and block_kv even in short sequences.
 SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
-# Squares of several tiles, which the mask cuts in five steps.
+# Partial blocks of several tiles, processed in five steps.
 STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
-# The same of one tile, as large as the steps of several squares that are taken together.
+# Partial blocks of one tile; steps of several partial blocks together are as large.
 TOGETHER = BlockSizes(640, 640, 1280, 256, 128, 512)
 ALL_TOGETHER = BlockSizes(640, 640, 1920, 256, 128, 512)
-# Steps of four bands each; of two where both edges of a window are taken together.
+# Steps of four bands; of two bands where both edges of a window are processed together.
 BANDS = BlockSizes(512, 256, 1536, 256, 128, 512)
 
 
@@ -47,7 +47,7 @@ CASES = {
     {"is_causal": True, "local_window_size": (150, 9), "block_sizes": SMALL},
   ),
   "itself_only": ((1, 140, 140, 2, 1, 100, 100), {"is_causal": True, "local_window_size": (0, 0)}),
-  # Blocks of the backward pass reach beyond such heads; several parts pass dQ on.
+  # Blocks of the backward pass reach beyond these heads; dQ is passed on between several calls.
   "odd_heads": ((1, 300, 520, 2, 1, 100, 36), {"block_sizes": SMALL}),
   "nothing_seen": ((1, 400, 130, 2, 1, 16, 16), {"local_window_size": (20, 0)}),
   "segments": (
@@ -73,7 +73,7 @@ CASES = {
     (1, 1100, 1100, 1, 1, 16, 16),
     {"is_causal": True, "segment_ids": segments(1, 1100, 3), "block_sizes": BANDS},
   ),
-  # The second block meets no key of the square where it would end.
+  # The second block of queries skips the partial block on the diagonal, by its segment ids.
   "bands_of_other_segments": (
     (1, 1100, 1100, 1, 1, 16, 16),
     {
@@ -95,8 +95,8 @@ CASES = {
     (1, 1400, 1400, 1, 1, 8, 8),
     {"is_causal": True, "local_window_size": (639, 0), "block_sizes": STAIRS},
   ),
-  # Of three blocks of queries, the first sees one square, the second two at once, and the third two
-  # that are not resident at the same time.
+  # The first of three blocks of queries has one partial block, the second has two in one block_kv,
+  # and the third has two in different block_kv.
   "stairs_together": (
     (1, 1850, 1850, 2, 1, 8, 8),
     {"is_causal": True, "local_window_size": (639, 0), "block_sizes": TOGETHER},
@@ -113,7 +113,7 @@ CASES = {
     (1, 1300, 1700, 1, 1, 8, 8),
     {"local_window_size": (150, 777), "block_sizes": STAIRS},
   ),
-  "stairs_beyond_the_keys": (
+  "stairs_beyond_the_last_key": (
     (1, 1700, 900, 1, 1, 8, 8),
     {"is_causal": True, "block_sizes": STAIRS},
   ),
@@ -133,7 +133,7 @@ CASES = {
     (2, 1, 300, 4, 2, 64, 64),
     {"segment_ids": (jnp.ones((2, 1), jnp.int32), segments(2, 300, 2))},
   ),
-  # Several blocks of keys and a tail; one row sees no key at all.
+  # Several blocks of keys and a tail; one query sees no key.
   "few_queries": (
     (2, 3, 5000, 4, 2, 64, 32),
     {
@@ -185,61 +185,61 @@ def run(implementation, arrays, **options):
 
 @functools.cache
 def drawn(case, dtype=jnp.float32):
-  """Returns the arrays of a case, and what is right for them: once for all tests of the case."""
+  """Returns the arrays and expected results of a case; cached for all its tests."""
   shape, options = CASES[case]
   arrays = draw(shape, dtype)
-  return arrays, right(arrays, options)
+  return arrays, expect(arrays, options)
 
 
 @functools.cache
 def plain_bfloat16(case):
-  """Returns what plain jnp gives for a case in bfloat16: the bound of every generation."""
+  """Returns the results of plain jnp in bfloat16, whose error bounds that of every generation."""
   return run("xla", drawn(case, jnp.bfloat16)[0], **CASES[case][1])
 
 
-def right(arrays, options):
+def expect(arrays, options):
   return oracle.attention(*arrays, **{k: v for k, v in options.items() if k != "block_sizes"})
 
 
 def compare(actual, arrays, dtype, xla=None, **options):
-  hold(actual, right(arrays, options), dtype, xla)
+  check(actual, expect(arrays, options), dtype, xla)
 
 
-def hold(actual, expected, dtype, xla=None):
+def check(actual, expected, dtype, xla=None):
   for i, name in enumerate(oracle.Attended._fields):
     assert_close(actual[i], expected[i], dtype, None if xla is None else xla[i], name)
-  nowhere = expected.log_sum_exp == oracle.UNSEEN
-  assert (np.asarray(actual[0]).swapaxes(1, 2)[nowhere] == 0).all()
+  sees_nothing = expected.log_sum_exp == oracle.UNSEEN
+  assert (np.asarray(actual[0]).swapaxes(1, 2)[sees_nothing] == 0).all()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_xla(case):
+def test_xla_matches_the_oracle(case):
   options = CASES[case][1]
   arrays, expected = drawn(case)
-  hold(run("xla", arrays, **options), expected, jnp.float32)
+  check(run("xla", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernel(case):
+def test_kernel_matches_the_oracle(case):
   options = CASES[case][1]
   arrays, expected = drawn(case)
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
-    hold(run("pallas", arrays, **options), expected, jnp.float32)
+    check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
   "case",
   [
     "tails", "causal_window", "odd_heads", "segments_of_both", "bands", "bands_to_both_sides",
-    "stairs_together", "three_stairs_together", "stairs_beyond_the_keys", "negative_scale",
+    "stairs_together", "three_stairs_together", "stairs_beyond_the_last_key", "negative_scale",
   ],
 )  # fmt: skip
-def test_kernel_where_values_are_not_turned(case):
-  """On v6e, and on all with a head dim of 128 or more."""
+def test_kernel_with_acc_not_transposed(case):
+  """This is so on v6e, and elsewhere for head dims of 128 or more."""
   options = CASES[case][1]
   arrays, expected = drawn(case)
   with kernels.target("v6e"), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
-    hold(run("pallas", arrays, **options), expected, jnp.float32)
+    check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_kernel_has_no_races_in_any_order(case):
   options = CASES[case][1]
   arrays, expected = drawn(case)
   with pltpu.force_tpu_interpret_mode(INTERPRETERS["races_and_shuffled"]):
-    hold(run("pallas", arrays, **options), expected, jnp.float32)
+    check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -262,28 +262,28 @@ def test_kernel_in_plain_interpret_mode(case, monkeypatch):
   options = CASES[case][1]
   arrays, expected = drawn(case)
   monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-  hold(run("pallas", arrays, **options), expected, jnp.float32)
+  check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize(
   "case", ["tails", "causal", "causal_window", "segments", "odd_heads", "decoding", "few_queries"]
 )
-def test_bfloat16(case, generation):
-  """On v6e the matrix unit is deep enough for queries of two halves, on v5e it is not."""
+def test_bfloat16_kernel_is_as_exact_as_plain_jnp(case, generation):
+  """The matrix unit of v6e is deep enough for queries split in two halves; that of v5e is not."""
   options = CASES[case][1]
   arrays, expected = drawn(case, jnp.bfloat16)
   xla = plain_bfloat16(case)
   with kernels.target(generation), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
     actual = run("pallas", arrays, **options)
   assert [x.dtype for x in actual] == [x.dtype for x in xla]
-  hold(actual, expected, jnp.bfloat16, xla)
+  check(actual, expected, jnp.bfloat16, xla)
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5e", "v6e"])
 @pytest.mark.parametrize("head_dim", [64, 100, 128, 256])
-def test_bfloat16_is_scaled_exactly_on_every_generation(generation, head_dim):
-  """Also where scores are so large that a rounded query would show."""
+def test_bfloat16_scaling_does_not_round_on_any_generation(generation, head_dim):
+  """The scores are so large that rounding the queries would be visible."""
   query, *rest = draw((1, 260, 260, 2, 1, head_dim, 64), jnp.bfloat16)
   arrays = (query * 16, *rest)
   options = {"is_causal": True}
@@ -294,8 +294,8 @@ def test_bfloat16_is_scaled_exactly_on_every_generation(generation, head_dim):
 
 
 @pytest.mark.parametrize("model", shapes.ATTENTION)
-def test_the_models_shapes(model):
-  """One KV head of each model and its queries; 150 tokens and, where there is a window, 40 of it.
+def test_shapes_of_the_models(model):
+  """Uses one KV head of each model, 150 tokens, and a window of 40 where the model has one.
 
   Interpreting all heads at full length would take hours; heads are independent grid steps.
   """
@@ -323,7 +323,7 @@ def test_the_models_shapes(model):
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
   block_sizes=st.sampled_from([SMALL, BlockSizes(256, 128, 256, 128, 256, 256)]),
 )
-def test_any_shape_and_mask(
+def test_random_shapes_and_masks(
   length, num_keys, num_kv_heads, group, head_dim, is_causal, window, has_segments, dtype,
   block_sizes,
 ):  # fmt: skip
@@ -339,8 +339,8 @@ def test_any_shape_and_mask(
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_jax_says_the_same(implementation):
-  """Where `jax.nn.dot_product_attention` can express a case, names mean what they mean there."""
+def test_matches_jax_nn_dot_product_attention(implementation):
+  """Shared arguments mean the same as in `jax.nn.dot_product_attention`."""
   query, key, value, *_ = draw((2, 130, 130, 4, 2, 16, 16))
   options = {"is_causal": True, "local_window_size": (20, 5), "scale": 0.3}
   expected = jax.nn.dot_product_attention(query, key, value, **options)

@@ -1,4 +1,4 @@
-"""The largest tiles that the rule chooses, interpreted, against float64 NumPy."""
+"""The largest tiles that the rule chooses, interpreted and compared with float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from tests.kernels.tolerances import assert_close
 @pytest.mark.parametrize(
   "generation, mask", [("v5e", "causal"), ("v5p", "full"), ("v6e", "causal")]
 )
-def test_values_and_gradients(generation, mask):
+def test_values_and_gradients_of_the_largest_tiles(generation, mask):
   problem = block_sizes.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask=mask)
   limits = block_sizes.rule(problem, GENERATIONS[generation])._asdict()
-  length = max(limits.values())  # the largest tile is whole, and cut by the mask
+  # The largest tile is not shortened, and a causal mask crosses it.
+  length = max(limits.values())
   options = {"is_causal": mask == "causal"}
   rng = np.random.default_rng(0)
   dtype = jnp.bfloat16
@@ -36,12 +37,12 @@ def test_values_and_gradients(generation, mask):
     return jax.jit(run)(q, k, v)
 
   with target(generation):
-    said = explain(flash_attention, q, k, v, **options)
-    assert f"tiles of {limits['keys']} keys x {limits['queries']} queries" in said
+    explanation = explain(flash_attention, q, k, v, **options)
+    assert all(f"{name}={limit}" in explanation for name, limit in limits.items())
     with pltpu.force_tpu_interpret_mode():
       actual = both("pallas")
   expected = oracle.attention(q, k, v, bar, np.zeros((1, 1, length)), **options)
   expected = (expected.output, expected.query_bar, expected.key_bar, expected.value_bar)
   names = ("output", "query", "key", "value")
-  for name, found, right, xla in zip(names, actual, expected, both("xla"), strict=True):
-    assert_close(found, right, dtype, xla, name)
+  for name, found, wanted, xla in zip(names, actual, expected, both("xla"), strict=True):
+    assert_close(found, wanted, dtype, xla, name)

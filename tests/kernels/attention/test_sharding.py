@@ -1,4 +1,4 @@
-"""Attention on meshes of eight devices, against one device."""
+"""Attention on meshes of eight devices, compared with one device."""
 
 import functools
 
@@ -30,16 +30,16 @@ def values_and_grads(arrays, ids, sharding):
 @pytest.mark.parametrize(
   ("sizes", "heads"),
   [
-    ((2, 2, 2), (4, 2)),  # both kinds of heads are split
+    ((2, 2, 2), (4, 2)),  # query and KV heads are split
     ((1, 1, 8), (8, 8)),
     ((2, 1, 4), (8, 2)),  # two devices share a KV head
-    ((1, 2, 4), (4, 1)),  # all do
-    ((2, 2, 2), (9, 3)),  # nothing divides: heads stay whole
+    ((1, 2, 4), (4, 1)),  # all devices share the KV head
+    ((2, 2, 2), (9, 3)),  # 2 does not divide the heads: they are not split
     ((1, 2, 4), (12, 6)),
     ((8, 1, 1), (2, 1)),
   ],
 )
-def test_any_mesh_gives_what_one_device_gives(sizes, heads):
+def test_any_mesh_gives_the_results_of_one_device(sizes, heads):
   rng = np.random.default_rng(0)
   shapes = [(8, 12, n, 8) for n in (heads[0], heads[1], heads[1])]
   arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
@@ -50,7 +50,7 @@ def test_any_mesh_gives_what_one_device_gives(sizes, heads):
     assert_close(ours, np.asarray(theirs, np.float64), jnp.float32)
 
 
-def test_mistakes_are_explained():
+def test_invalid_shardings_are_refused():
   sharding = make_sharding(2, 2, 2)
   x = jnp.zeros((6, 4, 2, 8))
   with pytest.raises(ValueError, match=r"must be a multiple of dp x fsdp = 4, got \[6, 4, 2, 8\]"):
@@ -59,8 +59,8 @@ def test_mistakes_are_explained():
     Sharding(sharding.mesh, head_axis="tp")
 
 
-def test_exports_to_tpu_with_kernels_inside():
-  """GSPMD cannot partition a kernel by itself, which shows only when lowering for a TPU."""
+def test_export_to_tpu_contains_the_kernels():
+  """GSPMD cannot partition a kernel; the error appears only when lowering for a TPU."""
   sharding = make_sharding(2, 2, 2)
   placed = jax.NamedSharding(sharding.mesh, sharding.rows(4))
   x = jax.ShapeDtypeStruct((8, 256, 4, 64), jnp.bfloat16, sharding=placed)

@@ -1,4 +1,4 @@
-"""Which tiles a block meets, against the mask written out; and that it starts and ends once."""
+"""The visited tiles of each block of queries, compared with the whole mask, and their order."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from ll3m_kernels.attention import tile_schedule
 from ll3m_kernels.attention.layout import Layout
 from ll3m_kernels.attention.spec import Span
 
-# num_queries, num_keys, queries, keys, resident; multiples of 128, but for the lengths.
+# num_queries, num_keys, block_q, block_kv_compute, block_kv. Blocks are multiples of 128, or whole
+# lengths.
 LAYOUTS = {
   "one_block": (512, 512, 512, 256, 512),
   "blocks": (1024, 1024, 256, 256, 1024),
@@ -23,7 +24,7 @@ LAYOUTS = {
   "in_parts": (1024, 1024, 256, 256, 512),
   "more_keys": (256, 1000, 256, 256, 1024),
   "fewer_keys": (1024, 384, 256, 128, 512),
-  "odd_squares": (512, 1280, 512, 256, 1536),
+  "odd_partial_blocks": (512, 1280, 512, 256, 1536),
   "single": (1, 1, 1, 1, 1),
 }
 SPANS = {
@@ -36,9 +37,7 @@ SPANS = {
   "both_sides": Span(130, 70),
   "left": Span(200, None),
 }
-
-
-# Whether what the mask cuts at both of its edges may be met at once.
+# All spans with memory for the partial blocks of both edges at once, and two spans without.
 CASES = {f"{name}-together": (span, True) for name, span in SPANS.items()} | {
   f"{name}-one_by_one": (SPANS[name], False) for name in ("odd_window", "both_sides")
 }
@@ -46,63 +45,64 @@ CASES = {f"{name}-together": (span, True) for name, span in SPANS.items()} | {
 
 @pytest.mark.parametrize("span, together", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_pair_is_met_once_by_what_has_started_and_not_ended(layout, span, together):
+def test_every_visible_pair_is_visited_once_between_start_and_finish(layout, span, together):
   layout = Layout(*layout, has_segments=False)
   spec = specs.Spec(1.0, span, None)
-  blocks = -(-layout.num_queries // layout.queries)
-  parts = -(-layout.num_keys // layout.resident)
+  blocks = -(-layout.num_queries // layout.block_q)
+  parts = -(-layout.num_keys // layout.block_kv)
 
-  def kernel(met_ref, state_ref):
+  def kernel(counts_ref, state_ref):
     i, j = pl.program_id(0), pl.program_id(1)
-    first_key = j * layout.resident if parts > 1 else 0
+    first_key = j * layout.block_kv if parts > 1 else 0
 
     @pl.when((i == 0) & (j == 0))
     def _():
-      met_ref[...] = jnp.zeros_like(met_ref)
+      counts_ref[...] = jnp.zeros_like(counts_ref)
       state_ref[...] = jnp.zeros_like(state_ref)
 
-    def note(column, condition):
-      # Calls, too early ones, and too late ones.
+    def count(column, condition):
+      # Columns: calls of start, calls of finish, visits before start, visits after finish.
       state_ref[i, column] += jnp.int32(condition)
 
     def start():
-      pl.when(j == 0)(lambda: note(0, True))
+      pl.when(j == 0)(lambda: count(0, True))
 
     def finish():
-      pl.when(j == parts - 1)(lambda: note(1, True))
+      pl.when(j == parts - 1)(lambda: count(1, True))
 
-    def meet(tile, size, distance, may_end, ends):
+    def visit(tile, size, diagonal_offset, may_overrun, ends):
       if ends.starts:
         start()
-      note(2, state_ref[i, 0] == 0)
-      note(3, state_ref[i, 1] != 0)
-      begin = first_key + tile * layout.keys
-      key = jax.lax.broadcasted_iota(jnp.int32, (layout.queries, size), 1)
-      query = jax.lax.broadcasted_iota(jnp.int32, (layout.queries, size), 0)
-      seen = jnp.ones_like(key, bool)
-      if distance is not None:
-        seen = specs.within(span, key - query + distance)
-      if may_end:
-        seen &= begin + key < layout.num_keys
-      met_ref[pl.ds(i * layout.queries, layout.queries), pl.ds(begin, size)] += seen.astype(int)
+      count(2, state_ref[i, 0] == 0)
+      count(3, state_ref[i, 1] != 0)
+      begin = first_key + tile * layout.block_kv_compute
+      key = jax.lax.broadcasted_iota(jnp.int32, (layout.block_q, size), 1)
+      query = jax.lax.broadcasted_iota(jnp.int32, (layout.block_q, size), 0)
+      visible = jnp.ones_like(key, bool)
+      if diagonal_offset is not None:
+        visible = specs.within(span, key - query + diagonal_offset)
+      if may_overrun:
+        visible &= begin + key < layout.num_keys
+      rows = pl.ds(i * layout.block_q, layout.block_q)
+      counts_ref[rows, pl.ds(begin, size)] += visible.astype(int)
       if ends.finishes:
         finish()
 
-    def body(tile, distance, may_end, ends):
-      meet(tile, layout.keys, distance, may_end, ends)
+    def body(tile, diagonal_offset, may_overrun, ends):
+      visit(tile, layout.block_kv_compute, diagonal_offset, may_overrun, ends)
 
-    def squares(places, may_end, ends):
-      for number, (tile, cut) in enumerate(places):
-        is_first, is_last = number == 0, number == len(places) - 1
-        some = tile_schedule.Ends(ends.starts and is_first, ends.finishes and is_last)
-        meet(tile, layout.queries, cut, may_end, some)
+    def partial_body(partial_blocks, may_overrun, ends):
+      for number, (tile, offset) in enumerate(partial_blocks):
+        is_first, is_last = number == 0, number == len(partial_blocks) - 1
+        block_ends = tile_schedule.Ends(ends.starts and is_first, ends.finishes and is_last)
+        visit(tile, layout.block_q, offset, may_overrun, block_ends)
 
     tile_schedule.for_each_tile(
-      spec, layout, i, first_key, None, body, squares, lambda _: together, start, finish
+      spec, layout, i, first_key, None, body, partial_body, lambda _: together, start, finish
     )
 
-  rows, columns = blocks * layout.queries, parts * layout.resident
-  met, state = pl.pallas_call(
+  rows, columns = blocks * layout.block_q, parts * layout.block_kv
+  counts, state = pl.pallas_call(
     kernel,
     grid=(blocks, parts),
     out_shape=(
@@ -114,5 +114,5 @@ def test_every_pair_is_met_once_by_what_has_started_and_not_ended(layout, span, 
   query, key = np.arange(layout.num_queries)[:, None], np.arange(layout.num_keys)
   left, right = (10**6 if side is None else side for side in span)
   expected = (query - left <= key) & (key <= query + right)
-  np.testing.assert_array_equal(met[: layout.num_queries, : layout.num_keys], expected)
+  np.testing.assert_array_equal(counts[: layout.num_queries, : layout.num_keys], expected)
   np.testing.assert_array_equal(state, np.tile([1, 1, 0, 0], (blocks, 1)))

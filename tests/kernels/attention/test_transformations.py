@@ -1,4 +1,4 @@
-"""What jax does to functions, done to attention; and what is refused."""
+"""Attention under jax transformations, and its errors."""
 
 import functools
 
@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ["xla", "pallas"]
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """Plain interpret mode: jax's TPU interpreter supports neither vmap nor checkpoint."""
+  """Runs kernels in plain interpret mode: jax's TPU interpreter has neither vmap nor checkpoint."""
   monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
@@ -64,8 +64,8 @@ def test_checkpoint_and_jit(implementation, policy):
     assert_close(ours, np.asarray(theirs, np.float64), jnp.float32)
 
 
-def test_saved_by_name_the_forward_pass_runs_once():
-  """A remat policy that keeps output and residual leaves only the backward kernel to run."""
+def test_forward_pass_runs_once_if_its_results_are_saved_by_name():
+  """If a remat policy saves output and residual, the backward pass runs only its own kernel."""
   function = functools.partial(loss, implementation="pallas")
   counts = {}
   for policy in (
@@ -86,8 +86,8 @@ def test_second_derivatives_are_refused(implementation):
 
 
 @jax.enable_x64(True)
-def test_x64(monkeypatch):
-  monkeypatch.undo()  # kernels run as on a TPU
+def test_x64_mode_gives_float32_results(monkeypatch):
+  monkeypatch.undo()  # leave plain interpret mode
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
   ids = jnp.asarray(np.arange(300)[None] // 90)
@@ -117,7 +117,7 @@ def test_x64(monkeypatch):
   ("change", "message"),
   [
     (lambda q, k, v: (q[0], k, v, {}), r"query must be \[batch, length, heads, head dim\], got"),
-    (lambda q, k, v: (q, k[..., :4], v, {}), "query and key must have one head dim, got 8 and 4"),
+    (lambda q, k, v: (q, k[..., :4], v, {}), "query and key .* head dim, got 8 and 4"),
     (lambda q, k, v: (q, k[:, :5], v, {}), "key and value in length and heads, got"),
     (lambda q, k, v: (q[:1], k, v, {}), "must agree in batch"),
     (
@@ -139,7 +139,10 @@ def test_x64(monkeypatch):
     (lambda q, k, v: (q, k, v, {"is_causal": "no"}), "is_causal must be True or False, got 'no'"),
     (lambda q, k, v: (q, k, v, {"scale": float("nan")}), "scale must be a finite number, got nan"),
     (lambda q, k, v: (q, k, v, {"scale": jnp.ones(())}), "finite number, got an array of shape"),
-    (lambda q, k, v: (q, k, v, {"segment_ids": (None,) * 3}), r"\(query's, key's\), got 3 of them"),
+    (
+      lambda q, k, v: (q, k, v, {"segment_ids": (None,) * 3}),
+      "segment_ids must be .* pair .*, got 3",
+    ),
     (lambda q, k, v: (q, k, v, {"block_sizes": 128}), "block_sizes must be a BlockSizes or None"),
     (lambda q, k, v: (q, k, v, {"sharding": "x"}), "sharding must be a Sharding or None, got 'x'"),
     (lambda q, k, v: (q, k[:, :0], v[:, :0], {}), r"key must not be empty, got \(2, 0,"),
@@ -149,17 +152,20 @@ def test_x64(monkeypatch):
       "segment ids of the query must fit in int32, got 1099511627776",
     ),
     (lambda q, k, v: (q, k, v, {"logits_soft_cap": 0.0}), "must be a positive number, got 0.0"),
-    (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 3), int)}), r"query must be \(2, 20\)"),
+    (
+      lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 3), int)}),
+      r"query must .* \(2, 20\), got",
+    ),
     (lambda q, k, v: (q, k, v, {"segment_ids": jnp.ones((2, 20))}), "must be integers, got float"),
   ],
 )
-def test_bad_input_is_explained(unchecked, change, message):
+def test_invalid_arguments_are_refused(unchecked, change, message):
   *arrays, options = change(*draw())
   with pytest.raises(ValueError, match=message):
     flash_attention(*arrays, **options)
 
 
-def test_explanations_take_what_the_call_takes(unchecked):
+def test_explain_checks_arguments_as_the_call_does(unchecked):
   arrays = draw()
   with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
     kernels.explain("flash_attention", *arrays, scale=float("nan"))
@@ -177,7 +183,7 @@ def test_windows_may_be_longer_than_any_sequence(window, same):
   np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_gradient_of_a_vmap_that_one_output_does_not_depend_on():
+def test_gradient_of_a_vmap_with_an_unmapped_output():
   query, key, value = draw()
   values = jnp.stack([value, 2 * value])
 
@@ -192,12 +198,15 @@ def test_gradient_of_a_vmap_that_one_output_does_not_depend_on():
   np.testing.assert_allclose(jax.grad(total)(query), jax.grad(summed)(query), rtol=1e-5, atol=1e-5)
 
 
-def test_bad_blocks_are_explained():
+def test_invalid_block_sizes_are_refused():
   arrays = draw(length=400)
   for sizes, message in (
-    ((100, 128, 128, 128, 128, 128), "block_sizes.queries must be a multiple of 128 or at least"),
-    ((128, 128, 200, 128, 128, 128), r"keys_resident must be a multiple of keys \(128\), got 200"),
-    ((0, 128, 128, 128, 128, 128), "block_sizes.queries must be a positive integer, got 0"),
+    ((100, 128, 128, 128, 128, 128), "block_sizes.block_q must be a multiple of 128 or at least"),
+    (
+      (128, 128, 200, 128, 128, 128),
+      r"block_kv must be a multiple of block_kv_compute \(128\), got 200",
+    ),
+    ((0, 128, 128, 128, 128, 128), "block_sizes.block_q must be a positive integer, got 0"),
   ):
     with pytest.raises(ValueError, match=message):
       flash_attention(*arrays, block_sizes=BlockSizes(*sizes))
@@ -208,15 +217,15 @@ def test_bad_blocks_are_explained():
     )
 
 
-def test_what_the_kernel_cannot_serve_is_named():
+def test_unsupported_arguments_are_named():
   arrays = draw(size=300)
   with pytest.raises(NotImplementedError, match="query: expected a head dim of at most 256"):
     flash_attention(*arrays, implementation="pallas")
-  assert flash_attention(*arrays).shape == arrays[0].shape  # plain jnp takes it
+  assert flash_attention(*arrays).shape == arrays[0].shape  # plain jnp supports it
   half = [x.astype(jnp.float16) for x in draw()]
-  with pytest.raises(NotImplementedError, match="query: expected bfloat16 or float32, one for all"):
+  with pytest.raises(NotImplementedError, match="query: expected bfloat16 or float32"):
     flash_attention(*half, implementation="pallas")
   with pytest.raises(NotImplementedError, match="implementation='triton' does not exist"):
     flash_attention(*half, implementation="triton")
-  with pytest.raises(NotImplementedError, match="block_sizes: implementation 'xla' has no blocks"):
+  with pytest.raises(NotImplementedError, match="block_sizes: .* 'xla' has no blocks"):
     flash_attention(*half, implementation="xla", block_sizes=BlockSizes(*[128] * 6))
