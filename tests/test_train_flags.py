@@ -84,7 +84,7 @@ CASES = {
   ),
   "no output": ({"logger.output_dir": ""}, "--logger.output_dir must be given"),
   "tokenizer": ({"tokenizer.path": "/nowhere"}, "no tokenizer at '/nowhere'"),
-  "no tokenizer": ({"tokenizer.path": None}, "a tokenizer is needed and no checkpoint brings one"),
+  "no tokenizer": ({"tokenizer.path": None}, "a tokenizer is needed"),
   "vocabulary": (
     {"update_model_config": "vocab_size=100"},
     "larger than the embedding: 258 ids, 100 rows",
