@@ -140,7 +140,7 @@ CASES = {
   ),
   "gin without quotes": (
     {"gin_bindings": "data.data_utils.get_default_vocabulary.tokenizer_type=llama"},
-    "a value must be a Python literal, text in quotes",
+    "a value must be a Python literal",
   ),
   "gin": ({"gin_bindings": "data.data_utils.nothing.x=1"}, "gin settings"),
 }  # fmt: skip

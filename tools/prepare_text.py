@@ -81,7 +81,7 @@ class Block(NamedTuple):
   file: str
   kind: str  # "json", "rows", or the unit of plain text
   first_line: int
-  data: bytes | list[tuple[int, bytes]]  # for "rows", rows with their numbers
+  data: bytes | list[tuple[int, bytes]]  # for "rows", rows with their numbers; else bytes
 
 
 class Parsed(NamedTuple):

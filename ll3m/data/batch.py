@@ -1,4 +1,7 @@
-"""The batch type that the data package passes to the trainer. It does not import TensorFlow."""
+"""The batch that the data package passes to the trainer.
+
+This module does not import TensorFlow.
+"""
 
 from typing import Any, NamedTuple
 

@@ -41,7 +41,7 @@ class DataSpec:
 
   @property
   def shuffle(self) -> bool:
-    """Whether examples are shuffled; by default, if the stream repeats."""
+    """Whether examples are shuffled; by default, only if the stream repeats."""
     shuffle = self.config.seqio_dataset.shuffle
     return self.repeat if shuffle is None else shuffle
 

@@ -31,7 +31,7 @@ def show(
     batch: Arrays of shape [B, T], or [A, B, T] with micro-batches.
     tokenizer: The tokenizer that made the batch.
     rows: Number of rows to print; all by default.
-    color: Whether to use colors; by default, if `file` is a terminal.
+    color: Whether to use colors; by default, only if `file` is a terminal.
     file: Output file; standard output by default.
   """
   file = sys.stdout if file is None else file

@@ -31,7 +31,7 @@ class TextShardSource(seqio.DataSource):
   supports_arbitrary_sharding = True
 
   def __init__(self, name: str):
-    """Sets the folder, whose files are `{data_dir}/{name}/{split}-00000-of-00032.tfrecord` etc."""
+    """Sets the folder `{data_dir}/{name}`, with files `{split}-00000-of-00032.tfrecord`, ..."""
     super().__init__(splits=SPLITS)
     self._name = name
 

@@ -16,8 +16,8 @@ tf.config.set_visible_devices([], "GPU")
 def python_op(function: Callable[..., Any], inputs: list[tf.Tensor], dtypes: Any) -> Any:
   """Calls Python inside a tf.data pipeline whose position can still be saved.
 
-  tf.data can save an iterator only if its operations are not stateful. In return, `function` must
-  return the same output for the same inputs.
+  `stateful=False` lets tf.data save the iterator; with a stateful operation, saving fails. In
+  return, `function` must give the same output for the same inputs.
   """
   return tf.numpy_function(function, inputs, dtypes, stateful=False)
 

@@ -57,7 +57,7 @@ def list_files(path: str, option: str) -> list[str]:
     FileNotFoundError: No file matches.
   """
   if epath.Path(path).exists() and not epath.Path(path).is_dir():
-    return [path]  # also if the name of the file has the characters of a wildcard
+    return [path]  # even if the name contains wildcard characters
   files = []
   if any(character in path for character in "*?["):
     folder, _, pattern = path.rpartition("/")

@@ -5,10 +5,10 @@ each number i of this sequence is first replaced by P(i), where P is a pseudo-ra
 all N numbers. The result then passes through a buffer of 512 numbers, from which a random one is
 taken next. The draws from the buffer differ in every pass.
 
-Both steps are published algorithms of TensorFlow, with which earlier versions computed this order,
-implemented in NumPy. P is `tf.random.experimental.index_shuffle`: a Feistel network with the rounds
-of the block cipher Simon (https://eprint.iacr.org/2013/404), applied again to results above N - 1.
-The buffer is `tf.data.Dataset.shuffle`, with draws from Philox4x32-10 (Salmon et al., 2011,
+Both steps implement published algorithms of TensorFlow in NumPy, because earlier versions computed
+this order with TensorFlow. P is `tf.random.experimental.index_shuffle`: a Feistel network with the
+rounds of the block cipher Simon (https://eprint.iacr.org/2013/404), applied again to results above
+N - 1. The buffer is `tf.data.Dataset.shuffle`, with draws from Philox4x32-10 (Salmon et al., 2011,
 https://doi.org/10.1145/2063384.2063405). Each draw is computed from its index, so a position
 consists of the pass, the number of examples taken in it, and the numbers in the buffer.
 """

@@ -8,7 +8,7 @@ _NAMED = 3  # examples in one message
 
 
 class Unusable(ValueError):
-  """An example that cannot be trained on; the message is the reason that is counted."""
+  """An example that cannot be trained on; the message is the reason under which it is counted."""
 
 
 def require_unicode(text: str) -> str:
@@ -59,7 +59,7 @@ class Skipped:
       self.first.append(named)
 
   def warn_and_add(self, place: str, reason: str) -> None:
-    """Counts an example of a stream, and warns of the first one: totals come only at the end."""
+    """Counts an example of a stream and logs the first, as totals are logged only at the end."""
     first = not self.counts
     self.add(place, reason)
     if first:

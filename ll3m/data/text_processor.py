@@ -17,7 +17,7 @@ _MESSAGES = "messages"
 
 
 class TextProcessor:
-  """Converter of the chosen fields of an example to a document: BOS, the text's tokens, EOS.
+  """Conversion of an example's chosen fields to a document: BOS, the text's tokens, EOS.
 
   The joined text is tokenised as a whole, as a model reads it, so a token may span two fields.
   Tokens that hold a character of a field outside brackets are trained. `messages` (with `tools`, if

@@ -38,7 +38,7 @@ _QUOTE = SEAL[::-1] + "\ufdef"
 
 
 class Tokenizer:
-  """Converter of text to token ids and back.
+  """Two-way mapping between text and token ids.
 
   Attributes:
     prefix: Token ids at the beginning of every document: [BOS] or [].
@@ -175,7 +175,7 @@ class Tokenizer:
   def encode_rendered(
     self, text: str, spans: Sequence[tuple[int, int]] = ()
   ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
-    """Tokenises the output of a chat template like `encode_spans`, with its control tokens.
+    """Tokenises the output of a chat template like `encode_spans`, but recognises control tokens.
 
     Args:
       text: The text; control strings that `quote` has marked are plain text.
@@ -254,7 +254,7 @@ def load_tokenizer(
     if checkpoint_dir is None or not epath.Path(checkpoint_dir).exists():
       wanted = f"tokenizer {config.type!r}" if named else "a tokenizer"
       raise FileNotFoundError(
-        f"{wanted} is needed, but there is none in a checkpoint: set `tokenizer.path` (a "
+        f"{wanted} is needed, but no checkpoint provides one: set `tokenizer.path` (a "
         "SentencePiece file or Hugging Face tokenizer folder)"
       )
     if named and family is not None and family != config.type:

@@ -70,7 +70,7 @@ class TokenizerFiles:
   as_found: bool = False
 
   def with_tokens(self, tokens: Sequence[str]) -> "TokenizerFiles":
-    """Returns the files with new tokens appended to the vocabulary."""
+    """Returns the files with the tokens that are not in the vocabulary appended to it."""
     if not tokens:
       return self
     encoder = _parse(self.encoder, self.name)

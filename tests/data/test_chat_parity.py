@@ -243,7 +243,7 @@ def test_control_strings_in_messages_tools_and_calls_stay_text(load):
     (turns("a", None), None, "no text"),
   ],
 )
-def test_conversations_without_a_usable_answer_are_unusable(load, messages, tools, reason):
+def test_conversations_that_cannot_be_trained_on_are_unusable(load, messages, tools, reason):
   ours, _ = load(TEMPLATES["phi3"].replace("m['content']", "m['content'] or ''"))
   processor = TextProcessor(TextProcessorConfig(), ours)
   with pytest.raises(Unusable, match=reason):

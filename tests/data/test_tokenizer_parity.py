@@ -1,4 +1,4 @@
-"""Ids and text of tokenizer folders of every kind; the oracles are transformers and SentencePiece.
+"""Ids and text of tokenizer folders of every kind, against transformers 5 and SentencePiece.
 
 The oracle for a text that contains a control string is the same encoder without that added token,
 to which the string is ordinary characters.

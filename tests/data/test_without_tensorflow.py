@@ -1,4 +1,4 @@
-"""Runs on json and huggingface data import neither TensorFlow nor seqio."""
+"""Runs on json and huggingface data import neither TensorFlow nor seqio from start to end."""
 
 import subprocess
 import sys

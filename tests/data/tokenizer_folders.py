@@ -46,7 +46,7 @@ def train_sentencepiece(**options) -> bytes:
 
 
 def llama_encoder(serialized: bytes, *, prefix: bool = True) -> tokenizers.Tokenizer:
-  """Builds a tokenizer.json as published with Llama 2: made from the pieces by transformers 4."""
+  """Builds a tokenizer.json like Llama 2's, which transformers 4 made from the pieces."""
   pieces = sentencepiece_model_pb2.ModelProto.FromString(serialized).pieces
   vocab = {piece.piece: i for i, piece in enumerate(pieces)}
   scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
@@ -103,7 +103,7 @@ def llama2(folder: Path, *, legacy: bool) -> Path:
 
 
 def mistral(folder: Path) -> Path:
-  """Writes Mistral v0.1's folder as published, with the class LlamaTokenizer."""
+  """Writes Mistral v0.1's folder as published: class LlamaTokenizer, but not a Llama model."""
   return write(
     folder, llama_encoder(mistral_model()), LLAMA | {"legacy": True},
     config__json={"model_type": "mistral"},
