@@ -120,7 +120,7 @@ def test_commands_of_the_dataset_document(journey, shell, clone):
     with gzip.open(clone / "dolma" / f"{source}.json.gz", "wt") as file:
       rows = ({"id": str(i), "text": f"document {i} of {source}"} for i in range(400))
       file.writelines(f"{json.dumps(row)}\n" for row in rows)
-  # tests/data/test_tasks.py tests the next block, a task with BOS.
+  # tests/data/test_seqio_tasks.py tests the next block, a task with BOS.
   module, _ = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
   (clone / "my_tasks.py").write_text(module)
   (clone / "data").mkdir()

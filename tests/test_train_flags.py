@@ -84,7 +84,7 @@ CASES = {
   ),
   "no output": ({"logger.output_dir": ""}, "--logger.output_dir must be given"),
   "tokenizer": ({"tokenizer.path": "/nowhere"}, "no tokenizer at '/nowhere'"),
-  "no tokenizer": ({"tokenizer.path": None}, "a tokenizer is needed and no checkpoint brings one"),
+  "no tokenizer": ({"tokenizer.path": None}, "a tokenizer is needed"),
   "vocabulary": (
     {"update_model_config": "vocab_size=100"},
     "larger than the embedding: 258 ids, 100 rows",
@@ -140,7 +140,7 @@ CASES = {
   ),
   "gin without quotes": (
     {"gin_bindings": "data.data_utils.get_default_vocabulary.tokenizer_type=llama"},
-    "a value must be a Python literal, text in quotes",
+    "a value must be a Python literal",
   ),
   "gin": ({"gin_bindings": "data.data_utils.nothing.x=1"}, "gin settings"),
 }  # fmt: skip

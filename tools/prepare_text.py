@@ -3,7 +3,8 @@
     python tools/prepare_text.py --input='corpus/*.json.gz' --output_dir=data/wiki
 
 writes data/wiki/{train,validation}-00000-of-00032.tfrecord ... with `id` and `text`, for mixtures.
-This process reads and writes; workers parse. The result does not depend on how many there are.
+The main process reads and writes, and worker processes parse. The result does not depend on the
+number of workers.
 """
 
 import codecs
@@ -37,27 +38,31 @@ class PrepareConfig:
   """The flags of this tool."""
 
   input: tuple[str, ...] = options.option(
-    (), f"File or glob, may be repeated: {', '.join(KINDS)}, also with .gz or .zst.", repeated=True
+    (),
+    f"File or glob to read: {', '.join(KINDS)}, also with .gz or .zst; may be repeated.",
+    repeated=True,
   )
   output_dir: str | None = options.option(
-    None, "Folder of the shards, local or gs://: {data_dir}/{source}, e.g. data/wiki."
+    None, "Output folder of the shards, local or gs://: {data_dir}/{source}, e.g. data/wiki."
   )
-  num_shards: int = options.option(32, "Files per split.")
+  num_shards: int = options.option(32, "Number of files per split.")
   validation_fraction: float = options.option(
     0.01,
-    "Share of the documents that is held out, evenly spread, at least one of two or more; 0 writes "
-    "no validation split.",
+    "Fraction of the documents to hold out, evenly spread; at least one of two or more documents. "
+    "0 writes no validation split.",
   )
-  text_field: str = options.option("text", "Field of a JSON object that holds its text.")
+  text_field: str = options.option("text", "Field of a row that contains the text.")
   id_field: str = options.option(
-    "id", "Field that holds its id; where missing, file:line is used (file:row of CSV and parquet)."
+    "id",
+    "Field of a row that contains the id. If missing, the id is file:line (CSV and parquet: "
+    "file:row).",
   )
   plain_text: str = options.option(
-    "file", "What a document of a plain text file is.", choices=("file", "paragraph", "line")
+    "file", "Unit of plain text that becomes a document.", choices=("file", "paragraph", "line")
   )
-  workers: int = options.option(os.cpu_count() or 1, "Processes that parse.")
+  workers: int = options.option(os.cpu_count() or 1, "Number of processes that parse.")
   strict: bool = options.option(
-    False, "Stop at the first document that cannot be used instead of skipping it."
+    False, "Whether to stop at the first unusable document instead of skipping it."
   )
 
   def __post_init__(self):
@@ -71,16 +76,16 @@ class PrepareConfig:
 
 
 class Block(NamedTuple):
-  """A piece of a file that ends where a line or a row does."""
+  """A part of a file that ends at the end of a line or row."""
 
   file: str
-  kind: str  # "json", "rows", or what a document of plain text is
+  kind: str  # "json", "rows", or the unit of plain text
   first_line: int
-  data: bytes | list[tuple[int, bytes]]  # of "rows" each with its number, else as in the file
+  data: bytes | list[tuple[int, bytes]]  # for "rows", rows with their numbers; else bytes
 
 
 class Parsed(NamedTuple):
-  """What a worker made of a block."""
+  """A worker's result for a block."""
 
   documents: list[tuple[str, str]]  # id, text
   skipped: list[tuple[str, str]]  # place, reason
@@ -95,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(given: flags.Flags) -> None:
-  """Reads the flags, writes the shards, says what was skipped."""
+  """Writes the shards, and prints how many documents were written and skipped."""
   config = given[""]
   options.require(config, "input", "output_dir")
   files = [file for pattern in config.input for file in list_files(pattern, "input")]
@@ -114,13 +119,13 @@ def _prepare(given: flags.Flags) -> None:
 def write(
   config: PrepareConfig, kinds: dict[str, str], target: epath.Path, splits: tuple[str, ...]
 ) -> tuple[dict[str, int], Skipped]:
-  """Writes all shards; they get their names only when all are complete.
+  """Writes all shards, which get their final names only when all are complete.
 
   Returns:
-    How many documents each split got, and what was skipped.
+    The number of documents in each split, and the skipped documents.
 
   Raises:
-    ValueError: if a split would be empty, or a document is unusable and none may be skipped.
+    ValueError: A split would be empty, or a document is unusable and none may be skipped.
   """
   with stderr.tensorflow_import():
     import tensorflow as tf
@@ -153,7 +158,7 @@ def write(
         writers[split][counts[split] % config.num_shards].write(example(*document))
         counts[split] += 1
 
-      last = None  # waits for its split until another document shows that it is not the last
+      last = None  # gets its split when another document shows that it is not the last
       for parsed in parse_all(config, kinds):
         for place, reason in parsed.skipped:
           skipped.add(place, reason)
@@ -179,25 +184,25 @@ def write(
 
 
 def _split(number: int, share: fractions.Fraction) -> str:
-  """Returns the split of a document: of the first n, exactly floor(n * share) are held out."""
+  """Returns a document's split; exactly floor(n * share) of the first n documents are held out."""
   return SPLITS[int((number + 1) * share) > int(number * share)]
 
 
 def _describe_empty(split: str, count: int, skipped: Skipped, kinds: set[str]) -> str:
-  """Returns the error of a split without a document, and what to type instead."""
+  """Returns the error message for an empty split, with the flags that avoid it."""
   what = (
-    f"no document for the {split} split: {count} in all, {skipped.describe() or 'skipped none'}"
+    f"no document for the {split} split: {count} in total, {skipped.describe() or 'skipped none'}"
   )
   if not count:
     return what
-  cut = ", or --plain_text=paragraph to cut files into more documents" if "file" in kinds else ""
-  return f"{what}; give --validation_fraction=0 to write the train split only{cut}"
+  cut = ", or --plain_text=paragraph to split files into documents" if "file" in kinds else ""
+  return f"{what}; set --validation_fraction=0 to write only the train split{cut}"
 
 
 def parse_all(config: PrepareConfig, kinds: dict[str, str]) -> Iterator[Parsed]:
-  """Parses every file in parallel and yields the results in the files' order."""
+  """Parses all files in parallel and yields the results in the order of the files."""
   sizes = {file: epath.Path(file).stat().length for file in kinds}
-  # Not forked: a process with TensorFlow's threads must not be.
+  # Workers are not forked: a process with TensorFlow's threads must not be forked.
   context = multiprocessing.get_context("spawn")
   with (
     tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar,
@@ -213,10 +218,10 @@ def parse_all(config: PrepareConfig, kinds: dict[str, str]) -> Iterator[Parsed]:
 
 
 def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
-  """Cuts a file into blocks of whole lines; plain files whose document is the file stay whole.
+  """Splits a file into blocks of rows or lines; a text file of paragraphs is a single block.
 
   Raises:
-    ValueError: if the file is damaged.
+    ValueError: The file is damaged.
   """
   if kind == "rows":
     yield from _row_blocks(file)
@@ -238,7 +243,7 @@ def blocks(file: str, kind: str, bar: tqdm) -> Iterator[Block]:
 
 
 def _row_blocks(file: str) -> Iterator[Block]:
-  """Yields the rows of an array or a table, which is read whole, some at a time."""
+  """Yields the rows of an array or table in blocks; the file is read as a whole."""
   rows, waiting, size = open_rows(file), [], 0
   for number, start, end in rows.positions:
     waiting.append((number, rows.read(start, end)))
@@ -251,7 +256,7 @@ def _row_blocks(file: str) -> Iterator[Block]:
 
 
 def parse(block: Block, text_field: str, id_field: str) -> Parsed:
-  """Turns a block into documents; runs in a worker."""
+  """Converts a block to documents; runs in a worker."""
   documents, skipped = [], []
   for line, piece in _pieces(block):
     try:
@@ -276,7 +281,7 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
 
 
 def _pieces(block: Block) -> Iterator[tuple[int, bytes]]:
-  """Yields documents with their line numbers; blank lines between them are none."""
+  """Yields documents with their line numbers, without the blank lines between them."""
   if block.kind == "rows":
     yield from block.data
   elif block.kind in ("json", "line"):
@@ -285,7 +290,7 @@ def _pieces(block: Block) -> Iterator[tuple[int, bytes]]:
       if piece.strip():
         yield line, piece
   else:
-    # A document of several lines has line ends of one kind, those of old Macs (\r) included.
+    # Line ends in a document of several lines become \n, including those of old Macs (\r).
     text = block.data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if block.kind == "file":
       yield 1, text
@@ -308,7 +313,7 @@ def _kind(file: str, plain_text: str) -> str:
   """Returns the kind of a file's blocks.
 
   Raises:
-    ValueError: if neither its name nor its content says, or it is UTF-16 or UTF-32.
+    ValueError: Neither its name nor its content determines the kind, or it is UTF-16 or UTF-32.
   """
   with open_stream(file) as (stream, _):
     head = stream.read(HEAD)

@@ -46,15 +46,28 @@ def length_bucket(length: int) -> int:
   return min(max(1 << (length - 1).bit_length(), _SHORTEST), _LONGEST)
 
 
-def find(key: Key) -> dict[str, int] | None:
-  """Returns the limits for a call, by name; None if no table lists the call.
+def find[Limits: tuple](key: Key, limits: type[Limits]) -> Limits | None:
+  """Returns the limits for a call; None if no table lists the call.
+
+  Args:
+    key: The call.
+    limits: Named tuple of the operation's limits.
 
   Raises:
-    ValueError: A table listed in the environment variable cannot be read.
+    ValueError: A table listed in the environment variable cannot be read, or has other limits.
   """
   if _forced:
-    return _forced[-1].get(key.operation)
-  return _entries(os.environ.get(VARIABLE, "")).get(key)
+    found = _forced[-1].get(key.operation)
+  else:
+    found = _entries(os.environ.get(VARIABLE, "")).get(key)
+  if found is None:
+    return None
+  if found.keys() != set(limits._fields):
+    raise ValueError(
+      f"{VARIABLE}: a table has the limits {', '.join(found)} for {key.operation}, expected "
+      f"{', '.join(limits._fields)}; tune the shape again"
+    )
+  return limits(**found)
 
 
 _forced: list[Mapping[str, dict[str, int]]] = []

@@ -1,4 +1,4 @@
-"""Text in, batches out: tokenizers, seqio tasks and mixtures, packing, resumable streams.
+"""Data pipeline from text to batches: tokenizers, seqio tasks, packing and resumable streams.
 
 `jsonl`, `huggingface` and `mixture` open a stream of batches (`ll3m.data.loaders`); `show` prints a
 batch as text (`ll3m.data.preview`).
@@ -18,7 +18,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-  # Loaded when it is asked for: `import ll3m` takes no time.
+  # Imported on first use, so that `import ll3m` is fast.
   if name in _HOMES:
     return getattr(importlib.import_module(_HOMES[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,20 @@
-"""What the data room hands to the trainer. NumPy only: importing it does not load TensorFlow."""
+"""The batch that the data package passes to the trainer.
+
+This module does not import TensorFlow.
+"""
 
 from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-  """Rows of packed documents; arrays of one shape [B, T] (or [A, B, T], A micro-steps).
+  """Packed rows of documents, as arrays of shape [B, T] or, with A micro-steps, [A, B, T].
 
   Attributes:
-    inputs: int32 tokens.
-    targets: int32, the next token of the same document.
-    mask: float32, 1 where the loss counts; 0 at a document's last token and in padding.
-    segment_ids: int32, 1, 2, ... by document within the row; 0 is padding.
-    positions: int32, counted from 0 in each document.
+    inputs: Tokens, int32.
+    targets: Next token of the same document, int32.
+    mask: Loss mask, float32; 0 at a document's last token and in padding, 1 where the loss counts.
+    segment_ids: Number of the document within the row, int32, from 1; 0 is padding.
+    positions: Position within the document, int32, from 0.
   """
 
   inputs: Any

@@ -1,10 +1,10 @@
 """Batches of packed rows whose order is the same for any number of processes.
 
-A stream is split into S = num_shards shards, each with a pipeline and a packer of its own. Row R
-of the stream, counted over all batches, is row R // S of shard R mod S; batch b of B sequences
-holds the rows b * B ... b * B + B - 1. A process reads the shards that its rows come from, skips
-the rows in them that are others', and can therefore say and restore its position in terms that
-every process agrees on.
+A stream is split into S = num_shards shards, each with its own pipeline and packer. Row R of the
+stream, counted over all batches, is row R // S of shard R mod S. Batch b of B sequences holds the
+rows b * B ... b * B + B - 1. A process reads the shards that its rows come from and skips the rows
+of other processes in them. Positions are saved per shard, so any number of processes can restore
+them.
 """
 
 import io
@@ -27,11 +27,11 @@ from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Packer, Row, make_row
 from ll3m.data.tokenizer import Tokenizer
 
-# A shard that repeats and yields this many unusable documents in a row has no usable one, if it is
-# not known to have fewer: then all of them were read in two passes.
+# A repeating shard fails after this many consecutive unusable documents, or after twice the number
+# of examples (two passes or more) if that is known and smaller.
 _PATIENCE = 10_000
-# What may differ when a saved position is taken up again: how documents are cut into rows and
-# batches, and where they are found. All else decides which document comes next.
+# Options that may change when a saved position is restored: how documents are cut into rows and
+# batches, and where the files are. All other options determine which document comes next.
 _MAY_CHANGE = {
   *(f"seqio_dataset.{name}" for name in ("batch_size", "task_feature_lengths", "pack", "module")),
   "json_dataset.path",
@@ -39,12 +39,12 @@ _MAY_CHANGE = {
 
 
 class _Shard:
-  """One of the stream's pipelines: documents in, rows out.
+  """One pipeline of the stream, from documents to rows.
 
   Attributes:
     exhausted: Whether the documents have ended.
-    num_read: Number of usable documents that were read since the shard was opened.
-    has_target: Whether any of them has a token that is trained.
+    num_read: Number of usable documents read since the shard was opened.
+    has_target: Whether any of these documents has a trained token.
   """
 
   def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, repeat: bool):
@@ -70,7 +70,7 @@ class _Shard:
         why = self._corpus.skipped.describe()
         raise ValueError(
           f"{self._corpus.label}: a shard has no usable document; "
-          + (why or "lower seqio_dataset.num_shards, or give more data")
+          + (why or "lower seqio_dataset.num_shards or provide more data")
         )
     return row
 
@@ -85,15 +85,15 @@ class _Shard:
 
 
 class BatchIterator:
-  """Yields this process's rows of every batch.
+  """Iterator over this process's rows of every batch.
 
   When `repeat` is False, rows past the end of a shard are padding (segment ids and mask 0), and
   iteration stops when all shards that this process reads are exhausted. Other processes may stop
-  a batch earlier or later: one that must keep step goes on with `padding()`.
+  a batch earlier or later; a process that must stay in step with them continues with `padding()`.
 
   Attributes:
-    skipped: the examples that were unusable so far.
-    num_shards: S.
+    skipped: Unusable examples so far.
+    num_shards: S, the number of shards.
   """
 
   def __init__(
@@ -105,9 +105,11 @@ class BatchIterator:
     repeat: bool,
     definition: Mapping[str, Any],
   ):
-    """Starts at the beginning; pipelines are built when first needed."""
+    """Starts at the beginning of the stream; pipelines are built on first use."""
     if not rows or not all(0 <= r < options.batch_size for r in rows):
-      raise ValueError(f"rows must lie in a batch of {options.batch_size}, got {list(rows)}")
+      raise ValueError(
+        f"rows must be one or more indices into a batch of {options.batch_size}, got {list(rows)}"
+      )
     self._corpus, self._options = corpus, options
     self._rows, self._repeat, self._definition = tuple(rows), repeat, dict(definition)
     self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
@@ -122,8 +124,8 @@ class BatchIterator:
     """Reads the next batch.
 
     Raises:
-      StopIteration: at the end of a stream that does not repeat.
-      ValueError: if a stream that repeats has nothing to read.
+      StopIteration: The stream does not repeat and has ended.
+      ValueError: The stream repeats and has nothing to read.
     """
     mine, found = {}, False
     own = self._own_shards()
@@ -148,10 +150,10 @@ class BatchIterator:
     return Batch(*(np.stack([field] * len(self._rows)) for field in row))
 
   def state(self) -> dict[str, bytes]:
-    """Returns the position after the last batch returned, one entry per shard read here.
+    """Returns the position after the last returned batch, one entry per shard of this process.
 
-    The entries of all processes together are the position of the whole stream; a process needs
-    those of the shards that it reads, on however many processes they were saved.
+    The entries of all processes together are the position of the whole stream. To restore it, a
+    process needs the entries of the shards that it reads, however many processes saved them.
     """
     header = json.dumps({"next_row": self._next_row, "stream": self._definition})
     states = {}
@@ -162,13 +164,13 @@ class BatchIterator:
     return states
 
   def set_state(self, states: Mapping[str, bytes]) -> None:
-    """Moves to a position that `state()` gave.
+    """Moves to a position that `state()` returned.
 
     Args:
-      states: the entries of at least the shards that this process reads.
+      states: Entries of at least the shards that this process reads.
 
     Raises:
-      ValueError: if entries are missing or damaged, disagree or belong to another stream.
+      ValueError: Entries are missing or damaged, disagree or belong to another stream.
     """
     if not states:
       raise ValueError("the saved data position is empty")
@@ -193,21 +195,21 @@ class BatchIterator:
       self._shard(index).set_state(loaded[_entry(index)])
 
   def _warn_if_untrained(self) -> None:
-    """Reports a stream whose documents, as far as they were read, are trained nowhere.
+    """Warns if none of the documents read so far has a trained token.
 
-    Rows are not what is asked: one that lies within a long prompt has no target either.
+    Documents are checked, not rows: a row inside a long prompt has no target either.
     """
     read = sum(shard.num_read for shard in self._shards.values())
     if read and not any(shard.has_target for shard in self._shards.values()):
       logging.warning(
-        "%s: none of the first %d documents has a token to train on: their loss masks are 0 "
-        "everywhere (`show_batches` prints them), so that training changes nothing",
+        "%s: none of the first %d documents has a token to train on: their loss masks are all 0 "
+        "(print them with `show_batches`), so training has no effect",
         self._corpus.label,
         read,
       )
 
   def _own_shards(self) -> set[int]:
-    """The shards that this process's rows come from, in this batch or a later one."""
+    """Returns the shards that this process's rows come from, in this batch or a later one."""
     step = math.gcd(self._options.batch_size, self.num_shards)
     first = {(self._next_row + r) % self.num_shards for r in self._rows}
     return {(f + k) % self.num_shards for f in first for k in range(0, self.num_shards, step)}
@@ -223,7 +225,7 @@ class BatchIterator:
     return self._shards[index]
 
   def _check_stream(self, saved: Mapping[str, Any]) -> None:
-    # Through JSON, as the saved one went.
+    # The saved definition went through JSON, which turns tuples into lists.
     expected = json.loads(json.dumps(self._definition))
     for name in expected | dict(saved):
       if expected.get(name) != saved.get(name):
@@ -243,10 +245,10 @@ def open_dataset(spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int]) -
   Args:
     spec: The dataset.
     tokenizer: The run's tokenizer.
-    rows: The rows of every batch that this process reads, in [0, batch_size).
+    rows: Rows of every batch that this process reads, in [0, batch_size).
 
   Raises:
-    ValueError: if the data is not what `spec` says.
+    ValueError: The data does not match `spec`.
   """
   if spec.config.type == "seqio":
     with stderr.tensorflow_import():

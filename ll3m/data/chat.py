@@ -1,7 +1,7 @@
-"""Conversations through a tokenizer's own chat template, with loss on assistant turns only.
+"""Conversations rendered by the tokenizer's chat template, with loss on assistant turns only.
 
-What users wrote never becomes a control token: control strings inside messages are marked before
-the template sees them, so that only the template's own count.
+Text in messages never becomes a control token. Control strings in messages are marked before the
+template is rendered, so that only those written by the template itself become control tokens.
 """
 
 import json
@@ -20,8 +20,8 @@ class Rendered(NamedTuple):
   """A conversation as text.
 
   Attributes:
-    text: The text, with the marks of `Tokenizer.quote` in control strings that users wrote.
-    spans: What the assistant says, in characters of `text`.
+    text: Rendered text; control strings from messages have the marks of `Tokenizer.quote`.
+    spans: Start and end of each trained part, in characters of `text`.
   """
 
   text: str
@@ -29,34 +29,35 @@ class Rendered(NamedTuple):
 
 
 def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
-  """Renders a conversation and finds what its assistant says.
+  """Renders a conversation and finds the assistant's turns.
 
-  A template that marks this with `{% generation %}` is taken at its word. Else a turn is what
-  appears when it is added to the conversation up to there, after the header that the template
-  gives to start an answer, up to and with the token that ends it: EOS, else the template's last
-  control token after what was said; where there is neither, up to the last visible character.
+  If the template marks the turns with `{% generation %}`, its marks are used. Otherwise, a turn is
+  the text that appears when its message is added to the messages before it, without the header
+  with which the template starts an answer. The turn includes the token that ends it: EOS, or else
+  the template's last control token after the content. Without either, it ends at its last visible
+  character.
 
   A turn whose message has `"weight": 0` is not trained.
 
   Args:
-    tokenizer: Brings the template.
-    messages: A list of {"role": ..., "content": ...}; of an assistant that calls functions,
-      `tool_calls` may stand instead of the content.
-    tools: The JSON schemas of the functions that the assistant may call: a list, or its JSON text.
+    tokenizer: Tokenizer with a chat template.
+    messages: List of {"role": ..., "content": ...}. An assistant's message that calls functions
+      may have `tool_calls` instead of content.
+    tools: JSON schemas of the functions that the assistant may call: a list, or its JSON text.
 
   Raises:
-    ValueError: if there is no template, the messages are malformed or not Unicode text, or the
-      template refuses them, omits calls or tools, or rewrites earlier turns when later ones come.
+    ValueError: There is no template, or the messages are malformed or not Unicode text, or the
+      template refuses them, omits calls or tools, or rewrites earlier turns when later ones follow.
   """
   messages, tools = _checked(messages), _checked_tools(tools)
   answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
   if not answers:
     raise ValueError("messages has no assistant turn")
   if not any(_says_something(messages[i]) for i in answers):
-    raise ValueError("no text to learn from")
+    raise ValueError("no text to train on")
   trained = [i for i in answers if _weight(messages[i])]
   if not trained:
-    raise ValueError("every assistant turn has the weight 0")
+    raise ValueError("every assistant turn has weight 0")
   apply = _renderer(tokenizer, messages, tools)
   whole = apply(messages)
   _check_calls(apply, messages, tools, whole)
@@ -66,8 +67,8 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
       return found
     if len(found.spans) != len(answers):
       raise ValueError(
-        f"the chat template marks {len(found.spans)} parts of {len(answers)} assistant turns, so "
-        "that a weight of 0 cannot be placed"
+        f"the chat template marks {len(found.spans)} parts for {len(answers)} assistant turns, so "
+        "it is unknown which part has weight 0"
       )
     spans = [span for i, span in zip(answers, found.spans, strict=True) if i in trained]
     return Rendered(found.text, spans)
@@ -80,19 +81,19 @@ def encode(
   """Tokenises a conversation.
 
   Returns:
-    The ids, and 1 for each token that holds a character of a span, else 0. So a token that joins
-    the template's last character before an answer with the answer's first is trained, as in
-    transformers.
+    The token ids, and for each token 1 if it holds a character of a span, else 0. A token that
+    joins the template's last character before an answer with the answer's first is thus trained,
+    as in transformers.
   """
   ids, loss = tokenizer.encode_rendered(rendered.text, rendered.spans)
   return np.array(ids, np.int32), loss
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> list[int]:
-  """Returns the ids of a conversation that the assistant is to continue.
+  """Returns the token ids of a conversation for the assistant to continue.
 
   Raises:
-    ValueError: as `render`.
+    ValueError: See `render`.
   """
   messages, tools = _checked(messages), _checked_tools(tools)
   text = _renderer(tokenizer, messages, tools)(messages, add_generation_prompt=True)
@@ -100,10 +101,10 @@ def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> lis
 
 
 def _renderer(tokenizer: Tokenizer, messages: list[dict], tools: list | None) -> Callable[..., str]:
-  """Returns the template as a function of messages, whose control strings it marks.
+  """Returns a function that renders messages after marking the control strings in them.
 
   Raises:
-    ValueError: the tokenizer has no template.
+    ValueError: The tokenizer has no template.
   """
   templates = tokenizer.chat_templates
   template = templates.get("tool_use") if tools else None
@@ -124,7 +125,7 @@ def _renderer(tokenizer: Tokenizer, messages: list[dict], tools: list | None) ->
 def _find_turn(
   tokenizer: Tokenizer, apply: Callable[..., str], messages: list[dict], whole: str, i: int
 ) -> tuple[int, int]:
-  """Returns where the i-th message, an assistant's, begins and ends in the conversation."""
+  """Returns the start and end of the i-th message, an assistant's, in the rendered conversation."""
   upto = apply(messages[: i + 1])
   heads = (apply(messages[:i], add_generation_prompt=p) for p in (True, False))
   head = next((h for h in heads if upto.startswith(h)), None)
@@ -136,26 +137,26 @@ def _find_turn(
 
 
 def _end(tokenizer: Tokenizer, turn: str, said: str) -> int:
-  """Returns where a turn ends; what follows, as a line break, belongs to the template."""
+  """Returns where a turn ends. What follows, such as a line break, belongs to the template."""
   eos = tokenizer.special_tokens["eos_token"]
   ends = [eos] if eos in turn else tokenizer.control_tokens
   end = max((turn.rfind(token) + len(token) for token in ends if token in turn), default=0)
-  # A control token before what was said is part of a header.
+  # A control token before the content is part of a header.
   return end if end and said.strip() in turn[:end] else len(turn.rstrip())
 
 
 def _checked(messages: Any) -> list[dict]:
-  """Checks the form of messages, and drops keys without a value, as transformers does."""
+  """Checks the form of messages and drops keys whose value is None, as transformers does."""
   if not isinstance(messages, list) or not messages:
     raise ValueError("messages is not a list of messages")
   found = []
   for message in messages:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-      raise ValueError("a message lacks its role or content as text")
+      raise ValueError("a message must have text as its role and content")
     content, calls = message.get("content"), message.get("tool_calls")
-    # The OpenAI API gives null for an answer that only calls functions.
+    # In the OpenAI API, the content of an answer that only calls functions is null.
     if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
-      raise ValueError("a message lacks its role or content as text")
+      raise ValueError("a message must have text as its role and content")
     if calls and not isinstance(calls, list):
       raise ValueError("tool_calls is not a list")
     _weight(message)
@@ -164,7 +165,7 @@ def _checked(messages: Any) -> list[dict]:
 
 
 def _checked_tools(tools: Any) -> list | None:
-  if isinstance(tools, str) and tools.strip():  # Arrow cannot hold schemas that differ
+  if isinstance(tools, str) and tools.strip():  # JSON text: Arrow cannot hold differing schemas
     try:
       tools = json.loads(tools)
     except ValueError as error:
@@ -179,10 +180,10 @@ def _checked_tools(tools: Any) -> list | None:
 def _check_calls(
   apply: Callable[..., str], messages: list[dict], tools: list | None, whole: str
 ) -> None:
-  """Checks that the template writes functions and calls; many drop them in silence.
+  """Checks that the template renders tools and calls; many templates drop them silently.
 
   Raises:
-    ValueError: it does not.
+    ValueError: The template drops tools or calls.
   """
   if tools and apply(messages, tools=None) == whole:
     raise ValueError("the chat template does not render tools")
@@ -191,7 +192,7 @@ def _check_calls(
       without = {"content": ""} | {k: v for k, v in message.items() if k != "tool_calls"}
       try:
         lost = apply([*messages[:i], without, *messages[i + 1 :]]) == whole
-      except ValueError:  # the template cannot do without
+      except ValueError:  # the template requires the calls
         continue
       if lost:
         raise ValueError("the chat template does not render tool_calls")
@@ -202,12 +203,12 @@ def _says_something(message: dict) -> bool:
 
 
 def _weight(message: dict) -> int:
-  """Returns 1 if a turn is trained, 0 if not."""
+  """Returns 1 if a message is trained, 0 if not."""
   weight = message.get("weight")
   if weight is None:
     return 1
   if weight not in (0, 1):
-    raise ValueError("the weight of a message is neither 0 nor 1")
+    raise ValueError("the weight of a message must be 0 or 1")
   return int(weight)
 
 
@@ -223,7 +224,7 @@ def _quoted(tokenizer: Tokenizer, value: Any) -> Any:
 
 
 def _unmark(text: str) -> Rendered:
-  """Turns the marks of `{% generation %}` into spans."""
+  """Converts the marks of `{% generation %}` to spans."""
   plain, spans = "", []
   for i, part in enumerate(text.replace(CLOSE, OPEN).split(OPEN)):
     if i % 2:

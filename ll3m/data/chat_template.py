@@ -1,4 +1,4 @@
-"""Chat templates: Jinja sources, rendered in the surroundings that transformers gives them."""
+"""Chat templates: Jinja sources, rendered in the same environment as in transformers."""
 
 import functools
 import json
@@ -12,11 +12,11 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-# Enclose what a template marks with {% generation %}: noncharacters of Unicode, drawn anew in each
-# process, so that no message holds them.
+# Marks around the text inside {% generation %}. They consist of Unicode noncharacters, drawn at
+# random in each process, so that no message contains them.
 OPEN, CLOSE = ("".join(chr(0xFDD0 + secrets.randbelow(32)) for _ in range(12)) for _ in range(2))
 
-# Names of a message's reasoning; templates read the first.
+# Keys of a message's reasoning; templates read the first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -28,20 +28,21 @@ def apply_template(
   tools: Sequence[Any] | None = None,
   add_generation_prompt: bool = False,
 ) -> str:
-  """Renders a conversation as `apply_chat_template(tokenize=False)` of transformers does.
+  """Renders a conversation like `apply_chat_template(tokenize=False)` of transformers.
 
   Args:
-    template: The Jinja source.
-    messages: The turns. Keys whose value is None count as absent, as in transformers.
-    special_tokens: The names that the template may use ("bos_token", ...) and their text.
-    tools: The JSON schemas of the functions that the assistant may call.
+    template: Jinja source.
+    messages: Turns. Keys whose value is None count as absent, as in transformers.
+    special_tokens: Texts of special tokens, by the names that the template may use ("bos_token",
+      ...).
+    tools: JSON schemas of the functions that the assistant may call.
     add_generation_prompt: Whether to end with the header of an assistant turn.
 
   Returns:
-    The text, with OPEN and CLOSE around what {% generation %} encloses.
+    The text, with OPEN and CLOSE around the parts inside {% generation %}.
 
   Raises:
-    ValueError: the template refuses the messages.
+    ValueError: The template refuses the messages.
   """
   try:
     return compile_template(template).render(
@@ -51,16 +52,16 @@ def apply_template(
       add_generation_prompt=add_generation_prompt,
       **special_tokens,
     )
-  except Exception as error:  # whatever a stranger's template makes Python raise
+  except Exception as error:  # a template can raise any exception
     raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 
 class TurnTokens(NamedTuple):
-  """The added tokens that a template gives a conversation its structure with.
+  """Added tokens with which a template structures a conversation.
 
   Attributes:
-    structure: Those around a user's turn, and those in `ends`.
-    ends: Those right after what the assistant says.
+    structure: Tokens around a user's turn, and the tokens in `ends`.
+    ends: Tokens right after the content of an assistant's turn.
   """
 
   structure: frozenset[str]
@@ -72,16 +73,16 @@ def find_turn_tokens(
 ) -> TurnTokens:
   """Finds the tokens that begin and end turns, by rendering a conversation.
 
-  Whether an added token is flagged `special` says nothing about it: many folders add ChatML's
-  markers without the flag. Tokens that a template writes only into an assistant's turn, as
-  `<think>`, are content that a model learns to write, not structure.
+  The flag `special` does not identify these tokens: many folders add ChatML's markers without it.
+  Tokens that a template writes only inside an assistant's turn, such as `<think>`, are content
+  that a model learns to generate, not structure.
 
   Args:
-    template: The Jinja source.
-    special_tokens: As for `apply_template`.
-    added_tokens: The tokens that are found in text before it is cut into pieces.
+    template: Jinja source.
+    special_tokens: See `apply_template`.
+    added_tokens: Tokens that are matched in text before it is split into pieces.
   """
-  # Runs of spaces or line breaks are added tokens of Gemma and Phi; templates contain them as text.
+  # Runs of spaces or line breaks are added tokens of Gemma and Phi; in templates they are text.
   visible = [token for token in added_tokens if token.strip().strip("▁")]
   if not visible:
     return TurnTokens(frozenset(), frozenset())
@@ -91,7 +92,7 @@ def find_turn_tokens(
   )
 
   def around(*messages: dict[str, str]) -> tuple[str, str]:
-    for opening in ((), (system,)):  # some templates demand a system turn
+    for opening in ((), (system,)):  # some templates require a system turn
       try:
         text = _unmarked(apply_template(template, [*opening, *messages], special_tokens))
       except ValueError:
@@ -111,7 +112,7 @@ def _unmarked(text: str) -> str:
 
 
 def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
-  """Drops keys without a value, and gives reasoning every name that templates read it by."""
+  """Drops keys whose value is None and stores reasoning under every key that templates read."""
   message = {key: value for key, value in message.items() if value is not None}
   reasoning = next((message[key] for key in _REASONING if key in message), None)
   if reasoning is None:
@@ -120,7 +121,7 @@ def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %} ... {% endgeneration %}`: marks what the assistant says."""
+  """Jinja tag `{% generation %} ... {% endgeneration %}`, which marks what the assistant says."""
 
   tags = {"generation"}
 
@@ -139,7 +140,7 @@ def compile_template(template: str) -> jinja2.Template:
   """Compiles a template in a sandbox.
 
   Raises:
-    jinja2.TemplateError: the source is no template.
+    jinja2.TemplateError: The source is not a valid template.
   """
 
   def refuse(message: str) -> None:

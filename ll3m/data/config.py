@@ -1,6 +1,7 @@
-"""The options of a dataset and of a tokenizer, and what can be checked of them early.
+"""Options of datasets and tokenizers, with the checks that need no data.
 
-No TensorFlow here: commands validate a run with these before anything slow is imported.
+This module does not import TensorFlow, so that commands can check their options before slow
+imports.
 """
 
 import dataclasses
@@ -15,40 +16,42 @@ _MOST_LISTED = 2**20  # rows and shards are lists in memory
 
 @dataclasses.dataclass(frozen=True)
 class SeqioDatasetConfig:
-  """What is read with `type=seqio`, and how the stream is cut, whatever its type."""
+  """Source of `type=seqio`, and the division of streams of every type into rows and batches."""
 
   mixture_or_task_name: str | None = options.option(
-    None, "Which seqio mixture or task to read (type=seqio); docs/dataset.md lists them."
+    None, "Name of the seqio mixture or task to read (type=seqio); docs/dataset.md lists them."
   )
   module: str | None = options.option(
-    None, "Python module to import first; it registers seqio tasks and mixtures of your own."
+    None, "Python module to import first, which registers your own seqio tasks and mixtures."
   )
   split: str | None = options.option(
-    None, "Split of the mixture or task; default: train to train on, validation to evaluate on."
+    None, "Split of the mixture or task. Default: train for training, validation for evaluation."
   )
   batch_size: int = options.option(
-    8, "Sequences per micro-step over all devices; holds for every dataset type."
+    8, "Number of sequences per micro-step over all devices (every dataset type)."
   )
   task_feature_field: tuple[str, ...] = options.option(
     ("targets",),
-    "Features of the task that make up a document, in this order; the last one is trained on.",
+    "Features of the task that form a document, in this order; only the last one is trained on.",
   )
   task_feature_lengths: tuple[int, ...] = options.option(
     (1024,),
-    "Tokens per feature; a row is as long as their sum. Holds for every dataset type.",
+    "Number of tokens per feature; their sum is the length of a row (every dataset type).",
   )
   shuffle: bool | None = options.option(
-    None, "Shuffle the documents (every dataset type); default: to train yes, to evaluate no."
+    None,
+    "Whether to shuffle the documents (every dataset type). Default: only for training.",
   )
   pack: bool = options.option(
     True,
-    "Fill rows with consecutive documents (every dataset type); False starts each document on "
-    "a row of its own.",
+    "Whether to fill rows with consecutive documents (every dataset type); False starts a new row "
+    "for each document.",
   )
   num_shards: int = options.option(
     8,
-    "Independent pipelines that the stream is split into (every dataset type). It fixes the "
-    "order of the data, whatever the number of processes; must not change within a run.",
+    "Number of independent pipelines into which the stream is split (every dataset type). It "
+    "determines the order of the data, whatever the number of processes, and must not change "
+    "within a run.",
   )
 
   def __post_init__(self):
@@ -60,17 +63,17 @@ class SeqioDatasetConfig:
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(
-        "`task_feature_lengths` must give one length for each of "
-        f"`task_feature_field`: {fields}, got {lengths}"
+        "`task_feature_lengths` must have one length for each feature of "
+        f"`task_feature_field` {fields}, got {lengths}"
       )
     if min(lengths) < 1 or sum(lengths) < 2:
       raise ValueError(
-        f"`task_feature_lengths` must be positive and make up at least 2 tokens, got {lengths}"
+        f"`task_feature_lengths` must be positive and sum to at least 2, got {lengths}"
       )
 
   @property
   def length(self) -> int:
-    """T, tokens of a row."""
+    """T, the number of tokens in a row."""
     return sum(self.task_feature_lengths)
 
 
@@ -80,7 +83,7 @@ class JsonDatasetConfig:
 
   path: str | None = options.option(
     None,
-    "File or glob of JSON Lines, JSON arrays, CSV, TSV or parquet, plain, .gz or .zst (type=json).",
+    "File or glob (type=json): JSON Lines, JSON arrays, CSV, TSV or parquet, also as .gz or .zst.",
   )
 
 
@@ -89,29 +92,30 @@ class HuggingFaceDatasetConfig:
   """A dataset that the `datasets` library can load (type=huggingface)."""
 
   path: str | None = options.option(
-    None, "Dataset repository or local folder, as datasets.load_dataset takes it."
+    None, "Dataset repository or local folder, as accepted by datasets.load_dataset."
   )
   name: str | None = options.option(None, "Configuration of the dataset.")
   split: str | None = options.option(
     None,
-    "Split of the dataset, e.g. train[:1%]; default: train to train on, validation to evaluate on.",
+    "Split of the dataset, e.g. train[:1%]. Default: train for training, validation for "
+    "evaluation.",
   )
   streaming: bool = options.option(
-    False, "Read over the network while training instead of downloading first."
+    False, "Whether to read over the network while training instead of downloading first."
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextProcessorConfig:
-  """How an example of a json or huggingface dataset becomes a document."""
+  """Conversion of json and huggingface examples to documents."""
 
   fields: str = options.option(
     "",
-    "Fields that make up a document: commas separate fields, + joins subfields, brackets mean "
-    "no loss, e.g. '[system+prompt],answer'; 'messages' applies the tokenizer's chat template "
-    "with loss on assistant turns. Default: messages where an example has them, else text.",
+    "Fields that form a document: commas separate fields, + joins subfields, brackets mean "
+    "no loss, e.g. '[system+prompt],answer'. 'messages' applies the tokenizer's chat template, "
+    "with loss on assistant turns. Default: messages if an example has them, else text.",
   )
-  subfield_separator: str = options.option(" ", "What stands between subfields that + joins.")
+  subfield_separator: str = options.option(" ", "Text between subfields that + joins.")
 
   def __post_init__(self):
     parse_fields(self.fields)
@@ -119,10 +123,10 @@ class TextProcessorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-  """A stream of batches: where the text comes from and how it is cut."""
+  """A stream of batches: the source of the text and its division into rows and batches."""
 
   type: str = options.option(
-    "seqio", "Where the text comes from.", choices=("seqio", "json", "huggingface")
+    "seqio", "Source of the text.", choices=("seqio", "json", "huggingface")
   )
   seqio_dataset: SeqioDatasetConfig = options.group(SeqioDatasetConfig)
   json_dataset: JsonDatasetConfig = options.group(JsonDatasetConfig)
@@ -130,7 +134,7 @@ class DatasetConfig:
   text_processor: TextProcessorConfig = options.group(TextProcessorConfig)
 
   def without_effect(self) -> dict[str, str]:
-    """Returns the options that a dataset of this type does not read, and why, by their names."""
+    """Returns the options that a dataset of this type does not read, by name, with the reasons."""
     return {
       name: f"with `type`={self.type}" for name, types in _READ_BY.items() if self.type not in types
     }
@@ -138,16 +142,16 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StrictConfig:
-  """The option of every command that reads examples."""
+  """Option of all commands that read examples."""
 
   strict: bool = options.option(
     False,
-    "Stop at the first example that cannot be used, naming its file, line and what is wrong with "
-    "it, instead of leaving it out (type=json and type=huggingface).",
+    "Whether to stop at the first unusable example, reporting its file, line and fault, instead of "
+    "skipping it (type=json and type=huggingface).",
   )
 
 
-# Options of a dataset that only some types read, and these types.
+# Dataset options that only some types read, with those types.
 _READ_BY = {
   "json_dataset": ("json",),
   "huggingface_dataset": ("huggingface",),
@@ -161,15 +165,17 @@ _READ_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """Which tokenizer a run uses."""
+  """Choice of the tokenizer of a run."""
 
   type: str | None = options.option(
     None,
-    f"One of {', '.join(TOKENIZER_NAMES)} (found in the checkpoint, or at tokenizer.path), or "
-    "a path itself. Default: the tokenizer that travels with the checkpoint.",
+    f"One of {', '.join(TOKENIZER_NAMES)} (read from the checkpoint or from tokenizer.path), or "
+    "the path of a tokenizer. Default: the checkpoint's own tokenizer.",
   )
   path: str | None = options.option(
-    None, "SentencePiece file or Hugging Face tokenizer folder, instead of the checkpoint's."
+    None,
+    "SentencePiece file or Hugging Face tokenizer folder to use instead of the checkpoint's own "
+    "tokenizer.",
   )
   extra_tokens: tuple[str, ...] = options.option(
     (), "Token to append to the vocabulary; may be repeated.", repeated=True
@@ -177,33 +183,33 @@ class TokenizerConfig:
 
   @property
   def other_path(self) -> str | None:
-    """The path of another tokenizer than the one that travels with the checkpoint, or None."""
+    """Path of a tokenizer other than the checkpoint's own, or None."""
     return self.path or (None if self.type in TOKENIZER_NAMES else self.type)
 
   @property
   def is_checkpoints_own(self) -> bool:
-    """Whether the tokenizer is just the one that travels with the checkpoint."""
+    """Whether the tokenizer is the checkpoint's own, without extra tokens."""
     return self.other_path is None and not self.extra_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class GinConfig:
-  """Settings in gin's language."""
+  """Settings in gin syntax."""
 
   gin_bindings: tuple[str, ...] = options.option(
     (),
-    'gin binding, e.g. data.data_utils.get_default_vocabulary.tokenizer_type="llama"; several '
-    "are separated by newlines or commas, or the flag is repeated.",
+    'Gin bindings, e.g. data.data_utils.get_default_vocabulary.tokenizer_type="llama", separated '
+    "by newlines or commas; may be repeated.",
     repeated=True,
   )
   gin_config: tuple[str, ...] = options.option(
-    (), "gin file to read before the bindings; may be repeated.", repeated=True
+    (), "Gin file to read before the bindings; may be repeated.", repeated=True
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextField:
-  """One field of a document: subfields that are joined, trained on or not."""
+  """One field of a document: joined subfields, with or without loss."""
 
   names: tuple[str, ...]
   loss: bool
@@ -213,7 +219,7 @@ def parse_fields(spec: str) -> tuple[TextField, ...]:
   """Parses '[system+prompt],answer' into fields; brackets may enclose several.
 
   Raises:
-    ValueError: if the brackets do not match or a name is missing.
+    ValueError: The brackets do not match or a name is missing.
   """
   fields, inside = [], False
   for item in spec.split(",") if spec.strip() else ():
@@ -229,14 +235,14 @@ def parse_fields(spec: str) -> tuple[TextField, ...]:
       or any(re.search(r"[\[\]]", name) for name in names)
     ):
       raise ValueError(
-        "`fields` expects field names separated by commas, some in brackets, "
+        "`fields` must be field names separated by commas, some in brackets, "
         f"e.g. '[prompt],answer', got {spec!r}"
       )
     inside = inside or opens
     fields.append(TextField(names, loss=not inside))
     inside = inside and not closes
   if inside:
-    raise ValueError(f"`fields` has a bracket that is not closed: {spec!r}")
+    raise ValueError(f"`fields` has an unclosed bracket: {spec!r}")
   if fields and not any(field.loss for field in fields):
-    raise ValueError(f"`fields` has no field to learn from outside brackets: {spec!r}")
+    raise ValueError(f"`fields` must have a field to train on, outside brackets, got {spec!r}")
   return tuple(fields)

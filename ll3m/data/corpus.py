@@ -1,4 +1,4 @@
-"""What a stream reads from: documents in shards, each with a position that can be saved."""
+"""Interfaces of a stream's source: documents in shards, with positions that can be saved."""
 
 import abc
 
@@ -7,25 +7,25 @@ from ll3m.data.skipped_examples import Skipped
 
 
 class DocumentIterator(abc.ABC):
-  """The documents of one shard, in order."""
+  """Iterator over the documents of one shard."""
 
   def __iter__(self) -> "DocumentIterator":
     return self
 
   @abc.abstractmethod
   def __next__(self) -> Document:
-    """Returns the next document; one without tokens was unusable."""
+    """Returns the next document, which is empty if its example was unusable."""
 
   @abc.abstractmethod
   def state(self) -> bytes:
-    """Returns the position, with everything that is buffered."""
+    """Returns the position, including all buffered data."""
 
   @abc.abstractmethod
   def set_state(self, state: bytes) -> None:
-    """Moves to a position that `state()` gave.
+    """Moves to a position that `state()` returned.
 
     Raises:
-      ValueError: if the position does not fit.
+      ValueError: The position does not match the corpus.
     """
 
 
@@ -33,10 +33,10 @@ class Corpus(abc.ABC):
   """A text source bound to a run.
 
   Attributes:
-    label: what to call it in messages.
-    num_shards: how many shards it is read in; fewer than asked for when there are fewer examples.
-    num_examples: how many there are, where that is known.
-    skipped: the examples that were unusable so far.
+    label: Name of the source in messages.
+    num_shards: Number of shards; lower than requested if there are fewer examples.
+    num_examples: Number of examples, or None if unknown.
+    skipped: Unusable examples so far.
   """
 
   label: str
@@ -46,4 +46,4 @@ class Corpus(abc.ABC):
 
   @abc.abstractmethod
   def open_shard(self, shard: int) -> DocumentIterator:
-    """Opens one of the shards at its beginning."""
+    """Opens a shard at its beginning."""

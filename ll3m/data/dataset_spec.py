@@ -1,6 +1,6 @@
-"""What a stream reads: a dataset's options with what the run adds, and the files that were found.
+"""Dataset specification: the options of a dataset, the settings of the run and the files found.
 
-No TensorFlow here, except that etils loads it for gs://.
+This module does not import TensorFlow, except that etils imports it for gs:// paths.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from ll3m.data.shard_files import SPLITS, list_files, text_shards
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """A dataset that `resolve` has checked: everything that decides what a stream reads.
+  """A dataset checked by `resolve`: everything that determines what a stream reads.
 
   Attributes:
     config: The dataset's options.
-    split_default: Name of the split that is read where the options leave it open.
-    repeat: Whether the stream starts anew at its end, without end.
+    split_default: Name of the split to read if the options do not name one.
+    repeat: Whether the stream restarts whenever it reaches its end.
     seed: Seed of shuffling and mixing.
     strict: Whether an unusable row of a json or huggingface dataset is an error.
     data_dir: Folder of the text shards; None for $LL3M_DATA_DIR, else ./data.
-    files: The files that were found, by source of a mixture or by the path of a json dataset.
+    files: Files found, by source of a mixture or by the path of a json dataset.
   """
 
   config: DatasetConfig
@@ -36,12 +36,12 @@ class DataSpec:
 
   @property
   def split(self) -> str:
-    """Name of the split that is read."""
+    """Name of the split to read."""
     return _split(self.config, self.split_default)
 
   @property
   def shuffle(self) -> bool:
-    """Whether examples are shuffled; by default where the stream repeats."""
+    """Whether examples are shuffled; by default, only if the stream repeats."""
     shuffle = self.config.seqio_dataset.shuffle
     return self.repeat if shuffle is None else shuffle
 
@@ -55,7 +55,7 @@ def resolve(
   strict: bool = False,
   data_dir: str | None = None,
 ) -> DataSpec:
-  """Checks that what is to be read exists, without reading it; lists each folder once.
+  """Checks a dataset's options and that its files exist; lists each folder once and reads nothing.
 
   Args:
     config: The dataset's options.
@@ -66,8 +66,8 @@ def resolve(
     data_dir: See `DataSpec`.
 
   Raises:
-    ValueError: for an unknown mixture or split, or an option that is missing.
-    FileNotFoundError: for files that are missing.
+    ValueError: The mixture or split is unknown, or a required option is missing.
+    FileNotFoundError: Files are missing.
   """
   options, kind = config.seqio_dataset, config.type
   name, value = {
@@ -107,10 +107,11 @@ def _mixture_files(
   """Lists the shards of each source of a mixture or task.
 
   Args:
-    name: The mixture or task.
-    split: The split.
+    name: Name of the mixture or task.
+    split: Name of the split.
     data_dir: See `DataSpec`.
-    is_known: Whether it must be one that comes with the library; else a module checks it itself.
+    is_known: Whether the mixture or task must come with the library; if not, a user's module may
+      register it.
   """
   known = mixtures.known_names()
   if name not in known:

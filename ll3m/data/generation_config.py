@@ -1,4 +1,4 @@
-"""The ids that end a generated text, by the files of a model."""
+"""Token ids that end a generated text, from the files of a model."""
 
 import os
 
@@ -10,12 +10,12 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def eos_ids(config_dir: epath.Path | None) -> list[int]:
-  """Returns the ids that end a generated text by the model's own files; [] if they name none.
+  """Returns the token ids that end a generated text according to the model's files, or [].
 
-  As in transformers, generation_config.json counts where it exists, else config.json.
+  As in transformers, generation_config.json is used if it exists, else config.json.
 
   Args:
-    config_dir: The folder of both.
+    config_dir: Folder of both files, or None.
   """
   found: dict[str, list[int]] = {}
   for file in (CONFIG, GENERATION_CONFIG):

@@ -1,4 +1,4 @@
-"""The reference program's gin bindings, which choose the tokenizer of a run.
+"""Gin bindings of the reference program, which choose the tokenizer of a run.
 
 --gin_bindings='data.data_utils.get_default_vocabulary.tokenizer_type="llama"'
 """
@@ -18,31 +18,31 @@ def get_default_vocabulary(
   tokenizer_type: str | None = None,
   has_extra_token: bool | None = None,
 ) -> TokenizerConfig:
-  """Decides which tokenizer the tasks use.
+  """Returns the tokenizer options with the gin parameters of this function applied.
 
   Args:
-    config: what the flags say.
-    tokenizer_type: as `tokenizer.type`, which it overrides.
-    has_extra_token: False leaves the extra tokens out; True demands that there are some.
+    config: Options given as flags.
+    tokenizer_type: Value that overrides `tokenizer.type`; None keeps the option.
+    has_extra_token: False removes the extra tokens; True raises if there are none.
 
   Raises:
-    ValueError: if extra tokens are demanded and none are given.
+    ValueError: Extra tokens are required and none are given.
   """
   if tokenizer_type is not None:
     config = dataclasses.replace(config, type=tokenizer_type)
   if has_extra_token and not config.extra_tokens:
-    raise ValueError("has_extra_token=True needs `tokenizer.extra_tokens`, got none")
+    raise ValueError("has_extra_token=True requires `tokenizer.extra_tokens`, got none")
   if has_extra_token is False:
     config = dataclasses.replace(config, extra_tokens=())
   return config
 
 
 def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
-  """Returns the tokenizer's options with the gin files and bindings applied.
+  """Returns the tokenizer options with the gin files and bindings applied.
 
   Raises:
-    ValueError: for a binding that gin cannot parse or that names nothing known.
-    FileNotFoundError: for a gin file that does not exist.
+    ValueError: Gin cannot parse a binding, or a binding names an unknown parameter.
+    FileNotFoundError: A gin file does not exist.
   """
   bindings = [one for text in settings.gin_bindings for one in split_bindings(text)]
   gin.clear_config()
@@ -52,15 +52,15 @@ def apply(settings: GinConfig, config: TokenizerConfig) -> TokenizerConfig:
   except OSError as error:
     raise FileNotFoundError(f"`gin_config`: {error}") from error
   except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
-    # gin appends where in its own parser it failed; the first line says what.
+    # The first line names the problem; gin appends the place in its own parser.
     first = next((line for line in str(error).splitlines() if line.strip()), str(error))
     if first.startswith("malformed node"):
-      first = 'a value must be a Python literal, text in quotes: name="value"'
+      first = 'a value must be a Python literal, with text in quotes: name="value"'
     raise ValueError(f"gin settings {bindings or settings.gin_config}: {first.strip()}") from error
 
 
 def split_bindings(text: str) -> Sequence[str]:
-  r"""Splits at newlines and commas that stand outside quotes and brackets.
+  r"""Splits at newlines and commas outside quotes and brackets.
 
   >>> split_bindings('a.b="x,y", c.d=(1, 2)\ne.f=3')
   ['a.b="x,y"', 'c.d=(1, 2)', 'e.f=3']

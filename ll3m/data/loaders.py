@@ -1,6 +1,6 @@
 """Streams of batches for Python programs: `ll3m.data.jsonl`, `.huggingface` and `.mixture`.
 
-They give the same batches as ll3m.train with flags of the same names.
+Their batches are those of ll3m.train with flags of the same names.
 """
 
 import os
@@ -33,18 +33,18 @@ def jsonl(
   Args:
     path: A file or glob, local or gs://.
     tokenizer: The model's tokenizer.
-    batch_size: B, sequences in a batch over all devices.
-    length: T, tokens in a sequence.
-    fields: The fields that make up a document, as `"[prompt],answer"`; see docs/dataset.md.
-      By default messages where a row has them, else text.
-    **options: Those of `mixture` from `shuffle` on.
+    batch_size: B, the number of sequences in a batch over all devices.
+    length: T, the number of tokens in a sequence.
+    fields: Fields that form a document, e.g. `"[prompt],answer"`; see docs/dataset.md. By default,
+      messages if a row has them, else text.
+    **options: The `**options` of `mixture`.
 
   Returns:
-    An endless iterator over `ll3m.Batch` of [B, T], unless `repeat=False`.
+    An iterator over `ll3m.Batch` of [B, T], endless unless `repeat=False`.
 
   Raises:
-    FileNotFoundError: no file matches.
-    ValueError: no row is usable, or an option makes no sense.
+    FileNotFoundError: No file matches.
+    ValueError: No row is usable, or an option is invalid.
   """
   dataset = DatasetConfig(
     type="json",
@@ -69,18 +69,18 @@ def huggingface(
   """Reads a dataset of the `datasets` library as batches of packed rows.
 
   Args:
-    path: A repository or local folder, as `datasets.load_dataset` takes it.
+    path: A repository or local folder, as accepted by `datasets.load_dataset`.
     tokenizer: The model's tokenizer.
-    batch_size: As for `jsonl`.
-    length: As for `jsonl`.
-    fields: As for `jsonl`.
-    name: The dataset's configuration.
-    split: The dataset's split, as "train[:1%]"; "train" by default.
+    batch_size: See `jsonl`.
+    length: See `jsonl`.
+    fields: See `jsonl`.
+    name: Configuration of the dataset.
+    split: Split of the dataset, e.g. "train[:1%]"; "train" by default.
     streaming: Whether to read over the network while training.
-    **options: Those of `mixture` from `shuffle` on.
+    **options: The `**options` of `mixture`.
 
   Raises:
-    ValueError: no row is usable, or an option makes no sense.
+    ValueError: No row is usable, or an option is invalid.
   """
   dataset = DatasetConfig(
     type="huggingface",
@@ -106,20 +106,20 @@ def mixture(
   Args:
     name: A mixture or task that comes with LL3M (docs/dataset.md) or that `module` registers.
     tokenizer: The model's tokenizer.
-    batch_size: As for `jsonl`.
-    length: As for `jsonl`.
-    module: A Python module to import first.
-    split: The split; "train" by default.
-    data_dir: The folder of the text shards; $LL3M_DATA_DIR or ./data by default.
-    **options: `shuffle` (True): visit documents in a random order. `seed` (0): the seed of that
-      order. `repeat` (True): start again at the end. `pack` (True): fill rows with consecutive
-      documents instead of one each. `num_shards` (8): independent pipelines that fix the order.
-      `strict` (False): raise for a row that cannot be used instead of skipping it. `rows` (all):
-      the rows of each batch that this process reads, of several processes.
+    batch_size: See `jsonl`.
+    length: See `jsonl`.
+    module: Python module to import first.
+    split: Name of the split; "train" by default.
+    data_dir: Folder of the text shards; $LL3M_DATA_DIR or ./data by default.
+    **options: `shuffle` (True): visit documents in a random order. `seed` (0): seed of that order.
+      `repeat` (True): restart at the end. `pack` (True): fill rows with consecutive documents
+      instead of one document each. `num_shards` (8): number of independent pipelines, which
+      determines the order. `strict` (False): raise an error for an unusable row instead of skipping
+      it. `rows` (all): rows of each batch that this process reads, if there are several processes.
 
   Raises:
-    FileNotFoundError: shards are missing.
-    ValueError: an unknown name, or an option makes no sense.
+    FileNotFoundError: Shards are missing.
+    ValueError: The name is unknown, or an option is invalid.
   """
   dataset = DatasetConfig(type="seqio")
   return _open(

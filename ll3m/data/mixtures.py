@@ -1,18 +1,20 @@
-"""Mixtures as data: which sources a stream draws from and how often.
+"""Mixtures as data: the sources that a stream draws from, and their rates.
 
-Plain Python (no TensorFlow), so that a misspelt name is refused at once; `tasks.py` registers
-every entry with seqio. A rate says how many documents of each are drawn, relative to the others.
+This module does not import TensorFlow, so that a misspelt name is reported at once;
+`seqio_tasks.py` registers every entry with seqio. A rate is the relative number of documents drawn
+from a source.
 
 The web recipes follow Branch-Train-MiX (Sukhbaatar et al., 2024, https://arxiv.org/abs/2403.07816);
 their sources are the parts of Dolma (Soldaini et al., 2024, https://arxiv.org/abs/2402.00159).
-To add a mixture, add a line here; its sources are tasks, or folders of TFRecord shards that
-`tools/prepare_text.py` wrote (then named in TEXT_SOURCES too). docs/dataset.md has an example.
+To add a mixture, add a line here. Its sources are tasks, or folders of TFRecord shards written by
+`tools/prepare_text.py`, which must also be listed in TEXT_SOURCES. docs/dataset.md has an example.
 """
 
-# Folders of `{data_dir}/{source}/{train|validation}-00000-of-00032.tfrecord` with `id` and `text`.
+# Folders of shards `{data_dir}/{source}/{train|validation}-00000-of-00032.tfrecord`, whose features
+# are `id` and `text`.
 TEXT_SOURCES = ("cc_en", "stack", "c4", "reddit", "peS2o", "books", "wiki")
 
-# Text that every Python installation carries; no files needed.
+# Text that is part of every Python installation, so that no files are needed.
 PYTHON_SOURCES = ("python_reference", "package_descriptions")
 
 MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
@@ -37,7 +39,7 @@ MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
 
 
 def known_names() -> tuple[str, ...]:
-  """Returns every mixture and task that comes with the library."""
+  """Returns the names of all mixtures and tasks that come with the library."""
   return (*MIXTURES, *TEXT_SOURCES, *PYTHON_SOURCES)
 
 

@@ -1,7 +1,7 @@
 """Rows of exactly T tokens, cut from a sequence of documents.
 
-T tokens per row. A segment is the part of one document that lies in one row; segment ids count
-from 1 within a row, positions restart at each segment, 0 is padding.
+A segment is the part of one document that lies in one row. Segment ids count from 1 within a row,
+where 0 is padding, and positions restart at each segment.
 """
 
 import collections
@@ -22,25 +22,25 @@ class Row(NamedTuple):
 
 
 class Document(NamedTuple):
-  """Tokens, and for each whether predicting it is trained."""
+  """Tokens and their loss flags: 1 if predicting the token is trained, else 0."""
 
   tokens: Int32[np.ndarray, "n"]
   loss: Int32[np.ndarray, "n"]
 
 
 class Packer:
-  """Turns documents into rows; every token lands in exactly one row, in order.
+  """Row packer, which places every token of its documents in exactly one row, in order.
 
-  With `pack`, a row is T consecutive tokens of the documents; a document that does not fit is
-  continued in the next row, as a segment of its own. Without, every document starts a new row.
+  With `pack`, a row holds T consecutive tokens of the documents. A document that does not fit
+  continues in the next row, as another segment. Without `pack`, every document starts a new row.
   """
 
   def __init__(self, length: int, *, pack: bool):
-    """Starts empty.
+    """Creates an empty packer.
 
     Args:
-      length: T.
-      pack: whether documents share rows.
+      length: T, the length of a row.
+      pack: Whether documents share rows.
     """
     self._length, self._pack = length, pack
     self._pending: collections.deque[Document] = collections.deque()
@@ -52,10 +52,10 @@ class Packer:
     self._num_pending += len(document.tokens)
 
   def row(self, *, last: bool = False) -> Row | None:
-    """Takes the next row, or returns None while there are too few tokens to fill one.
+    """Removes and returns the next row, or returns None if there are too few tokens to fill one.
 
     Args:
-      last: no document will follow, so that a row may end in padding.
+      last: Whether no document will follow, so that a row may end in padding.
     """
     enough = self._num_pending >= self._length if self._pack else self._pending
     if not enough and not (last and self._pending):
@@ -71,7 +71,7 @@ class Packer:
     return make_row(segments, self._length)
 
   def state(self) -> dict[str, np.ndarray]:
-    """Returns the tokens that wait for a row."""
+    """Returns the tokens that are not yet part of a returned row."""
     return {
       "lengths": np.array([len(d.tokens) for d in self._pending], np.int64),
       "tokens": np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in self._pending)]),
@@ -79,7 +79,7 @@ class Packer:
     }
 
   def set_state(self, state: dict[str, np.ndarray]) -> None:
-    """Returns to what `state()` said."""
+    """Restores a state that `state()` returned."""
     cuts = np.cumsum(state["lengths"])[:-1] if len(state["lengths"]) else []
     parts = zip(np.split(state["tokens"], cuts), np.split(state["loss"], cuts), strict=True)
     self._pending = collections.deque(Document(*p) for p in parts if len(p[0]))
@@ -87,18 +87,18 @@ class Packer:
 
 
 def make_row(segments: list[Document], length: int) -> Row:
-  """Lays segments out in a row of T tokens, padded at the end.
+  """Places segments in a row of T tokens, padded at the end.
 
   Args:
-    segments: at most T tokens together; none gives a row of padding.
-    length: T.
+    segments: Segments of at most T tokens in total; an empty list gives a row of padding.
+    length: T, the length of the row.
   """
   row = Row(*(np.zeros(length, t) for t in (np.int32, np.int32, np.float32, np.int32, np.int32)))
   start = 0
   for number, (tokens, loss) in enumerate(segments, start=1):
     end = start + len(tokens)
     row.inputs[start:end] = tokens
-    # The first token of a segment is nobody's target.
+    # The first token of a segment is never a target.
     row.targets[start : end - 1] = tokens[1:]
     row.mask[start : end - 1] = loss[1:]
     row.segment_ids[start:end] = number

@@ -1,4 +1,4 @@
-"""Batches as text, to look at before they are trained on: `ll3m.data.show`."""
+"""Batches as text, to inspect before training: `ll3m.data.show`."""
 
 import sys
 from io import TextIOBase
@@ -10,7 +10,7 @@ from ll3m.data.text_stream import TextStream
 from ll3m.data.tokenizer import Tokenizer
 
 _TRAINED, _READ, _PLAIN = "\033[1;32m", "\033[2m", "\033[0m"
-# What stands for characters that would move the text.
+# Visible replacements of control characters.
 _VISIBLE = str.maketrans({"\n": "↵\n", "\t": "⇥", "\r": "␍", "\0": "␀"})
 
 
@@ -22,17 +22,17 @@ def show(
   color: bool | None = None,
   file: TextIOBase | None = None,
 ) -> None:
-  """Prints the rows of a batch: their documents, their tokens, and which of these are trained.
+  """Prints the rows of a batch: their documents, their tokens, and which tokens are trained.
 
-  Tokens are parted by `|`. Those that carry loss are green on a terminal and in brackets elsewhere;
-  a line break is shown as `↵` before it.
+  Tokens are separated by `|`. Trained tokens are green on a terminal and in brackets elsewhere. A
+  `↵` marks each line break.
 
   Args:
-    batch: Arrays of [B, T], or of [A, B, T] with micro-batches.
-    tokenizer: The tokenizer that it was made with.
-    rows: How many rows to print; all by default.
-    color: Whether to use colors; by default if `file` is a terminal.
-    file: Where to print; the standard output by default.
+    batch: Arrays of shape [B, T], or [A, B, T] with micro-batches.
+    tokenizer: The tokenizer that made the batch.
+    rows: Number of rows to print; all by default.
+    color: Whether to use colors; by default, only if `file` is a terminal.
+    file: Output file; standard output by default.
   """
   file = sys.stdout if file is None else file
   color = file.isatty() if color is None else color
@@ -44,12 +44,12 @@ def show(
 
 
 def describe_row(number: int, row: Batch, tokenizer: Tokenizer, *, color: bool) -> str:
-  """Returns the text that `show` prints of a row.
+  """Returns the text that `show` prints for a row.
 
   Args:
-    number: The row's index.
-    row: Arrays of [T].
-    tokenizer: The tokenizer.
+    number: Index of the row.
+    row: Arrays of shape [T].
+    tokenizer: The tokenizer that made the row.
     color: Whether to use colors.
   """
   trained = trained_tokens(row)
@@ -67,16 +67,17 @@ def describe_row(number: int, row: Batch, tokenizer: Tokenizer, *, color: bool) 
 
 
 def trained_tokens(row: Batch) -> np.ndarray:
-  """Returns for each token of a row [T] whether predicting it is trained, bool [T].
+  """Returns whether predicting each token of a row [T] is trained, bool [T].
 
-  `mask[t]` belongs to the prediction of the token after t.
+  `mask[t]` belongs to the prediction of token t + 1.
   """
   return np.concatenate([[False], np.asarray(row.mask[:-1]) != 0])
 
 
 def _pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-  """Returns the text of each token; a character of several tokens stands at its last."""
-  # Without `byte_ids`: each byte token is shown at its own place, also where a later one spoils it.
+  """Returns the text of each token; the last token of a character has the whole character."""
+  # Without `byte_ids`, byte tokens are shown at their own places even if a later one makes the
+  # character invalid.
   stream = TextStream(lambda ids: tokenizer.decode(ids, keep_control=True), [])
   pieces = [stream.push(i) for i in ids]
   if pieces:

@@ -1,6 +1,6 @@
-"""Documents of json and huggingface datasets: rows -> TextProcessor -> shuffle buffer of streams.
+"""Documents of json and huggingface datasets: rows -> TextProcessor -> shuffle buffer (streams).
 
-Plain Python: runs on such data import neither TensorFlow nor seqio.
+This module is plain Python: runs on such data import neither TensorFlow nor seqio.
 """
 
 import json
@@ -18,14 +18,14 @@ from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
 
-# Documents of a stream that wait in a shard while a random one of them is taken; they are saved.
+# Size of the shuffle buffer of a streamed shard, in documents; it is saved with the position.
 _BUFFER = 128
-# Format of saved positions. Streams wrote this one before it had a number.
+# Format of saved positions. Early positions of streams have this format without its number.
 _FORMAT = 1
 
 
 class RowCorpus(Corpus):
-  """Rows in shards."""
+  """The rows of a dataset as documents, in shards."""
 
   def __init__(
     self,
@@ -38,16 +38,16 @@ class RowCorpus(Corpus):
     buffer_seed: int | None,
     skipped: Skipped,
   ):
-    """Wraps a function from the number of a shard to its rows; nothing is read yet.
+    """Wraps a function that opens the rows of a shard; nothing is read yet.
 
     Args:
-      open_rows: The function.
-      processor: Maker of documents.
+      open_rows: Function from the index of a shard to its rows.
+      processor: Processor that converts rows to documents.
       label: Name of the dataset in messages.
       num_shards: Number of shards.
-      num_examples: Number of rows, if it is known.
+      num_examples: Number of rows, or None if unknown.
       buffer_seed: Seed of the shuffle buffer of documents; None for no buffer.
-      skipped: Counts of unusable rows.
+      skipped: Counter of unusable rows.
     """
     self._open_rows, self._processor, self._buffer_seed = open_rows, processor, buffer_seed
     self.label, self.num_shards, self.num_examples = label, num_shards, num_examples
@@ -65,9 +65,9 @@ class RowCorpus(Corpus):
 
 
 class RowDocuments(DocumentIterator):
-  """The documents of one shard.
+  """Iterator over the documents of one shard.
 
-  The shuffle buffer of a stream is ours: the one of `datasets` is not part of its state.
+  Streams have a shuffle buffer here because the buffer of `datasets` is not part of its state.
   """
 
   def __init__(
@@ -93,7 +93,7 @@ class RowDocuments(DocumentIterator):
       elif len(document.tokens):
         self._buffer.append(document)
       else:
-        return document  # the caller counts how many in a row are unusable
+        return document  # the caller counts consecutive unusable documents
     if not self._buffer:
       raise StopIteration
     chosen = 0 if self._random is None else int(self._random.integers(len(self._buffer)))
@@ -122,7 +122,7 @@ class RowDocuments(DocumentIterator):
     ]
 
   def _read(self) -> Document | None:
-    """Returns the next row's document, empty if unusable; None at the end."""
+    """Returns the next row's document, which is empty if unusable, or None at the end."""
     try:
       row = next(self._rows, None)
       return None if row is None else self._processor(row)
@@ -136,13 +136,13 @@ def _parse(state: bytes, label: str) -> dict[str, Any]:
     loaded = json.loads(state)
     found = f"format {loaded.get('format', 1)}"
   except ValueError:  # bytes of a tf.data iterator
-    loaded, found = None, "the format of earlier versions, which read this data by TensorFlow"
+    loaded, found = None, "the format of earlier versions, which read this data with TensorFlow"
   if loaded is None or loaded.get("format", 1) != _FORMAT:
     raise ValueError(
       f"the saved data position of {label} has {found}; expected format {_FORMAT}. The order of "
-      "the data is the same, but this position cannot be found in it: start a new run from the "
-      "saved parameters (`load_checkpoint`), which reads the data from its beginning, and do not "
-      "give `load_dataset_state`"
+      "the data is unchanged, but this position cannot be converted: start a new run from the "
+      "saved parameters (`load_checkpoint`), which reads the data from its beginning, without "
+      "`load_dataset_state`"
     )
   return loaded
 
@@ -151,7 +151,8 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
   """Opens a json or huggingface dataset.
 
   Raises:
-    ValueError: if it cannot be opened, no row is usable, or one is not and none may be skipped.
+    ValueError: The dataset cannot be opened, no row is usable, or a row is unusable and
+      `spec.strict` is set.
   """
   config, shuffle_seed = spec.config, spec.seed if spec.shuffle else None
   num_shards, num_examples = config.seqio_dataset.num_shards, None
@@ -171,7 +172,7 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
     from datasets.distributed import split_dataset_by_node
 
     return StreamedRows(
-      # By file where the files divide evenly, else by example.
+      # Splits by file if the files divide evenly, else by example.
       lambda: split_dataset_by_node(rows, rank=shard, world_size=num_shards),
       repeat=spec.repeat,
     )

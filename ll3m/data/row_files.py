@@ -1,6 +1,6 @@
-"""Files of rows, JSON objects with fields: JSON Lines, JSON arrays, CSV, TSV and parquet.
+"""Files of rows, which are objects with fields: JSON Lines, JSON arrays, CSV, TSV and parquet.
 
-No TensorFlow here: commands that only read prompts need none.
+This module does not import TensorFlow, because commands that only read prompts do not need it.
 """
 
 import json
@@ -13,7 +13,7 @@ from ll3m.data.shard_files import list_files
 from ll3m.data.skipped_examples import Unusable
 from ll3m.data.text_files import COMPRESSIONS, HEAD, read_bytes, require_utf8, split_lines
 
-# What a file holds, by the ending of its name, which .gz or .zst may follow.
+# Kinds of files, by the extension before any .gz or .zst.
 KINDS = {
   ".jsonl": "json", ".json": "json", ".ndjson": "json",
   ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -22,7 +22,7 @@ KINDS = {
 
 _PARQUET = b"PAR1"
 _SPACE = re.compile(r"[ \t\r\n]*")
-# How an array of objects begins. JSON Lines may begin with a line that is an array of other things.
+# The beginning of an array of objects. A line of JSON Lines may be an array, but of other values.
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*(?:[{\]]|$)")
 
 
@@ -32,9 +32,10 @@ class RowFile(NamedTuple):
   Attributes:
     file: Name of the file.
     kind: One of the values of `KINDS`.
-    positions: Number (of the line, or of the row of a table), start and end of each; iterated once.
-    read: Function from a start and an end to what lies there: the bytes of a line or of a JSON
-      object, or a row of a table.
+    positions: Number (of the line, or of the row in a table), start and end of each row. It can be
+      iterated once.
+    read: Function from a start and an end to the row: the bytes of a line or of a JSON object, or
+      the row of a table.
   """
 
   file: str
@@ -43,17 +44,17 @@ class RowFile(NamedTuple):
   read: Callable[[int, int], bytes | dict[str, Any]]
 
   def place(self, number: int) -> str:
-    """Returns how messages name a position."""
+    """Returns the name of a row or line in messages, given its number."""
     is_table = self.kind in ("csv", "tsv", "parquet")
     return f"{self.file}, row {number}" if is_table else f"{self.file}:{number}"
 
 
 def kind_of(file: str, head: bytes = b"") -> str | None:
-  """Returns what a file holds; None if neither its name nor its beginning says.
+  """Returns the kind of a file, or None if neither its name nor its beginning determines it.
 
   Args:
-    file: Name; an ending that is known decides.
-    head: The first `HEAD` bytes of the content, decompressed.
+    file: Name of the file; a known extension determines the kind.
+    head: First `HEAD` bytes of the decompressed content.
   """
   name = file.lower()
   for ending in COMPRESSIONS:
@@ -66,7 +67,7 @@ def kind_of(file: str, head: bytes = b"") -> str | None:
 
 
 def is_array(head: bytes) -> bool:
-  """Says whether JSON begins as an array of objects, not as lines."""
+  """Returns whether JSON begins as an array of objects rather than as JSON Lines."""
   return _ARRAY.match(head) is not None
 
 
@@ -74,7 +75,7 @@ def open_rows(file: str) -> RowFile:
   """Opens a file of any kind.
 
   Raises:
-    ValueError: if the file is damaged, or is not UTF-8 but UTF-16 or UTF-32.
+    ValueError: The file is damaged, or is UTF-16 or UTF-32 instead of UTF-8.
   """
   data = read_bytes(file)
   head = data[:HEAD]
@@ -91,10 +92,11 @@ def open_rows(file: str) -> RowFile:
 def _elements(file: str, data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int]]:
   """Yields the line, start and end of every element of a JSON array.
 
-  As Latin-1, a character is a byte, and JSON's own characters are what they are in UTF-8.
+  The array is decoded as Latin-1, where each character is one byte. JSON's own characters are the
+  same as in UTF-8.
 
   Raises:
-    ValueError: where the array ends early or is broken: what follows cannot be told apart.
+    ValueError: The array ends early or is malformed; elements cannot be separated from there on.
   """
   text = str(data, "latin-1")
   decode = json.JSONDecoder().raw_decode
@@ -136,7 +138,7 @@ def _table(file: str, kind: str, read: Callable[[str, Any], Any], data: Any) -> 
     raise ValueError(f"{file} is not a {kind} file: {reason}") from error
   names = table.column_names
   if repeated := sorted({name for name in names if names.count(name) > 1}):
-    raise ValueError(f"{file} has several columns {repeated[0]!r}: rename them")
+    raise ValueError(f"{file} has several columns named {repeated[0]!r}: rename them")
   rows = datasets.Dataset(table)
   return RowFile(
     file,
@@ -153,12 +155,13 @@ def _parquet(_: str, source: Any) -> Any:
 
 
 def _csv(kind: str, source: Any) -> Any:
-  """Reads every cell as text: "007", "NA" and an empty cell stay what was written."""
+  """Reads every cell as text, so that "007", "NA" and empty cells are unchanged."""
   import pyarrow
   from pyarrow import csv
 
   parse = csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
-  # One block, which a long document must fit into, and one thread, else no message names the row.
+  # One block, because a document must fit into a block, and one thread, because otherwise error
+  # messages do not name the row.
   read = csv.ReadOptions(use_threads=False, block_size=min(max(source.size(), 1), 2**31 - 1))
   header = csv.open_csv(source, read_options=read, parse_options=parse).schema.names
   source.seek(0)
@@ -167,27 +170,27 @@ def _csv(kind: str, source: Any) -> Any:
 
 
 def as_row(data: bytes | dict[str, Any]) -> dict[str, Any]:
-  """Returns what `RowFile.read` gave as a dict.
+  """Returns a row from `RowFile.read` as a dict.
 
-  A row of a table keeps its values: a date, bytes or a decimal is not text, and is not made text.
+  Values in a row of a table keep their types: dates, bytes and decimals are not converted to text.
 
   Raises:
-    Unusable: if it is not a JSON object.
+    Unusable: The row is not a JSON object.
   """
   return parse_json(data) if isinstance(data, bytes) else data
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
-  """Parses one JSON object; a file's byte order mark may stand before it.
+  """Parses one JSON object, which a byte order mark may precede.
 
   Raises:
-    Unusable: if it is anything else.
+    Unusable: The line is not a JSON object in UTF-8.
   """
   try:
     example = json.loads(line.decode().removeprefix("\ufeff"))
   except UnicodeDecodeError:
     raise Unusable("not UTF-8") from None
-  except (ValueError, RecursionError):  # also of a number with thousands of digits
+  except (ValueError, RecursionError):  # ValueError: also for a number with thousands of digits
     raise Unusable("not JSON") from None
   if not isinstance(example, dict):
     raise Unusable("not a JSON object")
@@ -198,12 +201,13 @@ def read_prompts(path: str, flag: str) -> list[tuple[str, str]]:
   """Returns the place, e.g. "prompts.txt:3", and the text of every prompt of a file or glob.
 
   Args:
-    path: Text with a prompt per line, or rows with the field "prompt"; blank lines are skipped.
-    flag: Option that gave the path, for messages.
+    path: File or glob of text with a prompt per line, or of rows with the field "prompt". Blank
+      lines are skipped.
+    flag: Name of the option that gave the path, for messages.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if a row or line is not a prompt, or there is none.
+    FileNotFoundError: No file matches.
+    ValueError: A row or line is not a prompt, or there are no prompts.
   """
   prompts = []
   for file in list_files(path, flag):

@@ -15,31 +15,31 @@ from ll3m.data.text_processor import TextProcessor
 
 
 class Rows(abc.ABC):
-  """The rows of one shard, in the order in which they are read."""
+  """Iterator over the rows of one shard."""
 
   @abc.abstractmethod
   def __next__(self) -> dict[str, Any]:
     """Returns the next row.
 
     Raises:
-      StopIteration: at the end of rows that do not repeat.
-      Unusable: if it is not a row.
+      StopIteration: The rows do not repeat and have ended.
+      Unusable: The data is not a row.
     """
 
   @abc.abstractmethod
   def state(self) -> dict[str, Any]:
-    """Returns the position, as JSON can hold it."""
+    """Returns the position in a form that JSON can represent."""
 
   @abc.abstractmethod
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Moves to a position that `state()` gave."""
+    """Moves to a position that `state()` returned."""
 
 
 class NumberedRows(Rows):
-  """Rows that are fetched by their number, in a given order."""
+  """Rows that are fetched by number in a given order."""
 
   def __init__(self, rows: Any, order: NumberOrder):
-    """Reads `rows[number]`, of a `RowFiles` or a `datasets.Dataset`, for each number."""
+    """Binds rows, a `RowFiles` or a `datasets.Dataset`, to the order of their numbers."""
     self._rows, self._order = rows, order
 
   def __next__(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class StreamedRows(Rows):
   """Rows of a `datasets.IterableDataset`, whose own state is the position."""
 
   def __init__(self, open_rows: Callable[[], Any], *, repeat: bool):
-    # Opened anew for every pass: one that was moved to a position returns there at its end.
+    # Reopened for every pass: a dataset moved to a position starts from that position again.
     self._open_rows, self._repeat = open_rows, repeat
     self._start(open_rows())
 
@@ -86,19 +86,19 @@ class StreamedRows(Rows):
 
 
 class RowFiles(Sequence[dict[str, Any]]):
-  """The usable rows of files of rows, by number; only their positions are kept in memory."""
+  """Usable rows of files, by number; only the rows' positions are kept in memory."""
 
   def __init__(self, path: str, files: Sequence[str], processor: TextProcessor, skipped: Skipped):
     """Scans the files once.
 
     Args:
-      path: What the user gave, for messages.
+      path: Path or glob given by the user, for messages.
       files: Names of the files; each may be of any kind that `row_files` reads.
-      processor: Judge of which examples are usable.
-      skipped: Counts of the others.
+      processor: Processor that determines which examples are usable.
+      skipped: Counter of the unusable examples.
 
     Raises:
-      ValueError: if no row is usable, or one is not and none may be skipped.
+      ValueError: No row is usable, or a row is unusable and none may be skipped.
     """
     self._readers, found = [], []
     for number, file in enumerate(files):
@@ -141,14 +141,14 @@ def load_huggingface(options: HuggingFaceDatasetConfig, split: str) -> Any:
   """Opens a dataset, downloading it first unless it is streamed.
 
   Args:
-    options: The dataset.
-    split: The split.
+    options: Options of the dataset.
+    split: Name of the split.
 
   Returns:
     A `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
 
   Raises:
-    ValueError: if it cannot be opened or is empty.
+    ValueError: The dataset cannot be opened or is empty.
   """
   import datasets
 
@@ -156,7 +156,7 @@ def load_huggingface(options: HuggingFaceDatasetConfig, split: str) -> Any:
     rows = datasets.load_dataset(
       options.path, options.name, split=split, streaming=options.streaming
     )
-  except Exception as error:  # of the many libraries below `datasets`
+  except Exception as error:  # `datasets` uses many libraries, with exceptions of their own
     raise ValueError(
       f"huggingface dataset {options.path!r} (name {options.name!r}, split {split!r}) "
       f"cannot be loaded: {error}"

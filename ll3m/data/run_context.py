@@ -1,8 +1,8 @@
-"""What a task may ask about the run it is read for.
+"""Settings of the run for which seqio tasks are read.
 
-seqio tasks are defined once, at import, and a seqio Feature holds on to its vocabulary from then
-on. The run's own tokenizer and data folder are therefore looked up here when a task's pipeline
-is built, so that the same definitions serve every run.
+seqio tasks are defined once, at import, and a seqio Feature keeps its vocabulary from then on. The
+run's tokenizer and data folder are therefore looked up in this module when a task's pipeline is
+built, so that every run can use the same definitions.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ class RunContext:
   Attributes:
     tokenizer: The run's tokenizer.
     data_dir: Folder of the text shards; None for the default.
-    shard: Which of the stream's shards.
-    files: The text shards that were listed, by source and split; what is missing is added.
+    shard: Index of the shard of the stream.
+    files: Listed text shards, by source and split; missing entries are added on demand.
   """
 
   tokenizer: Tokenizer
@@ -31,10 +31,10 @@ class RunContext:
   files: dict[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
 
   def text_shards(self, source: str, split: str) -> Sequence[str]:
-    """Returns the text shards of a source; lists them at most once in a run.
+    """Returns the text shards of a source, which are listed at most once per run.
 
     Raises:
-      FileNotFoundError: if any is missing.
+      FileNotFoundError: A shard is missing.
     """
     if (source, split) not in self.files:
       self.files[source, split] = text_shards(self.data_dir, source, split)
@@ -45,10 +45,10 @@ _CURRENT: contextvars.ContextVar[RunContext] = contextvars.ContextVar("run_conte
 
 
 def current() -> RunContext:
-  """Returns the run whose pipeline is being built.
+  """Returns the context of the run whose pipeline is being built.
 
   Raises:
-    RuntimeError: outside of `use`.
+    RuntimeError: The call is outside of `use`.
   """
   try:
     return _CURRENT.get()
@@ -58,7 +58,7 @@ def current() -> RunContext:
 
 @contextlib.contextmanager
 def use(context: RunContext) -> Iterator[None]:
-  """Makes `context` the current one."""
+  """Makes `context` the current one inside a `with` statement."""
   token = _CURRENT.set(context)
   try:
     yield

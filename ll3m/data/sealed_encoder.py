@@ -1,8 +1,8 @@
-"""Encoders that know control tokens by names which no text can spell.
+"""Encoders whose control tokens have private names that no text contains.
 
-A tokenizers encoder finds its added tokens in any text, and a model that holds control strings as
-pieces arrives at them by itself. Renamed, they are out of reach of text, and everything else is
-cut exactly as before.
+An encoder of the tokenizers library matches its added tokens in any text, and a model that has
+control strings as pieces can produce them by itself. With private names, no text yields control
+tokens, and all other tokens are the same as before.
 """
 
 import json
@@ -14,23 +14,23 @@ import tokenizers
 
 from ll3m.data.tokenizer_files import ENCODER
 
-# Begins and ends the private name of a control token: noncharacters of Unicode, drawn anew in each
-# process, so that no text holds them but by a chance of 2^-60.
+# Prefix and suffix of a control token's private name: Unicode noncharacters, drawn at random in
+# each process, so that a text contains them only with probability 2^-60.
 SEAL = "".join(chr(0xFDD0 + secrets.randbelow(32)) for _ in range(12))
 
 
 def build_sealed(
   source: dict[str, Any], controls: Collection[str], name: str
 ) -> tokenizers.Tokenizer:
-  """Builds an encoder whose control tokens are called SEAL + token + SEAL.
+  """Builds an encoder whose control tokens are named SEAL + token + SEAL.
 
   Args:
     source: A parsed tokenizer.json.
-    controls: The texts of the control tokens.
-    name: The tokenizer's, for messages.
+    controls: Texts of the control tokens.
+    name: Name of the tokenizer, for messages.
 
   Raises:
-    ValueError: the library cannot read it.
+    ValueError: The tokenizers library cannot read `source`.
   """
   try:
     encoder = tokenizers.Tokenizer.from_str(json.dumps(_sealed(source, set(controls))))
@@ -42,10 +42,10 @@ def build_sealed(
 
 
 def _sealed(source: dict[str, Any], controls: set[str]) -> dict[str, Any]:
-  """Gives control tokens their private names, in the parsed tokenizer.json.
+  """Gives control tokens their private names in a parsed tokenizer.json.
 
-  The vocabulary is renamed too: a model that holds its control strings as pieces (Unigram, or
-  BPE with merges that lead to them) would arrive at them from text.
+  The vocabulary is renamed too: a model that has control strings as pieces (Unigram, or BPE with
+  merges that form them) would otherwise produce them from text.
   """
 
   def seal(token: Any) -> Any:
@@ -54,7 +54,7 @@ def _sealed(source: dict[str, Any], controls: set[str]) -> dict[str, Any]:
   model, vocabulary = dict(source["model"]), source["model"]["vocab"]
   if isinstance(vocabulary, dict):
     model["vocab"] = {seal(piece): i for piece, i in vocabulary.items()}
-  else:  # of pieces with scores
+  else:  # a list of pieces with scores
     model["vocab"] = [[seal(piece), *rest] for piece, *rest in vocabulary]
   if model.get("unk_token") is not None:
     model["unk_token"] = seal(model["unk_token"])

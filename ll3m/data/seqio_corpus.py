@@ -18,18 +18,18 @@ from ll3m.data.seqio_vocabulary import map_graph
 from ll3m.data.skipped_examples import Skipped
 from ll3m.data.tokenizer import Tokenizer
 
-# Every shard has a pipeline of its own; a few threads each are plenty.
+# Threads per shard; each shard has its own pipeline, so a few are enough.
 _THREADS = 2
 
 
 class SeqioCorpus(Corpus):
-  """A seqio task or mixture, to be read in shards."""
+  """A seqio task or mixture, read in shards."""
 
   def __init__(self, provider: seqio.Task | seqio.Mixture, spec: DataSpec, tokenizer: Tokenizer):
     """Binds a provider to a run; nothing is read yet.
 
     Raises:
-      ValueError: if the provider lacks a feature.
+      ValueError: The provider lacks a feature.
     """
     options = spec.config.seqio_dataset
     files = {(source, spec.split): files for source, files in spec.files.items()}
@@ -59,13 +59,13 @@ class SeqioCorpus(Corpus):
     options = tf.data.Options()
     options.threading.private_threadpool_size = _THREADS
     options.threading.max_intra_op_parallelism = 1
-    # An autotuner sleeps longer and longer between its rounds, and closing the pipeline waits for
-    # it to wake: at the end of a run for up to a minute.
+    # The autotuner sleeps longer after each round, and closing the pipeline waits until it wakes:
+    # up to a minute at the end of a run.
     options.autotune.enabled = False
     return SeqioDocuments(dataset.with_options(options), self.label, self._files(shard))
 
   def _files(self, shard: int) -> list[str]:
-    """The text shards that a shard of the stream reads."""
+    """Returns the text shards that a shard of the stream reads."""
     provider = self._provider
     with run_context.use(self._context):
       return [
@@ -76,7 +76,7 @@ class SeqioCorpus(Corpus):
       ]
 
   def _join(self, features: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Concatenates the chosen features; all but the last one carry no loss."""
+    """Concatenates the chosen features, of which only the last one has loss."""
     tokens = [tf.cast(features[name], tf.int32) for name in self._fields]
     loss = [tf.zeros_like(part) for part in tokens[:-1]]
     last = features.get(self._fields[-1] + LOSS_SUFFIX)
@@ -85,7 +85,7 @@ class SeqioCorpus(Corpus):
 
 
 class SeqioDocuments(DocumentIterator):
-  """What a tf.data pipeline of (tokens, loss) yields."""
+  """Iterator over the documents of a tf.data pipeline of (tokens, loss)."""
 
   def __init__(self, dataset: tf.data.Dataset, label: str, files: Sequence[str]):
     self._iterator = iter(dataset)
@@ -95,7 +95,7 @@ class SeqioDocuments(DocumentIterator):
     try:
       tokens, loss = next(self._iterator)
     except tf.errors.OpError as error:
-      # Other kinds are not of damage, and reading all files for them may take hours.
+      # Other errors do not indicate damage, and reading all files to find it may take hours.
       of_damage = isinstance(error, tf.errors.DataLossError | tf.errors.InvalidArgumentError)
       damaged = find_damaged(self._files) if of_damage and self._files else None
       raise ValueError(f"reading {damaged or self._label} failed: {_sentence(error)}") from error
@@ -103,7 +103,7 @@ class SeqioDocuments(DocumentIterator):
 
   @override
   def state(self) -> bytes:
-    # Policy 2 (FAIL): an operation whose state would be lost is an error, not a silent gap.
+    # Policy 2 (FAIL): an operation whose state cannot be saved raises an error.
     parts = tf.raw_ops.SerializeIterator(
       resource_handle=self._iterator._iterator_resource, external_state_policy=2
     )
@@ -118,11 +118,11 @@ class SeqioDocuments(DocumentIterator):
       )
     except tf.errors.OpError as error:
       raise ValueError(
-        f"the saved data position does not fit {self._label} as it is now: {_sentence(error)}"
+        f"the saved data position does not match the current {self._label}: {_sentence(error)}"
       ) from error
 
 
-# What TensorFlow puts around an error's own words: the operation, the iterator, the kind.
+# Text that TensorFlow adds to an error message: the operation, the iterator, the type of error.
 _AROUND = re.compile(
   r"^({{.*?}} )?(Error in user-defined function .*? with iterator: \S+: )?(ValueError: )?"
   r"|(' failed with .*| \[Op:\w+\] name:.*)$"
@@ -130,7 +130,7 @@ _AROUND = re.compile(
 
 
 def _sentence(error: tf.errors.OpError) -> str:
-  """Returns the first line of what TensorFlow says, without the operation it says it of."""
+  """Returns the first line of a TensorFlow error, without the name of the operation."""
   return _AROUND.sub("", str(error.message).strip().splitlines()[0])
 
 
@@ -138,7 +138,7 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> SeqioCorpus:
   """Finds the mixture or task that `spec` names and binds it to the run.
 
   Raises:
-    ValueError: for an unknown mixture, split or feature.
+    ValueError: The mixture, split or feature is unknown.
   """
   options = spec.config.seqio_dataset
   provider = seqio_tasks.find(options.mixture_or_task_name, options.module)

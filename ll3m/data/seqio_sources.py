@@ -1,4 +1,4 @@
-"""Where documents come from, as seqio sources that can be split into any number of shards."""
+"""Sources of documents: seqio data sources that can be split into any number of shards."""
 
 import functools
 import importlib.metadata
@@ -17,21 +17,21 @@ from ll3m.data.shard_files import SPLITS
 
 # One in this many of the built-in documents is held out for validation.
 _HELD_OUT = 10
-# Numbers of examples in a shard's shuffle buffer; they are saved with every checkpoint.
+# Size of a shard's shuffle buffer of example numbers, which is saved with every checkpoint.
 _INDEX_BUFFER = 512
 
 
 class TextShardSource(seqio.DataSource):
-  """TFRecord shards of `id`, `text` in the run's data folder (`tools/prepare_text.py`).
+  """TFRecord shards with `id` and `text` in the run's data folder (see `tools/prepare_text.py`).
 
-  With at least as many files as shards, a shard reads its own files; else it reads every file
-  and keeps its share of the examples.
+  If there are at least as many files as shards, each shard reads its own files. Otherwise each
+  shard reads every file and keeps its share of the examples.
   """
 
   supports_arbitrary_sharding = True
 
   def __init__(self, name: str):
-    """Reads `{data_dir}/{name}/{split}-00000-of-00032.tfrecord` and its sisters."""
+    """Sets the folder `{data_dir}/{name}`, with files `{split}-00000-of-00032.tfrecord`, ..."""
     super().__init__(splits=SPLITS)
     self._name = name
 
@@ -52,8 +52,8 @@ class TextShardSource(seqio.DataSource):
     files = self.files(split, index, count)
     by_file = len(self.list_shards(split)) >= count
     dataset = tf.data.Dataset.from_tensor_slices(files)
-    # Files are shuffled only where a file belongs to one shard: shards that divide the examples
-    # of all files must see these in the same order.
+    # Files are shuffled only if each file belongs to one shard. Shards that divide the examples of
+    # all files must read the examples in the same order.
     if by_file and shuffle:
       dataset = dataset.shuffle(len(files), seed=seed)
     dataset = dataset.interleave(_records, cycle_length=4, block_length=16)
@@ -62,7 +62,7 @@ class TextShardSource(seqio.DataSource):
     return map_graph(dataset, _parse_text)
 
   def files(self, split: str, index: int, count: int) -> Sequence[str]:
-    """Returns the files that a shard reads, of `count` shards."""
+    """Returns the files that shard `index` of `count` shards reads."""
     files = self.list_shards(split)
     return files[index::count] if len(files) >= count else files
 
@@ -77,11 +77,11 @@ def _parse_text(record: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def find_damaged(files: Sequence[str]) -> str | None:
-  """Returns the first text shard that cannot be read to its end; None if all can.
+  """Returns the first text shard that cannot be read to its end, or None.
 
-  TensorFlow says where in a file the damage is, but not in which: they are read to find it.
+  TensorFlow reports the position of the damage but not the file, so the files are read to find it.
   """
-  logging.warning("reading failed: looking through %d files for the damaged one", len(files))
+  logging.warning("reading failed: checking %d files to find the damaged one", len(files))
   count = tf.autograph.experimental.do_not_convert(lambda number, _: number + 1)
   for file in files:
     try:
@@ -92,10 +92,10 @@ def find_damaged(files: Sequence[str]) -> str | None:
 
 
 class IndexedSource(seqio.DataSource):
-  """Examples that can be fetched by their number, so that a position is a number too.
+  """Examples that can be fetched by number, so that a position is a number too.
 
-  Shuffling visits them in one pseudo-random permutation of them all, and within each shard anew
-  at every pass: numbers wait in the buffer, not tokenised documents.
+  With shuffling, all examples are permuted once, pseudo-randomly, and in every pass each shard
+  draws from a shuffle buffer. The buffer holds numbers, not tokenised documents.
   """
 
   supports_arbitrary_sharding = True
@@ -105,11 +105,11 @@ class IndexedSource(seqio.DataSource):
     load: Callable[[str], Sequence[str]],
     splits: Sequence[str] = SPLITS,
   ):
-    """Remembers how to load.
+    """Stores the function that loads the examples.
 
     Args:
-      load: returns the examples of a split; called when the first pipeline is built.
-      splits: what `load` accepts.
+      load: Function that returns the examples of a split, called when the first pipeline is built.
+      splits: Splits that `load` accepts.
     """
     super().__init__(splits=splits, performs_internal_shuffling=True)
     self._load = functools.cache(load)
@@ -154,14 +154,14 @@ class IndexedSource(seqio.DataSource):
 
 
 def python_reference(split: str) -> list[str]:
-  """Returns the language reference that every CPython carries, one topic a document."""
+  """Returns the language reference that is part of every CPython, one document per topic."""
   from pydoc_data.topics import topics
 
   return [topics[name] for name in sorted(topics) if _is_held_out(name) == (split != "train")]
 
 
 def package_descriptions(split: str) -> list[str]:
-  """Returns the long descriptions of the installed distributions, one a document."""
+  """Returns the long descriptions of the installed distributions, one document each."""
   descriptions = {}
   for distribution in importlib.metadata.distributions():
     metadata = distribution.metadata
@@ -172,5 +172,8 @@ def package_descriptions(split: str) -> list[str]:
 
 
 def _is_held_out(name: str) -> bool:
-  """By name, so that a document stays in its split whatever else is installed."""
+  """Returns whether a document is held out.
+
+  This depends only on its name, so that a document keeps its split whatever else is installed.
+  """
   return zlib.crc32(name.encode()) % _HELD_OUT == 0

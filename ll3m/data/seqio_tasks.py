@@ -1,8 +1,8 @@
-"""The seqio tasks and mixtures that come with the library; importing this registers them.
+"""The seqio tasks and mixtures that come with the library; importing this module registers them.
 
-A task is a source of documents and the steps that make `targets` of them. To add one of your
-own, copy the last lines of this file into a module of yours and name it with
-`--train_dataset.seqio_dataset.module` (docs/dataset.md).
+A task is a source of documents and the steps that convert them to `targets`. To add your own task,
+copy the last lines of this file into a module and name the module with
+`--train_dataset.seqio_dataset.module` (see docs/dataset.md).
 """
 
 import importlib
@@ -16,18 +16,17 @@ from ll3m.core.model_config import did_you_mean
 from ll3m.data import mixtures, run_context, seqio_sources
 from ll3m.data.seqio_vocabulary import RUN_VOCABULARY, map_graph
 
-# Documents that wait, per source and shard, while a random one of them is taken, unless the
-# source shuffles by itself. Tokenised books are large, and the buffers are saved with every
-# checkpoint: hence not more.
+# Size of the shuffle buffer per source and shard, in documents, unless the source shuffles by
+# itself. It is small because tokenised books are large and buffers are saved with every checkpoint.
 SHUFFLE_BUFFER = 128
-# Beside a feature `x`, a task may give `x_loss`: 0 for tokens that are not trained.
+# Beside a feature `x`, a task may have `x_loss`, which is 0 for tokens that are not trained.
 LOSS_SUFFIX = "_loss"
 
 
 def tokenize_documents(
   dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]
 ) -> tf.data.Dataset:
-  """Maps {"text"} to {"targets"}: BOS (where the family has one), the text's tokens, EOS."""
+  """Maps {"text"} to {"targets"}: BOS (if the tokenizer has one), the text's tokens, EOS."""
   vocabulary = output_features["targets"].vocabulary
   head = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
   tail = [vocabulary.eos_id]
@@ -42,9 +41,9 @@ def tokenize_documents(
 def prepend_bos(
   dataset: tf.data.Dataset, output_features: dict[str, seqio.Feature]
 ) -> tf.data.Dataset:
-  """Puts BOS (where the family has one) before the first of a task's features.
+  """Prepends BOS (if the tokenizer has one) to the first of a task's features.
 
-  `seqio.preprocessors` has steps that tokenize and that append EOS, and none for BOS.
+  `seqio.preprocessors` has steps that tokenize and append EOS, but none that adds BOS.
   """
   first = next(iter(output_features))
   bos_id = output_features[first].vocabulary.bos_id
@@ -64,7 +63,7 @@ def prepend_bos(
 
 
 def add_text_task(name: str, source: seqio.DataSource) -> None:
-  """Registers a task that learns every token of the source's `text`."""
+  """Registers a task that trains on every token of the source's `text`."""
   seqio.TaskRegistry.add(
     name,
     source=source,
@@ -78,7 +77,7 @@ def add_mixture(name: str, rates: Sequence[tuple[str, float | int]]) -> None:
   """Registers a mixture that draws from its tasks in proportion to their rates.
 
   Raises:
-    ValueError: a rate is no positive number.
+    ValueError: A rate is not a positive number.
   """
   for task, rate in rates:
     if not isinstance(rate, int | float) or not 0 < rate < math.inf:
@@ -91,7 +90,7 @@ def add_mixture(name: str, rates: Sequence[tuple[str, float | int]]) -> None:
 def _sample(
   datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None
 ) -> tf.data.Dataset:
-  """Draws from the datasets; each shard of the stream in its own order, all to their ends."""
+  """Samples from the datasets until all have ended, in a different order in each shard."""
   shard = run_context.current().shard
   return tf.data.Dataset.sample_from_datasets(
     datasets, rates, seed=(seed or 0) * 1009 + shard, stop_on_empty_dataset=False
@@ -102,16 +101,16 @@ def find(name: str, module: str | None = None) -> seqio.Task | seqio.Mixture:
   """Returns a registered task or mixture.
 
   Args:
-    name: what it was registered as.
-    module: Python module to import first, which registers more.
+    name: Name of the task or mixture.
+    module: Python module to import first, which registers more tasks and mixtures.
 
   Raises:
-    ValueError: if the module cannot be imported or the name is unknown.
+    ValueError: The module cannot be imported or the name is unknown.
   """
   if module:
     try:
       importlib.import_module(module)
-    except Exception as error:  # whatever a module of the user's raises
+    except Exception as error:  # a user's module can raise any exception
       raise ValueError(
         f"seqio_dataset.module {module!r} cannot be imported: {type(error).__name__}: {error}"
       ) from error

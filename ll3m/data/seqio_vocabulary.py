@@ -9,15 +9,15 @@ import tensorflow as tf
 
 from ll3m.data import run_context
 
-# TensorFlow only prepares text; accelerators and their memory are JAX's.
+# TensorFlow only prepares text; accelerators and their memory are left to JAX.
 tf.config.set_visible_devices([], "GPU")
 
 
 def python_op(function: Callable[..., Any], inputs: list[tf.Tensor], dtypes: Any) -> Any:
   """Calls Python inside a tf.data pipeline whose position can still be saved.
 
-  `stateful=False` is what lets tf.data save an iterator (with a stateful one, saving fails); in
-  return, `function` must give the same for the same inputs.
+  `stateful=False` lets tf.data save the iterator; with a stateful operation, saving fails. In
+  return, `function` must give the same output for the same inputs.
   """
   return tf.numpy_function(function, inputs, dtypes, stateful=False)
 
@@ -25,7 +25,7 @@ def python_op(function: Callable[..., Any], inputs: list[tf.Tensor], dtypes: Any
 def map_graph(
   dataset: tf.data.Dataset, function: Callable[..., Any], *, parallel: bool = False
 ) -> tf.data.Dataset:
-  """Maps a function made of TensorFlow operations; AutoGraph need not rewrite it."""
+  """Maps a function of TensorFlow operations, which AutoGraph does not need to convert."""
   return dataset.map(
     tf.autograph.experimental.do_not_convert(function),
     num_parallel_calls=tf.data.AUTOTUNE if parallel else None,
@@ -33,7 +33,7 @@ def map_graph(
 
 
 class RunVocabulary(seqio.Vocabulary):
-  """Stands for the tokenizer of whichever run builds the pipeline (`run_context`)."""
+  """Vocabulary of the run that builds the pipeline: its tokenizer (see `run_context`)."""
 
   @property
   @override
@@ -61,7 +61,7 @@ class RunVocabulary(seqio.Vocabulary):
     return run_context.current().tokenizer.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    tokenizer = run_context.current().tokenizer  # found now, kept by the pipeline
+    tokenizer = run_context.current().tokenizer  # looked up now and kept by the pipeline
 
     def encode(text: bytes) -> np.ndarray:
       return np.array(tokenizer.encode(text.decode("utf-8", errors="replace")), np.int32)

@@ -1,11 +1,11 @@
-"""Where data lies: the files of a glob and the shards of a source."""
+"""Listing of data files: the files of a glob and the shards of a source."""
 
 import os
 import re
 
 from etils import epath
 
-# Values for `split` that text shards and the built-in tasks have.
+# Splits of the text shards and of the built-in tasks.
 SPLITS = ("train", "validation")
 
 
@@ -15,15 +15,15 @@ def default_data_dir() -> str:
 
 
 def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
-  """Lists the TFRecord shards of a source, all of them, in order.
+  """Lists all TFRecord shards of a source in order.
 
   Args:
-    data_dir: local or gs:// folder; None for `default_data_dir()`.
-    source: a sub-folder, e.g. "wiki".
+    data_dir: Local or gs:// folder; None for `default_data_dir()`.
+    source: Name of a sub-folder, e.g. "wiki".
     split: "train" or "validation".
 
   Raises:
-    FileNotFoundError: if the folder or any shard of the set is missing.
+    FileNotFoundError: The folder or a shard of the set is missing.
   """
   root = epath.Path(data_dir or default_data_dir())
   found = {}
@@ -36,12 +36,12 @@ def text_shards(data_dir: str | None, source: str, split: str) -> list[str]:
   if missing or len(found) != expected:
     if not found and not root.exists():
       raise FileNotFoundError(
-        f"`data_dir` {root} does not exist: give `data_dir` or LL3M_DATA_DIR (docs/dataset.md)"
+        f"`data_dir` {root} does not exist: set `data_dir` or LL3M_DATA_DIR (see docs/dataset.md)"
       )
     first = f", {missing[0]:05d} is missing" if found and missing else ""
     raise FileNotFoundError(
       f"expected {expected} shards {root / source}/{split}-00000-of-{expected:05d}.tfrecord ..., "
-      f"found {len(found)}{first} (docs/dataset.md)"
+      f"found {len(found)}{first} (see docs/dataset.md)"
     )
   return [found[key] for key in sorted(found)]
 
@@ -50,19 +50,19 @@ def list_files(path: str, option: str) -> list[str]:
   """Lists the files of a path or glob, sorted.
 
   Args:
-    path: local or gs://.
-    option: The option that names it, for the message.
+    path: Path or glob, local or gs://.
+    option: Name of the option that gave the path, for messages.
 
   Raises:
-    FileNotFoundError: if there are none.
+    FileNotFoundError: No file matches.
   """
   if epath.Path(path).exists() and not epath.Path(path).is_dir():
-    return [path]  # also of a file whose own name has a wildcard's characters
+    return [path]  # even if the name contains wildcard characters
   files = []
   if any(character in path for character in "*?["):
     folder, _, pattern = path.rpartition("/")
     wild = next((i for i, part in enumerate(folder.split("/")) if re.search(r"[*?\[]", part)), None)
-    if wild is not None:  # epath globs below a folder without wildcards
+    if wild is not None:  # epath can only glob below a folder without wildcards
       parts = folder.split("/")
       folder, pattern = "/".join(parts[:wild]), "/".join([*parts[wild:], pattern])
     base = epath.Path(folder or ("/" if path.startswith("/") else "."))

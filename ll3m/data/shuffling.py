@@ -1,15 +1,16 @@
-"""The order in which examples that have a number are read, and positions in it.
+"""The order in which numbered examples are read, and positions in this order.
 
-S shards share N examples. In order, shard s reads s, s + S, s + 2 S, ... Shuffled, example i of
-this sequence is first replaced by P(i), a pseudo-random permutation of all N; the result passes
-through a buffer of 512 numbers, of which a random one is taken next, drawn anew in every pass.
+S shards share N examples. Without shuffling, shard s reads s, s + S, s + 2 S, ... With shuffling,
+each number i of this sequence is first replaced by P(i), where P is a pseudo-random permutation of
+all N numbers. The result then passes through a buffer of 512 numbers, from which a random one is
+taken next. The draws from the buffer differ in every pass.
 
-Both are published algorithms of TensorFlow, with which this order was once made, in NumPy:
-P is `tf.random.experimental.index_shuffle` (a Feistel network with the rounds of the block cipher
-Simon, https://eprint.iacr.org/2013/404, applied again to results above N - 1), the buffer
-is `tf.data.Dataset.shuffle` (draws from Philox4x32-10, Salmon et al., 2011,
-https://doi.org/10.1145/2063384.2063405). A draw has a number too, so that a position is the pass,
-how many examples were taken in it, and the numbers in the buffer.
+Both steps implement published algorithms of TensorFlow in NumPy, because earlier versions computed
+this order with TensorFlow. P is `tf.random.experimental.index_shuffle`: a Feistel network with the
+rounds of the block cipher Simon (https://eprint.iacr.org/2013/404), applied again to results above
+N - 1. The buffer is `tf.data.Dataset.shuffle`, with draws from Philox4x32-10 (Salmon et al., 2011,
+https://doi.org/10.1145/2063384.2063405). Each draw is computed from its index, so a position
+consists of the pass, the number of examples taken in it, and the numbers in the buffer.
 """
 
 import collections
@@ -21,13 +22,13 @@ import numpy as np
 
 _BUFFER = 512
 _MASK = 2**32 - 1
-# TensorFlow's: the seed beside an operation's own, and the first word of a permutation's key.
+# Constants of TensorFlow: the default graph seed, and the first word of a permutation's key.
 _GRAPH_SEED = 87654321
 _KEY = 498247692
 
 
 class NumberOrder:
-  """Iterates over the numbers of the examples of one shard."""
+  """Iterator over the example numbers of one shard."""
 
   def __init__(
     self, count: int, *, shard: int, num_shards: int, shuffle_seed: int | None, repeat: bool
@@ -35,11 +36,11 @@ class NumberOrder:
     """Starts at the beginning of the first pass.
 
     Args:
-      count: N, at least S.
-      shard: s.
-      num_shards: S.
-      shuffle_seed: Seed of the order; None for an order that is not shuffled.
-      repeat: Whether pass follows pass without end.
+      count: N, the number of examples, at least S.
+      shard: Index s of the shard.
+      num_shards: S, the number of shards.
+      shuffle_seed: Seed of the order; None for no shuffling.
+      repeat: Whether to start another pass after each pass.
     """
     self._numbers = range(shard, count, num_shards)
     self._seed, self._repeat = shuffle_seed, repeat
@@ -68,18 +69,18 @@ class NumberOrder:
     return number
 
   def state(self) -> dict[str, Any]:
-    """Returns the position, as JSON can hold it."""
+    """Returns the position in a form that JSON can represent."""
     return {"pass": self._pass, "taken": self._taken, "waiting": list(self._waiting)}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Moves to a position that `state()` gave."""
+    """Moves to a position that `state()` returned."""
     self._start_pass(state["pass"])
     self._taken = state["taken"]
     self._waiting.extend(state["waiting"])
     self._read = self._taken + len(self._waiting)
 
   def _permute(self, place: int) -> int:
-    """Returns the number at a place of a shuffled pass, before the buffer."""
+    """Returns the number at a place of a shuffled pass, before the shuffle buffer."""
     part, place = divmod(place, _BUFFER)
     if self._permuted[0] != part:
       numbers = self._numbers[part * _BUFFER : (part + 1) * _BUFFER]
@@ -95,14 +96,15 @@ class NumberOrder:
 
 
 class Philox:
-  """Philox4x32-10: a sequence of random numbers of 32 bits, each computed from its index alone."""
+  """Philox4x32-10, a sequence of 32-bit random numbers, each computed from its index alone."""
 
   def __init__(self, key: int, counter: int):
     """Seeds the sequence.
 
     Args:
-      key: 64 bits.
-      counter: The upper 64 bits of the counter; the index of a block of four numbers is the lower.
+      key: Key of 64 bits.
+      counter: Upper 64 bits of the counter. The lower 64 bits are the index of a block of four
+        numbers.
     """
     self._key, self._counter = (key & _MASK, key >> 32 & _MASK), (counter & _MASK, counter >> 32)
     self._block: tuple[int, tuple[int, ...]] = (-1, ())
@@ -133,10 +135,11 @@ def permute(indices: Sequence[int], *, seed: int, last: int) -> np.ndarray:
   places = np.array(indices, np.uint64)
   if last == 0:
     return places
-  # Bits of a word, half of a block. TensorFlow takes one bit less where `last` is a power of 2, and
-  # so reads one example twice and one never (N = 65537, 262145, ...).
+  # Bits of a word, half of a block. TensorFlow uses one bit less if `last` is a power of 2, and
+  # therefore reads one example twice and another never (N = 65537, 262145, ...).
   size = (max(last.bit_length(), 16) + 1) // 2
-  # A small set is left for long before it is met again: then the block's permutation is a table.
+  # If N is small, a result below N takes many encryptions, so the smallest block's permutation is a
+  # table.
   encrypt = (
     _table(seed & _MASK).__getitem__
     if size == 8
@@ -155,7 +158,7 @@ def _table(seed: int) -> np.ndarray:
 
 
 def _encrypt(blocks: np.ndarray, *, seed: int, size: int) -> np.ndarray:
-  """Returns uint64 blocks of two words of `size` bits after the rounds."""
+  """Returns uint64 blocks, each of two words of `size` bits, after the cipher's rounds."""
   mask = 2**size - 1
 
   def rotate(word: Any, by: int) -> Any:

@@ -1,4 +1,4 @@
-"""Examples that cannot be learnt from: why, and how they are counted."""
+"""Unusable examples: the reasons, and a counter of those that are skipped."""
 
 import collections
 
@@ -8,16 +8,16 @@ _NAMED = 3  # examples in one message
 
 
 class Unusable(ValueError):
-  """An example that cannot be learnt from; the message is the reason, the same for its like."""
+  """An example that cannot be trained on; the message is the reason under which it is counted."""
 
 
 def require_unicode(text: str) -> str:
-  """Returns the text, if it is one.
+  """Returns the text if it is valid Unicode.
 
-  JSON and command lines can name lone surrogates, which no UTF-8 file and no tokenizer can hold.
+  JSON and command lines can contain lone surrogates, which UTF-8 and tokenizers cannot represent.
 
   Raises:
-    Unusable: it is not.
+    Unusable: The text contains lone surrogates.
   """
   try:
     text.encode()
@@ -27,15 +27,15 @@ def require_unicode(text: str) -> str:
 
 
 class Skipped:
-  """The examples that were left out.
+  """Counter of skipped examples.
 
   Attributes:
-    counts: how many, by reason.
-    first: the first few that differ, each as "place: reason".
+    counts: Number of skipped examples, by reason.
+    first: First few different examples, each as "place: reason".
   """
 
   def __init__(self, *, strict: bool = False):
-    """Begins with none; if `strict`, there may be none."""
+    """Starts with no examples; if `strict`, adding an example raises an error."""
     self.counts: collections.Counter[str] = collections.Counter()
     self.first: list[str] = []
     self._strict = strict
@@ -45,11 +45,11 @@ class Skipped:
     """Counts an example.
 
     Args:
-      place: where it is, "file:line" where that is known.
-      reason: why it cannot be used, the same for its like.
+      place: Location of the example, "file:line" if known.
+      reason: Why the example is unusable; examples with the same reason are counted together.
 
     Raises:
-      ValueError: none may be left out.
+      ValueError: No example may be skipped (`strict`).
     """
     if self._strict:
       raise ValueError(f"{place}: {reason} (`strict`)")
@@ -59,23 +59,23 @@ class Skipped:
       self.first.append(named)
 
   def warn_and_add(self, place: str, reason: str) -> None:
-    """Counts an example of a stream, and says so the first time: totals come only at the end."""
+    """Counts an example of a stream and logs the first, as totals are logged only at the end."""
     first = not self.counts
     self.add(place, reason)
     if first:
-      logging.warning("leaving out examples that cannot be used; the first: %s: %s", place, reason)
+      logging.warning("skipping unusable examples; the first: %s: %s", place, reason)
       self.mark_reported()
 
   def mark_reported(self) -> None:
-    """Notes that the user has been told of all that is counted so far."""
+    """Records that all examples counted so far have been reported to the user."""
     self._reported = self.counts.total()
 
   def describe_unreported(self) -> str:
-    """Returns `describe()` for the end of a command; "" if it would only repeat a report."""
+    """Returns `describe()` for the end of a command, or "" if all examples have been reported."""
     return self.describe() if self.counts.total() > self._reported else ""
 
   def describe(self) -> str:
-    """Returns how many there are, by reason, and the first of them; "" for none."""
+    """Returns the number of examples by reason, and the first of them, or "" if there are none."""
     if not self.counts:
       return ""
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in self.counts.most_common())

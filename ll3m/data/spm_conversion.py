@@ -1,8 +1,8 @@
-"""SentencePiece models as `tokenizers` encoders that give the same ids.
+"""Conversion of SentencePiece models to `tokenizers` encoders that give the same ids.
 
-transformers converts such models too, but a text that begins with a space, a run of one character
-(`****`) and a text that spells a control token come out with other ids than SentencePiece gives,
-and than the model was trained on.
+transformers converts such models too, but for a text that begins with a space, a run of one
+character (`****`) or a text that contains a control token, its ids differ from those of
+SentencePiece, on which the model was trained.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,8 +28,8 @@ def parse_model(serialized: bytes, name: str) -> spm.ModelProto:
   """Parses a `tokenizer.model`.
 
   Raises:
-    ValueError: it is no SentencePiece model.
-    NotImplementedError: a model of whole words or characters, or with spaces behind words.
+    ValueError: The data is not a SentencePiece model.
+    NotImplementedError: The model is of whole words or characters, or puts spaces after words.
   """
   try:
     proto = spm.ModelProto.FromString(serialized)
@@ -39,23 +39,25 @@ def parse_model(serialized: bytes, name: str) -> spm.ModelProto:
     raise ValueError(f"{name} is not a SentencePiece model: it has no pieces")
   trainer = proto.trainer_spec
   if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
-    raise NotImplementedError(f"{name} is a SentencePiece model that is neither BPE nor Unigram")
+    raise NotImplementedError(
+      f"{name} must be a BPE or Unigram SentencePiece model with spaces before words"
+    )
   return proto
 
 
 def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
-  """Builds the encoder that cuts text as a SentencePiece model does.
+  """Builds an encoder that tokenises text like a SentencePiece model.
 
-  Of a Unigram model, two ways to cut a text may have the same score, as `** *` and `* **` have; the
-  libraries choose differently then.
+  With a Unigram model, two segmentations of a text may have the same score, such as `** *` and
+  `* **`. The libraries may then choose different ones.
 
-  The pieces that text cannot spell (control tokens) and those that are never cut (user-defined
+  Pieces that text cannot produce (control tokens) and pieces that are never split (user-defined
   ones) become added tokens.
 
   Args:
     proto: The model.
-    legacy: Whether the text after an added token begins with a space too, as transformers has it
-      for tokenizers that say `legacy: true`; else only the beginning of the whole text does.
+    legacy: Whether text after an added token also begins with a space, as in transformers for
+      tokenizers with `legacy: true`. Otherwise only the beginning of the whole text does.
   """
   normalization = proto.normalizer_spec
   encoder = Tokenizer(_model(proto))
@@ -71,7 +73,7 @@ def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
   if shrink and not prefix:
     steps.append(normalizers.Replace(Regex(r"\A "), ""))
   if prefix and not shrink:
-    # Metaspace puts no space before a text that begins with one; SentencePiece does.
+    # Metaspace adds no space before a text that begins with one; SentencePiece does.
     steps.append(normalizers.Replace(Regex(rf"\A(?=[ {_SPACE}])"), " "))
   scheme = "never" if not prefix else "always" if legacy else "first"
   encoder.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
@@ -80,8 +82,8 @@ def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
   if prefix:
     undo.append(decoders.Strip(content=" ", left=1))
   encoder.decoder = decoders.Sequence(undo)
-  # Found in the text after it was normalised as a whole, so that what is done at its beginning is
-  # not done after each of them.
+  # Added tokens are matched after the whole text is normalised, so that the normalisation of its
+  # beginning is not repeated after each of them.
   kinds = proto.SentencePiece
   encoder.add_tokens(
     [
@@ -94,7 +96,7 @@ def build_encoder(proto: spm.ModelProto, *, legacy: bool = False) -> Tokenizer:
 
 
 def special_tokens(proto: spm.ModelProto) -> dict[str, str]:
-  """Returns the names that transformers gives to a model's own special pieces, and their text."""
+  """Returns the texts of a model's own special pieces, by their names in transformers."""
   trainer = proto.trainer_spec
   ids = {
     "bos_token": trainer.bos_id,
@@ -121,8 +123,8 @@ def _model(proto: spm.ModelProto) -> models.Model:
   merges = merges_from_scores(normal, normal)
   if (piece := find_overlap(merges, normal)) is not None:
     raise NotImplementedError(
-      f"the SentencePiece model gives one score to pieces that overlap, such as {piece!r}; which "
-      "of them is merged first depends on their places in a text, which tokenizer.json cannot say"
+      f"the SentencePiece model has overlapping pieces of equal score, such as {piece!r}; which of "
+      "them is merged first depends on their order in a text, which tokenizer.json cannot express"
     )
   return models.BPE(
     vocab=vocab,
@@ -134,15 +136,16 @@ def _model(proto: spm.ModelProto) -> models.Model:
 
 
 def merges_from_scores(pieces: Mapping[str, float], parts: Iterable[str]) -> list[tuple[str, str]]:
-  """Lists the merges that give each piece, in the order in which SentencePiece prefers them.
+  """Lists the merges that form each piece, in the order in which SentencePiece prefers them.
 
-  SentencePiece merges the pair with the best-scored result, and of equals the leftmost; the
-  tokenizers library ranks pairs, not results. Where two pairs of one piece overlap, as in a run of
-  one character, the one with the longer left part is the leftmost, because merging began there.
+  SentencePiece merges the pair whose result has the highest score, or the leftmost pair of several
+  with that score. The tokenizers library ranks pairs, not results. If two pairs that form the same
+  piece overlap, as in a run of one character, the pair with the longer left part is the leftmost,
+  because merging began there.
 
   Args:
-    pieces: The pieces that merging may give, and their scores.
-    parts: The pieces that may be merged.
+    pieces: Pieces that merging may form, with their scores.
+    parts: Pieces that may be merged.
   """
   parts = set(parts)
   merges = []
@@ -155,13 +158,13 @@ def merges_from_scores(pieces: Mapping[str, float], parts: Iterable[str]) -> lis
 
 
 def find_overlap(merges: list[tuple[str, str]], scores: Mapping[str, float]) -> str | None:
-  """Returns a piece that shares a part with another of equal score, which a text may hold first.
+  """Returns a piece that may overlap another piece of equal score in a text, or None.
 
-  Runs of one character are none: what would be merged too early does not come about.
+  Runs of one character are not reported: the pair that would be merged too early does not occur.
 
   Args:
-    merges: What `merges_from_scores` returned.
-    scores: The scores of the pieces that they give.
+    merges: Result of `merges_from_scores`.
+    scores: Scores of the pieces that the merges form.
   """
   following: dict[tuple[float, str], list[tuple[int, str]]] = {}
   for rank, (left, right) in enumerate(merges):

@@ -1,8 +1,8 @@
-r"""Text files as people bring them: compressed, with a byte order mark, with Windows' line ends.
+r"""Text files that may be compressed or have a byte order mark or Windows line endings.
 
-Every reader of lines starts here, so that a file means the same to training, prompts and
-`tools/prepare_text.py`. Only \n and \r\n end a line; U+2028, U+0085, \x0b, \x0c and a lone \r are
-characters of it, where `str.splitlines` would cut.
+All readers of lines use this module, so that training, prompts and `tools/prepare_text.py` read a
+file in the same way. Only \n and \r\n end a line. U+2028, U+0085, \x0b, \x0c and a lone \r, at
+which `str.splitlines` would split, are part of a line.
 """
 
 import codecs
@@ -20,26 +20,26 @@ from etils import epath
 
 from ll3m.core.object_store import is_remote
 
-# Endings of names, and how the files begin.
+# Extensions of compressed files, with the names of the formats and the first bytes of the files.
 COMPRESSIONS = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("Zstandard", b"\x28\xb5\x2f\xfd")}
 
-# Longest first: a UTF-32 mark begins with that of UTF-16.
+# UTF-32 first: its mark in little-endian order begins with that of UTF-16.
 _MARKS = (
   ("UTF-32", codecs.BOM_UTF32_LE),
   ("UTF-32", codecs.BOM_UTF32_BE),
   ("UTF-16", codecs.BOM_UTF16_LE),
   ("UTF-16", codecs.BOM_UTF16_BE),
 )
-# Bytes of a file that show what it holds and how it is encoded.
+# Number of bytes that determine the kind and the encoding of a file.
 HEAD = 4096
-# zstd -19 --long=31, of which archives are made, refers as far back as this; the default is 2**27.
+# Window of `zstd -19 --long=31`, which is used for archives; the default limit is 2**27.
 _MAX_WINDOW = 1 << 31
 
 
 class _ZstdFile(io.RawIOBase):
-  """Decompresses frames that follow each other, as `zstd` does.
+  """Reader that decompresses consecutive frames, like `zstd`.
 
-  `zstandard`'s own readers take a file that ends within a frame for a complete one.
+  The readers of `zstandard` accept a file that ends within a frame as complete.
   """
 
   def __init__(self, raw: BinaryIO):
@@ -77,11 +77,11 @@ def _decompressor() -> Any:
 
 
 def compression(file: str, head: bytes) -> str | None:
-  """Returns the ending that belongs to a file's compression; None if it is not compressed.
+  """Returns the extension that belongs to a file's compression, or None if it is not compressed.
 
   Args:
-    file: Name, which decides if it has such an ending.
-    head: The first bytes, which decide otherwise.
+    file: Name of the file, whose extension determines the compression if it is in `COMPRESSIONS`.
+    head: First bytes of the file, which determine the compression otherwise.
   """
   named = next((ending for ending in COMPRESSIONS if file.lower().endswith(ending)), None)
   return named or next(
@@ -91,10 +91,10 @@ def compression(file: str, head: bytes) -> str | None:
 
 @contextlib.contextmanager
 def open_stream(file: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-  """Opens a file for reading, decompressed; yields (the content, the file as it is stored).
+  """Opens a file for reading; yields a stream of the decompressed content and the stored file.
 
   Raises:
-    ValueError: if a compressed file is damaged or ends early; also while it is read within.
+    ValueError: A compressed file is damaged or ends early; also raised while reading the stream.
   """
   with contextlib.ExitStack() as stack:
     raw = stack.enter_context(epath.Path(file).open("rb"))
@@ -112,10 +112,10 @@ def open_stream(file: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def read_bytes(file: str) -> bytes | mmap.mmap:
-  """Maps a local plain file; reads a compressed or remote one into memory.
+  """Memory-maps a local uncompressed file; reads a compressed or remote file into memory.
 
   Raises:
-    ValueError: if a compressed file is damaged or ends early.
+    ValueError: A compressed file is damaged or ends early.
   """
   with open_stream(file) as (stream, raw):
     if stream is raw and not is_remote(file) and os.path.getsize(file):
@@ -124,16 +124,16 @@ def read_bytes(file: str) -> bytes | mmap.mmap:
 
 
 def require_utf8(file: str, data: bytes | mmap.mmap) -> None:
-  """Refuses the content of a file whose letters take two or four bytes each.
+  """Checks that a file is not UTF-16 or UTF-32.
 
-  Other encodings show only at the letters that they write differently, line by line.
+  Other encodings are detected only at characters that they encode differently, line by line.
 
   Args:
-    file: Name for the message.
+    file: Name of the file, for messages.
     data: Content of the file, or its beginning.
 
   Raises:
-    ValueError: if it is UTF-16 or UTF-32; the message has the command that converts it.
+    ValueError: The file is UTF-16 or UTF-32; the message has the command that converts it.
   """
   head = data[:HEAD]
   name = next((name for name, mark in _MARKS if head.startswith(mark)), None) or _wide(head)
@@ -142,7 +142,7 @@ def require_utf8(file: str, data: bytes | mmap.mmap) -> None:
 
 
 def _wide(head: bytes) -> str | None:
-  """Returns the encoding of text without a mark whose letters are mostly ASCII."""
+  """Returns the UTF-16 or UTF-32 encoding of mostly ASCII text without a mark, or None."""
   quarter = len(head) // 4
   zeros = [head[place::4].count(0) > quarter * 0.7 for place in range(4)] if quarter else []
   return {
@@ -157,7 +157,7 @@ def split_lines(data: bytes | mmap.mmap, first: int = 1) -> Iterator[tuple[int, 
   r"""Yields the number, start and end of every line, without the \n or \r\n that ends it.
 
   Args:
-    data: Content of a file, or a part of it; a byte order mark before line 1 is left out.
+    data: Content of a file, or a part of it; a byte order mark before line 1 is skipped.
     first: Number of the first line.
   """
   start = len(codecs.BOM_UTF8) if first == 1 and data[:3] == codecs.BOM_UTF8 else 0

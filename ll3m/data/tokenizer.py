@@ -1,12 +1,12 @@
 """Tokenizers: text to token ids and back.
 
-No TensorFlow here, and transformers only for folders that need it (`tokenizer_files.py`), so that
-commands which only need text in and text out start quickly; `vocabularies.py` wraps these for
-seqio.
+This module does not import TensorFlow, and imports transformers only for folders that need it
+(`tokenizer_files.py`), so that commands which only encode and decode text start quickly.
+`seqio_vocabulary.py` wraps tokenizers for seqio.
 
-Text of users never yields control tokens: "</s>" in a document is ordinary characters. The encoder
-knows control tokens by private names (`sealed_encoder.py`); where a chat template writes one, its
-text is replaced by that name. So a text is always cut into tokens as a whole.
+User text never yields control tokens: "</s>" in a document is ordinary characters. The encoder
+has private names for control tokens (`sealed_encoder.py`). If a chat template writes a control
+token, its text is replaced by the private name, so that a text is always tokenised as a whole.
 """
 
 import bisect
@@ -33,39 +33,40 @@ from ll3m.data.tokenizer_files import (
   read_tokenizer_files,
 )
 
-# Stands behind the first character of a control string in a user's text (`Tokenizer.quote`).
+# Inserted after the first character of a control string in user text (`Tokenizer.quote`).
 _QUOTE = SEAL[::-1] + "\ufdef"
 
 
 class Tokenizer:
-  """Text to token ids and back.
+  """Two-way mapping between text and token ids.
 
   Attributes:
-    prefix: The ids that stand before every document: [BOS] or nothing.
-    bos_id: The first of them; None for none.
-    eos_id: The token that ends a document.
-    stop_ids: The tokens that end a generated text: `eos_id`, those that the checkpoint's
-      generation_config.json (else config.json) names, and those that end an assistant's turn.
-    vocab_size: One more than the largest id.
-    fingerprint: A hash that changes whenever the ids of some text or conversation may change.
-    special_tokens: Names that chat templates use ("bos_token", ...) and their text.
-    control_tokens: The texts of tokens that users' text never yields, longest first: special
-      tokens, and those that the chat template begins and ends turns with.
+    prefix: Token ids at the beginning of every document: [BOS] or [].
+    bos_id: First id of `prefix`, or None.
+    eos_id: Id of the token that ends a document.
+    stop_ids: Ids of the tokens that end a generated text: `eos_id`, those named by the checkpoint's
+      generation_config.json (else config.json), and those that end an assistant's turn.
+    vocab_size: Largest token id plus 1.
+    fingerprint: Hash that changes whenever the ids of some text or conversation may change.
+    special_tokens: Texts of special tokens, by the names that chat templates use ("bos_token",
+      ...).
+    control_tokens: Texts of the tokens that user text never yields, longest first: special tokens,
+      and those with which the chat template begins and ends turns.
     chat_templates: Jinja sources by name.
-    control_ids: The ids of `control_tokens`.
-    byte_ids: Tokens that stand for one byte each, whose text depends on the bytes beside them.
-    silent_ids: Tokens that `decode` leaves out: those flagged special.
+    control_ids: Ids of `control_tokens`.
+    byte_ids: Ids of tokens that stand for one byte each, whose text depends on adjacent bytes.
+    silent_ids: Ids of tokens that `decode` omits: those flagged special.
   """
 
   def __init__(self, files: TokenizerFiles, end_ids: Sequence[int] = ()):
     """Builds the encoder.
 
     Args:
-      files: What the tokenizer's files say.
-      end_ids: The ids that end a text by the model's own config files.
+      files: Contents of the tokenizer's files.
+      end_ids: Token ids that end a text according to the model's config files.
 
     Raises:
-      ValueError: a file is damaged, or nothing says which token ends a text.
+      ValueError: A file is damaged, or no file names the token that ends a text.
     """
     try:
       source = json.loads(files.encoder)
@@ -100,7 +101,7 @@ class Tokenizer:
         f"{self.special_tokens.get('eos_token')!r}"
       )
     self.eos_id: int = eos
-    # What stands before a text is the post-processor's say alone, as in transformers 5.
+    # Only the post-processor determines the ids before a text, as in transformers 5.
     self.prefix: list[int] = _ids_before_text(self._encoder)
     self.bos_id: int | None = self.prefix[0] if self.prefix else None
     self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in ends)})
@@ -120,65 +121,65 @@ class Tokenizer:
     ).hexdigest()[:16]
 
   def _check_ids(self, ids: dict[str, int]) -> None:
-    """Checks that the library gives added tokens the ids that the file says.
+    """Checks that the library gives added tokens the ids in the file.
 
-    It numbers those that are not in the vocabulary one after another, whatever the file says; a
-    model would read another token's embedding.
+    The library numbers added tokens that are not in the vocabulary consecutively, whatever their
+    ids in the file. With a wrong id, a model would read another token's embedding.
 
     Raises:
-      ValueError: it does not.
+      ValueError: The library gives a token another id.
     """
     for content, said in ids.items():
       if (found := self.token_id(content)) != said:
         raise ValueError(
-          f"{self._files.name}/{ENCODER} gives the added token {content!r} the id {said}, but it "
-          f"is number {found} in the vocabulary: the ids of added tokens must follow each other"
+          f"{self._files.name}/{ENCODER} gives the added token {content!r} the id {said}, but the "
+          f"tokenizers library numbers it {found}: the ids of added tokens must be consecutive"
         )
 
   @property
   def chat_template(self) -> str | None:
-    """The template of conversations without tools, or None."""
+    """Template of conversations without tools, or None."""
     return self.chat_templates.get("default")
 
   def __call__(self, text: str) -> list[int]:
-    """Returns the ids of a prompt: `prefix` and the text's."""
+    """Returns the ids of a prompt: `prefix` and the ids of the text."""
     return [*self.prefix, *self.encode(text)]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without BOS and EOS; control tokens in it are plain text."""
-    # The batched call, unlike encode(), lets other Python threads run meanwhile.
+    # The batched call, unlike encode(), lets other Python threads run at the same time.
     return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
   def encode_spans(
     self, text: str, spans: Sequence[tuple[int, int]]
   ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
-    """Tokenises a text as a whole and finds the tokens of some of its parts.
+    """Tokenises a text as a whole and finds the tokens of its spans.
 
     A token belongs to a span if it holds any of its characters, as in the assistant mask of
-    transformers: of "ASSISTANT: Yes", with the span of "Yes", the token " Yes".
+    transformers. In "ASSISTANT: Yes", the token " Yes" belongs to the span of "Yes".
 
     Args:
       text: The text; control tokens in it are plain text.
-      spans: Begin and end of each part, in characters, in order.
+      spans: Start and end of each span, in characters, in order.
 
     Returns:
-      The ids, and for each 1 if it belongs to a span, else 0.
+      The token ids, and for each token 1 if it belongs to a span, else 0.
     """
     encoding = self._encoder.encode_batch([text], add_special_tokens=False)[0]
     return encoding.ids, _owned_by(spans, encoding)
 
   def quote(self, text: str) -> str:
-    """Marks the control strings in a user's text as plain text, for `encode_rendered`."""
+    """Marks the control strings in user text as plain text for `encode_rendered`."""
     return self._marks.sub(lambda match: match[0][:1] + _QUOTE + match[0][1:], text)
 
   def encode_rendered(
     self, text: str, spans: Sequence[tuple[int, int]] = ()
   ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
-    """Tokenises what a chat template wrote, as `encode_spans`; control tokens in it count.
+    """Tokenises the output of a chat template like `encode_spans`, but recognises control tokens.
 
     Args:
       text: The text; control strings that `quote` has marked are plain text.
-      spans: As for `encode_spans`.
+      spans: See `encode_spans`.
     """
     pieces, before, after, base, length = [], [0], [0], 0, 0
     for match in self._marks.finditer(text):
@@ -197,12 +198,12 @@ class Tokenizer:
     return self.encode_spans("".join(pieces), [(moved(a), moved(b)) for a, b in spans])
 
   def decode(self, ids: Iterable[SupportsInt], *, keep_control: bool = False) -> str:
-    """Returns the text of ids; special tokens are left out unless `keep_control`."""
+    """Returns the text of ids; special tokens are omitted unless `keep_control`."""
     text = self._encoder.decode([int(i) for i in ids], skip_special_tokens=not keep_control)
     return text.replace(SEAL, "")
 
   def token_id(self, token: str) -> int | None:
-    """Returns the id of a token given by its text, or None."""
+    """Returns the id of the token with this text, or None."""
     sealed = self._encoder.token_to_id(SEAL + token + SEAL)
     return self._encoder.token_to_id(token) if sealed is None else sealed
 
@@ -211,14 +212,15 @@ class Tokenizer:
     return self._files.contents()
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Makes a folder that holds this tokenizer and nothing else.
+    """Writes a folder that contains this tokenizer and nothing else.
 
-    Files of another one beside it would win, or change how it is read.
+    Existing files are removed: those of another tokenizer could take precedence, or change how this
+    one is read.
     """
     files, folder = self.files(), epath.Path(folder)
     if folder.exists():
       folder.rmtree()
-    folder.mkdir(parents=True, exist_ok=True)  # TensorFlow may still take it for there
+    folder.mkdir(parents=True, exist_ok=True)  # TensorFlow may still report that it exists
     for name, content in files.items():
       (folder / name).write_bytes(content)
 
@@ -234,16 +236,16 @@ def load_tokenizer(
   """Loads the tokenizer of a run.
 
   Args:
-    config: Which one, after gin had its say (`gin_settings.apply`).
-    checkpoint_dir: The tokenizer folder that travels with the checkpoint, if there is one.
-    source_dir: The folder of the checkpoint's config.json and generation_config.json. Another
-      tokenizer than the checkpoint's brings its own, or none.
-    family: The checkpoint's family, to which its tokenizer belongs.
-    embedding_size: V, rows of the embedding that the ids index; None leaves it unchecked.
+    config: Tokenizer options, with gin settings applied (`gin_settings.apply`).
+    checkpoint_dir: Tokenizer folder of the checkpoint, or None.
+    source_dir: Folder of the checkpoint's config.json and generation_config.json. For a tokenizer
+      other than the checkpoint's, these files are taken from its own folder, if it has them.
+    family: Family of the checkpoint, to which its tokenizer belongs.
+    embedding_size: V, the number of embedding rows; None skips the check of the vocabulary's size.
 
   Raises:
-    FileNotFoundError: if there is no tokenizer where it should be.
-    ValueError: if a named tokenizer is not the checkpoint's, or has more ids than the embedding.
+    FileNotFoundError: There is no tokenizer at the path or in the checkpoint.
+    ValueError: A named tokenizer is not the checkpoint's, or has more ids than the embedding.
   """
   named = config.type in TOKENIZER_NAMES
   path = config.other_path
@@ -252,13 +254,13 @@ def load_tokenizer(
     if checkpoint_dir is None or not epath.Path(checkpoint_dir).exists():
       wanted = f"tokenizer {config.type!r}" if named else "a tokenizer"
       raise FileNotFoundError(
-        f"{wanted} is needed and no checkpoint brings one: give `tokenizer.path` (a "
+        f"{wanted} is needed, but no checkpoint provides one: set `tokenizer.path` (a "
         "SentencePiece file or Hugging Face tokenizer folder)"
       )
     if named and family is not None and family != config.type:
       raise ValueError(
-        f"tokenizer {config.type!r} was asked for, but the checkpoint brings {family!r}'s: give "
-        "`tokenizer.path` for another one"
+        f"tokenizer {config.type!r} was requested, but the checkpoint has a tokenizer of "
+        f"{family!r}: set `tokenizer.path` to use another one"
       )
     path = checkpoint_dir
   else:
@@ -275,7 +277,7 @@ def load_tokenizer(
 
 
 def _own_configs(path: epath.Path) -> epath.Path | None:
-  """Returns the folder of the config files that belong to a tokenizer named by its path."""
+  """Returns the folder of the config files that belong to the tokenizer at a path, or None."""
   if not path.is_dir():
     return path.parent if path.name == ENCODER else None
   return path / "hf" if (path / "hf").is_dir() else path
@@ -284,12 +286,12 @@ def _own_configs(path: epath.Path) -> epath.Path | None:
 def find_fault(
   folder: epath.Path, embedding_size: int, *, source_dir: epath.Path | None = None
 ) -> str | None:
-  """Says why the tokenizer that travels with a checkpoint cannot serve it; None if it can.
+  """Returns why a checkpoint's own tokenizer cannot be used with it, or None if it can.
 
   Args:
-    folder: Its files.
-    embedding_size: V, rows of the embedding.
-    source_dir: The folder of the checkpoint's config files.
+    folder: Tokenizer folder of the checkpoint.
+    embedding_size: V, the number of embedding rows.
+    source_dir: Folder of the checkpoint's config files.
   """
   try:
     load_tokenizer(
@@ -311,7 +313,7 @@ def _ids_before_text(encoder: tokenizers.Tokenizer) -> list[int]:
 
 
 def _token_of(token_id: int, added: dict[str, int], vocabulary: Any) -> str:
-  """Returns the text of a token given by its id; "" if there is none."""
+  """Returns the text of the token with this id, or ""."""
   items = (
     vocabulary.items()
     if isinstance(vocabulary, dict)
@@ -333,7 +335,7 @@ def _owned_by(
       continue
     held = (encoding.char_to_token(i) for i in range(end - 1, start - 1, -1))
     last = next(token for token in held if token is not None)
-    # Of a character that is cut into bytes, that was the first token.
+    # `last` is only the first token of a character that is split into bytes.
     while last + 1 < len(owned) and encoding.token_to_chars(last + 1)[0] < end:
       last += 1
     owned[first : last + 1] = 1

@@ -1,8 +1,8 @@
-"""The files of a tokenizer folder, read with the precedence of transformers.
+"""The files of a tokenizer folder, read with the same precedence as in transformers.
 
-A folder may name its special tokens, added tokens and chat template in six files that disagree.
-Where they do, transformers decides: its own loader reads the folder. A folder with nothing to
-decide, as those that we write, is read without importing transformers, which takes a second.
+The special tokens, added tokens and chat template of a folder may be named in six files, which may
+disagree. If they do, the loader of transformers reads the folder. Folders without such conflicts,
+including those that LL3M writes, are read without importing transformers, which takes a second.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
 CONFIG = "config.json"
 
-# What else transformers can make an encoder from.
+# Other files from which transformers can build an encoder.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "spiece.model", "tekken.json", "tokenizer.bpe.model")
 # Named tokens, as in `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`.
 NAMED_TOKENS = (
   "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-# Classes that take tokenizer.json as it stands.
+# Classes that use tokenizer.json unchanged.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Settings that change which tokens a class adds, or how it builds its encoder.
 _DECIDING = (
@@ -48,16 +48,17 @@ _WARNED: set[str] = set()
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-  """What the files of a tokenizer say, with nothing left to decide.
+  """Contents of a tokenizer's files, with all conflicts between them resolved.
 
   Attributes:
-    name: The folder or file, for messages.
-    encoder: The text of a tokenizer.json that holds every token.
-    special_tokens: The names that chat templates use ("bos_token", ...) and their text.
-    chat_templates: Jinja sources by name; "default", and maybe "tool_use".
-    settings: The other settings that travel to an exported folder, as `model_max_length`.
-    sentencepiece: The `tokenizer.model` that came beside the encoder or that it was built from.
-    as_found: Whether the encoder is a tokenizer.json as it was found.
+    name: Name of the folder or file, for messages.
+    encoder: Text of a tokenizer.json that contains every token.
+    special_tokens: Texts of special tokens, by the names that chat templates use ("bos_token",
+      ...).
+    chat_templates: Jinja sources by name: "default" and possibly "tool_use".
+    settings: Other settings that are copied to an exported folder, such as `model_max_length`.
+    sentencepiece: The `tokenizer.model` beside the encoder, or from which it was built.
+    as_found: Whether the encoder is an unchanged tokenizer.json.
   """
 
   name: str
@@ -69,20 +70,20 @@ class TokenizerFiles:
   as_found: bool = False
 
   def with_tokens(self, tokens: Sequence[str]) -> "TokenizerFiles":
-    """Returns the files with tokens appended to the vocabulary; those that exist stay."""
+    """Returns the files with the tokens that are not in the vocabulary appended to it."""
     if not tokens:
       return self
     encoder = _parse(self.encoder, self.name)
     present = encoder.get_vocab(with_added_tokens=True)
     added = [tokenizers.AddedToken(t, normalized=False) for t in tokens if t not in present]
     encoder.add_tokens(added)
-    # A tokenizer.model beside it would not know them.
+    # A tokenizer.model beside the encoder would not contain the new tokens.
     return dataclasses.replace(
       self, encoder=encoder.to_str(), sentencepiece=None if added else self.sentencepiece
     )
 
   def contents(self) -> dict[str, bytes]:
-    """Returns a folder that every version of transformers reads in the same way."""
+    """Returns the files of a folder that every version of transformers reads in the same way."""
     settings = self.settings | {"tokenizer_class": _PLAIN_CLASSES[0]} | self.special_tokens
     templates = self.chat_templates
     if templates.keys() == {"default"}:
@@ -105,12 +106,12 @@ def read_tokenizer_files(
 
   Args:
     path: The folder or file.
-    config_dir: The folder of the config.json that belongs to it; the folder itself by default.
+    config_dir: Folder of the tokenizer's config.json; by default, the tokenizer folder itself.
 
   Raises:
-    FileNotFoundError: nothing is there, or no tokenizer.
-    ValueError: a file is damaged, or transformers cannot read the folder.
-    NotImplementedError: a SentencePiece model of a kind that is not supported.
+    FileNotFoundError: The path does not exist or is not a tokenizer.
+    ValueError: A file is damaged, or transformers cannot read the folder.
+    NotImplementedError: A SentencePiece model is of an unsupported kind.
   """
   if not path.exists():
     raise FileNotFoundError(
@@ -127,7 +128,7 @@ def read_tokenizer_files(
     if (folder / "tokenizer").is_dir():  # a converted checkpoint or a run
       return read_tokenizer_files(folder / "tokenizer", config_dir=config_dir or folder / "hf")
     raise FileNotFoundError(
-      f"{name} holds neither {ENCODER} nor {SENTENCEPIECE}, so it is no tokenizer"
+      f"{name} is not a tokenizer folder: it has neither {ENCODER} nor {SENTENCEPIECE}"
     )
   companions = _companions(folder, config_dir or folder)
   settings = {file: parse_json(companions.get(file), folder / file) for file in (
@@ -157,11 +158,11 @@ def _from_sentencepiece(
   proto = spm_conversion.parse_model(serialized, name)
   special = spm_conversion.special_tokens(proto)
   if "eos_token" not in special and "eos_token" not in settings:
-    raise ValueError(f"SentencePiece model {name} must have an EOS piece, has none")
+    raise ValueError(f"SentencePiece model {name} must have an EOS piece, got none")
   encoder = spm_conversion.build_encoder(proto, legacy=bool(settings.get("legacy")))
   found = TokenizerFiles(name, encoder.to_str(), special, {}, sentencepiece=serialized)
   if companions and companions.keys() != {CONFIG}:
-    # transformers reads what the other files say beside the encoder that we built.
+    # transformers reads the other files together with the encoder built here.
     said = {k: v for k, v in settings.items() if k not in ("tokenizer_class", "auto_map")}
     said = special | said | {"tokenizer_class": _PLAIN_CLASSES[0]}
     files = {k: v for k, v in companions.items() if k != CONFIG}
@@ -182,7 +183,7 @@ def _with_bos(files: TokenizerFiles) -> str:
 
 
 def _companions(folder: epath.Path, config_dir: epath.Path) -> dict[str, bytes]:
-  """Reads the small files that decide how an encoder is used."""
+  """Reads the small files that determine how an encoder is used."""
   files = {name: folder / name for name in (SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE)}
   files[CONFIG] = config_dir / CONFIG
   found = {name: file.read_bytes() for name, file in files.items() if file.exists()}
@@ -197,7 +198,7 @@ def _is_plain(
   settings: Mapping[str, Mapping[str, Any]],
   companions: Mapping[str, bytes],
 ) -> bool:
-  """Whether transformers would take tokenizer.json as it stands, and add nothing to it."""
+  """Returns whether transformers would use tokenizer.json unchanged, without adding tokens."""
   said, named = settings[SETTINGS], settings[SPECIAL_TOKENS]
   if not _has_plain_class(said, companions) or settings[ADDED_TOKENS]:
     return False
@@ -205,7 +206,7 @@ def _is_plain(
     return False
   if any(key.endswith("_token") and key not in NAMED_TOKENS and isinstance(value, str)
          for key, value in said.items()):  # fmt: skip
-    return False  # a special token by a name of its own
+    return False  # a special token whose name is not in NAMED_TOKENS
   ours, theirs = _named_tokens(said), _named_tokens(named)
   if theirs != {key: ours.get(key) for key in theirs} or named.keys() - theirs.keys():
     return False
@@ -219,7 +220,7 @@ def _is_plain(
 
 def _has_plain_class(said: Mapping[str, Any], companions: Mapping[str, bytes]) -> bool:
   tokenizer_class = said.get("tokenizer_class")
-  # Where nothing names a class, the model's config.json decides.
+  # If no class is named, the model's config.json determines it.
   return CONFIG not in companions if tokenizer_class is None else tokenizer_class in _PLAIN_CLASSES
 
 
@@ -249,7 +250,7 @@ def _read_with_transformers(folder: epath.Path, companions: Mapping[str, bytes])
 def _decide(files: Mapping[str, bytes], name: str) -> TokenizerFiles:
   said = parse_json(files.get(SETTINGS), Path(name) / SETTINGS)
   if ENCODER in files:
-    _parse(files[ENCODER].decode(), name)  # for its own message
+    _parse(files[ENCODER].decode(), name)  # for its more precise error message
   found = load_with_transformers(files, name, plain=_has_plain_class(said, files))
   templates = _templates(found.chat_template)
   return TokenizerFiles(name, found.encoder, found.special_tokens, templates, _travelling(said))
@@ -260,7 +261,7 @@ def _report_disagreement(
   settings: Mapping[str, Mapping[str, Any]],
   companions: Mapping[str, bytes],
 ) -> None:
-  """Logs which file counts, where several name another token or template."""
+  """Logs which file takes precedence if files name different tokens or templates."""
   for token in ("eos_token", "bos_token", "pad_token"):
     said = {file: named for file in (SETTINGS, SPECIAL_TOKENS)
             if (named := _named_tokens(settings[file]).get(token))}  # fmt: skip
@@ -272,12 +273,12 @@ def _report_disagreement(
       warn_once(found.name, f"the {token} is {chosen}, from {winner}, as in transformers ({names})")
   template = settings[SETTINGS].get("chat_template")
   if template and TEMPLATE in companions and found.chat_templates.get("default") != template:
-    message = f"the chat template is that of {TEMPLATE}, as in transformers; {SETTINGS} has another"
+    message = f"the chat template is from {TEMPLATE}, as in transformers; {SETTINGS} has another"
     warn_once(found.name, message)
 
 
 def warn_once(name: str, message: str) -> None:
-  """Warns of a folder, unless a copy of it was the occasion of the same warning before."""
+  """Logs a warning about a folder, unless the same warning was logged before, e.g. for a copy."""
   if message not in _WARNED:
     _WARNED.add(message)
     logging.warning("%s: %s", name, message)
@@ -332,10 +333,10 @@ def _parse(source: str, name: str) -> tokenizers.Tokenizer:
 
 
 def parse_json(content: bytes | None, file: os.PathLike[str]) -> dict[str, Any]:
-  """Parses a JSON object; {} where there is no file.
+  """Parses a JSON object without its null values; {} if there is no file.
 
   Raises:
-    ValueError: it is no JSON object.
+    ValueError: The content is not a JSON object.
   """
   if content is None:
     return {}

@@ -1,4 +1,4 @@
-"""Tokenizer folders through the eyes of transformers."""
+"""Tokenizer folders, read by transformers."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 
 class Loaded(NamedTuple):
-  """What transformers makes of a folder.
+  """A tokenizer folder as read by transformers.
 
   Attributes:
-    encoder: The text of a tokenizer.json that holds every token.
-    special_tokens: The names that chat templates use and their text.
-    chat_template: A Jinja source, several by name, or None.
+    encoder: Text of a tokenizer.json that contains every token.
+    special_tokens: Texts of special tokens, by the names that chat templates use.
+    chat_template: A Jinja source, several sources by name, or None.
   """
 
   encoder: str
@@ -24,16 +24,16 @@ class Loaded(NamedTuple):
 
 
 def load_with_transformers(files: Mapping[str, bytes], name: str, *, plain: bool) -> Loaded:
-  """Lets transformers read a folder.
+  """Reads a tokenizer folder with transformers.
 
   Args:
-    files: The folder's files, by their names; the folder itself may be remote.
-    name: The folder's name, for messages.
-    plain: Whether to take tokenizer.json as it stands instead of letting `tokenizer_class` and the
-      model's config.json decide.
+    files: Files of the folder by name; the folder itself may be remote.
+    name: Name of the folder, for messages.
+    plain: Whether to use tokenizer.json unchanged, whatever `tokenizer_class` and the model's
+      config.json say.
 
   Raises:
-    ValueError: it cannot.
+    ValueError: The folder cannot be read.
   """
   with _quiet_transformers() as transformers, tempfile.TemporaryDirectory() as folder:
     for file, content in files.items():
@@ -47,7 +47,7 @@ def load_with_transformers(files: Mapping[str, bytes], name: str, *, plain: bool
         options["mistral_format"] = False
         found = transformers.AutoTokenizer.from_pretrained(folder, **options)
       encoder = found.backend_tokenizer
-    except Exception as error:  # whatever a stranger's files make transformers raise
+    except Exception as error:  # unknown files can make transformers raise any exception
       reason = str(error).strip().splitlines() or [type(error).__name__]
       raise ValueError(
         f"transformers cannot read the tokenizer {name}: {reason[0].replace(folder, name)}"
@@ -60,7 +60,7 @@ def load_with_transformers(files: Mapping[str, bytes], name: str, *, plain: bool
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[ModuleType]:
-  """Imports transformers without its advice to install PyTorch, and keeps its warnings back."""
+  """Imports transformers without its advice to install PyTorch, and suppresses its warnings."""
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 

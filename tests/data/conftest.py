@@ -1,4 +1,4 @@
-"""A small real tokenizer (byte-level BPE, trained here) and datasets cut with it."""
+"""A small real tokenizer (byte-level BPE, trained here) and JSON Lines files."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ CHATML = (
 
 
 def _train_tokenizer(folder: Path, *, bos: str | None = None, **settings) -> Path:
-  """Writes a tokenizer folder; `bos` is put before every text by its post-processor."""
+  """Writes a tokenizer folder; its post-processor puts `bos` before every text."""
   from tokenizers import Tokenizer as Encoder
   from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -35,7 +35,7 @@ def _train_tokenizer(folder: Path, *, bos: str | None = None, **settings) -> Pat
     encoder.post_processor = processors.TemplateProcessing(
       single=f"{bos} $A", special_tokens=[(bos, encoder.token_to_id(bos))]
     )
-  # What a published file may carry, and what must not shorten or pad our documents.
+  # A published file may have these settings, which must not shorten or pad our documents.
   encoder.enable_truncation(8)
   encoder.enable_padding(length=8)
   folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def mistral_model() -> Path:
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-  """Returns a function that writes objects (or raw lines) and gives the path."""
+  """Returns a function that writes objects (or raw lines) and returns the path."""
 
   def write(*lines, name: str = "data.jsonl") -> str:
     path = tmp_path / name

@@ -1,7 +1,8 @@
-"""Streams of batches: order, resuming, splitting over processes.
+"""Streams of batches: their order, resuming, and splitting over processes.
 
-Oracle for the order: lines dealt to shards like cards, each shard's tokens cut into rows, rows
-dealt to batches. Oracle for resuming and splitting: the same stream, uninterrupted on one process.
+Oracle for the order: lines are dealt to shards in turn, each shard's tokens are split into rows,
+and rows are dealt to batches. Oracle for resuming and splitting: the same stream on one process,
+uninterrupted.
 """
 
 import collections
@@ -46,12 +47,12 @@ def take(stream, count: int) -> list[Batch]:
 
 
 def join(*parts: Batch) -> Batch:
-  """The batch whose rows several processes have read, in the processes' order."""
+  """Joins the rows that several processes have read to a batch, in the order of the processes."""
   return Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
 def documents_of(batches: list[Batch], end: int) -> list[tuple[int, ...]]:
-  """Tokens of all rows in order, cut after every EOS."""
+  """Returns the tokens of all rows in order, split after every EOS."""
   tokens = [t for b in batches for row in zip(b.inputs, b.segment_ids, strict=True)
             for t, segment in zip(*row, strict=True) if segment]  # fmt: skip
   documents, start = [], 0
@@ -89,7 +90,7 @@ def test_lines_are_dealt_to_shards_and_rows_to_batches(
 @pytest.mark.parametrize(
   ("batch_size", "num_shards", "repeat"), [(3, 3, True), (2, 3, True), (2, 4, True), (2, 3, False)]
 )
-def test_processes_share_one_stream_and_its_position(
+def test_any_number_of_processes_can_restore_a_position(
   write_jsonl, tokenizer, batch_size, num_shards, repeat
 ):
   config = json_config(
@@ -105,7 +106,7 @@ def test_processes_share_one_stream_and_its_position(
   first, second = opened([0]), opened(range(1, batch_size))
   take(first, 3), take(second, 3)
   states = {**second.state(), **first.state()}
-  # Restored on a different division of the rows, and on one process.
+  # Restores with another division of the rows, and on one process.
   for division in ([range(batch_size - 1), [batch_size - 1]], [range(batch_size)]):
     processes = [opened(rows) for rows in division]
     for process in processes:
@@ -113,10 +114,10 @@ def test_processes_share_one_stream_and_its_position(
     found = [join(*(next(p, p.padding()) for p in processes)) for _ in expected]
     np.testing.assert_equal(found, expected)
   if batch_size == num_shards:
-    assert sorted(first.state()) == ["shard_00000"]  # only its own pipelines run
+    assert sorted(first.state()) == ["shard_00000"]  # runs only its own pipelines
 
 
-def test_the_built_in_mixture_resumes_exactly_across_passes(tokenizer):
+def test_the_built_in_mixture_resumes_bitwise_across_passes(tokenizer):
   config = DatasetConfig(
     seqio_dataset=SeqioDatasetConfig(
       mixture_or_task_name="python_mixture",
@@ -132,7 +133,7 @@ def test_the_built_in_mixture_resumes_exactly_across_passes(tokenizer):
   stream, restored = opened(), opened()
   take(stream, 5)
   state = stream.state()
-  expected = take(stream, 90)  # more than one pass over the documents
+  expected = take(stream, 90)  # more than one pass through the documents
   restored.set_state(state)
   np.testing.assert_equal(take(restored, 90), expected)
   seen = {b.inputs.tobytes() for b in expected}
@@ -150,7 +151,7 @@ def test_held_out_text_is_not_trained_on():
     assert read("train") == train
 
 
-def test_the_runs_tokenizer_is_used_and_not_the_first_ones(tokenizer, mistral_model):
+def test_a_second_run_uses_its_own_tokenizer(tokenizer, mistral_model):
   from ll3m.data.config import TokenizerConfig
   from ll3m.data.tokenizer import load_tokenizer
 
@@ -172,14 +173,14 @@ BAD = {
   b'{"text": "a raw \0"}': "not JSON",
   b'{"txt": "misspelt"}': "no field 'text'",
   b'{"text": "\xff\xfe"}': "not UTF-8",
-  b'{"text": ""}': "no text to learn from",
+  b'{"text": ""}': "no text to train on",
   b'{"text": 7}': "field 'text' is not text",
   b'["text"]': "not a JSON object",
   b'{"text": "a\\ud800b"}': "not Unicode text",
 }
 
 
-def test_bad_lines_are_skipped_counted_and_the_first_are_named(tmp_path, tokenizer, caplog):
+def test_unusable_lines_are_skipped_counted_and_the_first_are_named(tmp_path, tokenizer, caplog):
   texts = ["first", "an escaped \0", "if x: " * 200_000, "last"]
   good = [json.dumps({"text": text}).encode() for text in texts]
   good[-1] = good[-1][:-1] + b', "more": "' + b"x" * 10_000_000 + b'"}'
@@ -196,16 +197,16 @@ def test_bad_lines_are_skipped_counted_and_the_first_are_named(tmp_path, tokeniz
   with pytest.raises(ValueError, match=f"^{path}:3: not JSON \\(`strict`\\)$"):
     open_dataset(config, tokenizer, rows=[0], strict=True)
   wanted = json_config(str(path), "prompt")
-  with pytest.raises(ValueError, match=r"no usable line: skipped 12: no field 'prompt' \(8\)"):
+  with pytest.raises(ValueError, match=r"no usable line: .*12: no field 'prompt' \(8\)"):
     open_dataset(wanted, tokenizer, rows=[0])
 
 
-def test_strict_takes_what_is_usable(write_jsonl, tokenizer):
+def test_strict_accepts_files_of_usable_lines(write_jsonl, tokenizer):
   config = json_config(write_jsonl(*lines(5), "", *lines(5)))
   assert next(open_dataset(config, tokenizer, rows=range(8), strict=True)).mask.any()
 
 
-def test_few_lines_make_fewer_shards(write_jsonl, tokenizer):
+def test_fewer_lines_than_shards_reduce_the_number_of_shards(write_jsonl, tokenizer):
   stream = open_dataset(json_config(write_jsonl(*lines(3))), tokenizer, rows=range(8))
   assert stream.num_shards == 3
   assert all((b.segment_ids > 0).all() for b in take(stream, 5))
@@ -223,7 +224,7 @@ def test_unpacked_documents_have_rows_of_their_own(write_jsonl, tokenizer):
   assert first.targets[0, count : count + 1] == tokenizer.eos_id
 
 
-def test_the_end_is_padding_until_all_shards_are_read(write_jsonl, tokenizer):
+def test_exhausted_shards_yield_padding_until_all_shards_end(write_jsonl, tokenizer):
   config = json_config(write_jsonl({"text": "x"}, {"text": "if x: " * 60}), batch_size=2)
   stream = open_dataset(config, tokenizer, rows=range(2), repeat=False)
   batches = list(stream)
@@ -240,7 +241,7 @@ def test_positions_of_another_stream_are_refused(write_jsonl, tokenizer):
   take(stream, 2)
   state = stream.state()
   other = json_config(path, num_shards=4)
-  with pytest.raises(ValueError, match="another stream: seqio_dataset.num_shards was 8, is 4"):
+  with pytest.raises(ValueError, match="another stream: .*num_shards was 8, is 4"):
     open_dataset(other, tokenizer, rows=range(8)).set_state(state)
   with pytest.raises(ValueError, match="another stream: seed was 0, is 1"):
     open_dataset(json_config(path), tokenizer, rows=range(8), seed=1).set_state(state)
@@ -253,17 +254,17 @@ def test_positions_of_another_stream_are_refused(write_jsonl, tokenizer):
     stream.set_state(state | {"shard_00001": stream.state()["shard_00001"]})
   with pytest.raises(ValueError, match="is empty"):
     stream.set_state({})
-  with pytest.raises(ValueError, match="position is damaged: shard_00001"):
+  with pytest.raises(ValueError, match="damaged: shard_00001"):
     stream.set_state(state | {"shard_00001": state["shard_00001"][:-9]})
 
 
 def test_rows_outside_of_the_batch_are_refused(write_jsonl, tokenizer):
   for rows in ([8], [-1], []):
-    with pytest.raises(ValueError, match="rows must lie in a batch of 8"):
+    with pytest.raises(ValueError, match="rows must .* 8, got "):
       open_dataset(json_config(write_jsonl(*lines(9))), tokenizer, rows=rows)
 
 
-def test_a_longer_row_goes_on_from_the_same_position(write_jsonl, tokenizer):
+def test_a_position_can_be_restored_with_a_longer_row(write_jsonl, tokenizer):
   path = write_jsonl(*lines(30))
   short = open_dataset(json_config(path, num_shards=1, batch_size=1), tokenizer, rows=[0],
                        repeat=False)  # fmt: skip
@@ -275,7 +276,7 @@ def test_a_longer_row_goes_on_from_the_same_position(write_jsonl, tokenizer):
   assert found == [tuple(document_of(tokenizer, e["text"])) for e in lines(30)]
 
 
-def test_files_of_rows_of_every_kind_make_one_dataset(tmp_path, tokenizer):
+def test_files_of_different_kinds_form_one_dataset(tmp_path, tokenizer):
   import gzip
 
   import datasets
@@ -310,5 +311,5 @@ def test_files_of_rows_of_every_kind_make_one_dataset(tmp_path, tokenizer):
   for one, other in zip(whole, resumed, strict=True):
     np.testing.assert_array_equal(one.inputs, other.inputs)
   (tmp_path / "g.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
-  with pytest.raises(ValueError, match="g.jsonl.gz is not a complete gzip file"):
+  with pytest.raises(ValueError, match="g.jsonl.gz .* gzip"):
     opened()

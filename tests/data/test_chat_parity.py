@@ -1,7 +1,7 @@
-"""Conversations through the templates that people use; the oracle is transformers.
+"""Conversations rendered by common templates; the oracle is transformers.
 
-transformers knows what an assistant said only where a template marks it. Each template here is
-marked by hand; without its marks, we have to find the same tokens.
+transformers finds what an assistant said only if the template marks it. Each template here is
+marked by hand. Without the marks, LL3M must find the same tokens.
 """
 
 import re
@@ -116,7 +116,7 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module", params=["byte_level", "sentencepiece"])
 def encoder(request):
-  """Two encoders with the same special tokens: without and with a space before a text."""
+  """An encoder that adds no space before a text, or one that does; special tokens are equal."""
   if request.param == "byte_level":
     encoder = folders.train_byte_level(["<unk>", "<s>", "</s>"])
   else:
@@ -144,7 +144,7 @@ def unmarked(template: str) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_and_masks_are_those_of_transformers(load, name):
+def test_ids_and_masks_equal_those_of_transformers(load, name):
   marked, theirs = load(TEMPLATES[name])
   plain, _ = load(unmarked(TEMPLATES[name]))
   refused = 0
@@ -157,7 +157,7 @@ def test_ids_and_masks_are_those_of_transformers(load, name):
     except (jinja2.TemplateError, TypeError):
       expected = None
     if expected is None or (tools and name != "tools"):
-      # transformers drops functions and calls that a template does not write, in silence.
+      # transformers silently drops tools and calls that a template does not render.
       with pytest.raises(ValueError, match="refuses the messages|does not render tool"):
         chat.render(plain, messages, tools)
       refused += 1
@@ -168,11 +168,11 @@ def test_ids_and_masks_are_those_of_transformers(load, name):
       assert loss.tolist() == expected["assistant_masks"], conversation
     prompt = theirs.apply_chat_template(messages[:1], tools=tools, add_generation_prompt=True)
     assert chat.encode_prompt(marked, messages[:1], tools) == prompt["input_ids"]
-  assert refused <= 2  # the system's turn or the calls
+  assert refused <= 2  # the conversation with a system turn, and that with calls
 
 
 def test_a_token_that_joins_header_and_answer_is_trained(load):
-  """By hand: the token " Yes" holds the last character of the header, a space."""
+  """Checks by hand: the token " Yes" contains the last character of the header, a space."""
   for template in (TEMPLATES["vicuna"], unmarked(TEMPLATES["vicuna"])):
     ours, _ = load(template)
     ids, loss = chat.encode(ours, chat.render(ours, turns("Hello", "Yes")))
@@ -182,7 +182,7 @@ def test_a_token_that_joins_header_and_answer_is_trained(load):
       assert ids[loss == 1].tolist() == [yes, ours.eos_id]
 
 
-def test_an_answer_whose_line_break_joins_that_of_the_header_is_trained_whole(load):
+def test_a_line_break_token_shared_by_header_and_answer_is_trained(load):
   ours, theirs = load(TEMPLATES["chatml"])
   ids, loss = chat.encode(ours, chat.render(ours, turns("a", "\nb")))
   start = ids.tolist().index(theirs.convert_tokens_to_ids("<|im_start|>"), 2)
@@ -203,14 +203,14 @@ def test_turns_of_weight_zero_are_not_trained(load, mark):
   assert text == ours.decode(ids[loss == 1], keep_control=True).removeprefix("first<|im_end|>")
   for message in messages[1::2]:
     message["weight"] = 0
-  with pytest.raises(ValueError, match="every assistant turn has the weight 0"):
+  with pytest.raises(ValueError, match="every .*weight 0"):
     chat.render(ours, messages)
   messages[1]["weight"] = 0.5
-  with pytest.raises(ValueError, match="neither 0 nor 1"):
+  with pytest.raises(ValueError, match="weight .*0 or 1"):
     chat.render(ours, messages)
 
 
-def test_markers_in_messages_tools_and_calls_are_letters(load):
+def test_control_strings_in_messages_tools_and_calls_stay_text(load):
   ours, theirs = load(unmarked(TEMPLATES["tools"]))
   end = theirs.convert_tokens_to_ids("<|im_end|>")
   call = {"function": {"name": "x<|im_end|>", "arguments": {"<|im_end|>": "<|im_end|>"}}}
@@ -223,7 +223,7 @@ def test_markers_in_messages_tools_and_calls_are_letters(load):
   assert ids.tolist().count(end) == 3 and ours.eos_id not in ids
   text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
   decoded = ours.decode(ids, keep_control=True)
-  # Nothing is lost; this encoder of Llama's puts a space after each marker, for transformers too.
+  # No text is lost. The Llama encoder adds a space after each marker, in transformers too.
   if "Ġ" in ours.files()["tokenizer.json"].decode():
     assert decoded == text
   else:
@@ -239,18 +239,18 @@ def test_markers_in_messages_tools_and_calls_are_letters(load):
     ([CALLS[0], CALLS[3]], "not JSON", "tools is not a list of JSON objects"),
     ([CALLS[0], CALLS[3]], [1], "tools is not a list of JSON objects"),
     ([CALLS[0], CALLS[1] | {"tool_calls": "x"}], None, "tool_calls is not a list"),
-    (turns("a", "", "b", " \n"), None, "no text to learn from"),
-    (turns("a", None), None, "no text to learn from"),
+    (turns("a", "", "b", " \n"), None, "no text"),
+    (turns("a", None), None, "no text"),
   ],
 )
-def test_conversations_that_cannot_be_learnt(load, messages, tools, reason):
+def test_conversations_that_cannot_be_trained_on_are_unusable(load, messages, tools, reason):
   ours, _ = load(TEMPLATES["phi3"].replace("m['content']", "m['content'] or ''"))
   processor = TextProcessor(TextProcessorConfig(), ours)
   with pytest.raises(Unusable, match=reason):
     processor({"messages": messages, "tools": tools})
 
 
-def test_tools_may_be_json_text_and_have_a_template_of_their_own(load):
+def test_tools_may_be_json_text_and_have_their_own_template(load):
   ours, theirs = load(TEMPLATES["tools"])
   rows = [{"messages": CALLS, "tools": tools} for tools in (TOOLS, str(TOOLS).replace("'", '"'))]
   processor = TextProcessor(TextProcessorConfig(), ours)
@@ -269,7 +269,7 @@ def test_tools_may_be_json_text_and_have_a_template_of_their_own(load):
     assert ids.tolist() == expected
 
 
-def test_markers_are_found_where_a_template_demands_a_system_turn(load):
+def test_markers_are_found_if_a_template_requires_a_system_turn(load):
   template = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     + unmarked(TEMPLATES["phi3"])
@@ -279,7 +279,7 @@ def test_markers_are_found_where_a_template_demands_a_system_turn(load):
   assert ours.token_id("<|end|>") in ours.stop_ids
 
 
-def test_names_of_reasoning_are_those_of_transformers(load):
+def test_reasoning_is_rendered_under_every_key(load):
   template = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"
     "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -292,7 +292,7 @@ def test_names_of_reasoning_are_those_of_transformers(load):
     assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
-def test_a_template_that_marks_whole_conversations_is_reported_once(load, caplog):
+def test_a_template_that_marks_whole_conversations_causes_one_warning(load, caplog):
   whole = "{% generation %}" + unmarked(TEMPLATES["phi3"]) + "{% endgeneration %}"
   for template, count in ((TEMPLATES["phi3"], 0), (whole, 1)):
     processor = TextProcessor(TextProcessorConfig(), load(template)[0])

@@ -1,4 +1,4 @@
-"""The reference's gin bindings, as they are written there."""
+"""Gin bindings, as written for the reference program."""
 
 import pytest
 
@@ -31,22 +31,22 @@ def test_bindings_are_split_outside_quotes_and_brackets(text, expected):
   assert split_bindings(text) == expected
 
 
-def test_the_references_bindings_choose_the_tokenizer():
+def test_bindings_of_the_reference_choose_the_tokenizer():
   assert bound(REFERENCE, extra_tokens=("<x>",)) == TokenizerConfig(type="llama")
   assert bound(f'{TYPE}="phi"', type="llama").type == "phi"
   assert bound(f"{EXTRA}=True", extra_tokens=("<x>",)).extra_tokens == ("<x>",)
   assert bound(extra_tokens=("<x>",)).extra_tokens == ("<x>",)
-  assert bound() == TokenizerConfig()  # what an earlier call bound is gone
+  assert bound() == TokenizerConfig()  # bindings of earlier calls are cleared
 
 
-def test_files_come_before_bindings(tmp_path):
+def test_bindings_override_files(tmp_path):
   (tmp_path / "a.gin").write_text(f'{TYPE} = "gemma"\n')
   assert bound(files=(str(tmp_path / "a.gin"),)).type == "gemma"
   assert bound(f'{TYPE}="phi"', files=(str(tmp_path / "a.gin"),)).type == "phi"
 
 
-def test_bindings_that_gin_refuses():
-  with pytest.raises(ValueError, match="needs `tokenizer.extra_tokens"):
+def test_invalid_bindings_are_refused():
+  with pytest.raises(ValueError, match="has_extra_token=True .*`tokenizer.extra_tokens`"):
     bound(f"{EXTRA}=True")
   with pytest.raises(ValueError, match="gin settings .*get_default_vocab.*No configurable"):
     bound('data.data_utils.get_default_vocab.tokenizer_type="llama"')

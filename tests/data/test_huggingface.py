@@ -27,7 +27,7 @@ USABLE = [e for e in EXAMPLES if e["prompt"]]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """A dataset of two files, and caches that leave nothing behind."""
+  """A dataset of two files, with a temporary cache."""
   folder = tmp_path_factory.mktemp("dataset")
   for i in range(2):
     text = "".join(f"{json.dumps(e)}\n" for e in EXAMPLES[30 * i : 30 * i + 30])
@@ -72,7 +72,9 @@ def test_every_example_is_read_once(source, tokenizer, streaming, num_shards):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_a_stream_resumes_exactly_on_other_processes(source, tokenizer, streaming, repeat):
+def test_a_stream_resumes_bitwise_on_another_number_of_processes(
+  source, tokenizer, streaming, repeat
+):
   def opened(rows):
     return open_dataset(
       config(source, streaming=streaming), tokenizer, rows=rows, seed=2, repeat=repeat
@@ -92,18 +94,18 @@ def test_a_stream_resumes_exactly_on_other_processes(source, tokenizer, streamin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_without_the_field_are_what_the_error_is_about(source, tokenizer, streaming, caplog):
+def test_a_dataset_without_the_field_is_an_error(source, tokenizer, streaming, caplog):
   wrong = dataclasses.replace(
     config(source, streaming=streaming), text_processor=TextProcessorConfig("txt")
   )
   with pytest.raises(ValueError, match=r"no usable document; skipped .*: no field 'txt' \("):
     next(open_dataset(wrong, tokenizer, rows=range(3)))
-  (warning,) = (record.getMessage() for record in caplog.records)  # once, not once an example
-  assert "leaving out examples that cannot be used; the first: " in warning
+  (warning,) = (record.getMessage() for record in caplog.records)  # one for all examples
+  assert "the first: " in warning
   assert warning.endswith(f"{source}: no field 'txt'")
 
 
-def test_the_end_does_not_repeat_what_was_reported():
+def test_reported_examples_are_not_reported_again_at_the_end():
   skipped = Skipped()
   assert skipped.describe_unreported() == ""
   skipped.warn_and_add("a", "empty")
@@ -115,7 +117,7 @@ def test_the_end_does_not_repeat_what_was_reported():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_strict_stops_at_a_row_that_cannot_be_used(source, tokenizer, streaming):
+def test_strict_stops_at_an_unusable_row(source, tokenizer, streaming):
   stream = open_dataset(
     config(source, streaming=streaming), tokenizer, rows=range(3), repeat=False, strict=True
   )
@@ -134,14 +136,14 @@ def test_shuffling_depends_on_the_seed(source, tokenizer, streaming):
   assert first[1] != first[2]
 
 
-def test_what_cannot_be_loaded_is_one_sentence(source, tokenizer):
+def test_a_dataset_that_cannot_be_loaded_is_named(source, tokenizer):
   for kwargs in ({"split": "nowhere"}, {"name": "no_such_name"}):
-    with pytest.raises(ValueError, match="huggingface dataset .* cannot be loaded"):
+    with pytest.raises(ValueError, match="dataset .* cannot be loaded"):
       open_dataset(config(source, streaming=False, **kwargs), tokenizer, rows=[0])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_local_files_may_be_compressed_and_have_a_mark(source, tmp_path, streaming):
+def test_local_files_may_be_compressed_and_have_a_byte_order_mark(source, tmp_path, streaming):
   text = b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n{"text": "c\xc2\x85d"}\n'
   (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(text))
   options = HuggingFaceDatasetConfig(path=str(tmp_path), streaming=streaming)

@@ -1,4 +1,4 @@
-"""Packing changes where documents lie, not what is learnt from them."""
+"""Packing changes the rows of documents, not their loss."""
 
 import functools
 
@@ -30,10 +30,10 @@ def test_packed_loss_equals_unpacked_loss():
     max_positions=LENGTH, norm_epsilon=1e-5, sliding_window=9,
   )  # fmt: skip
   model = make_model(config)
-  # Larger than at the start of training, so that what a token sees changes its loss.
+  # Larger than at initialisation, so that the loss of a token depends on the tokens it attends to.
   params = jax.tree.map(lambda w: 5 * w, model.init(jax.random.key(0)))
   random = np.random.default_rng(0)
-  # Lengths that fill three rows exactly, so that no document is cut by its row's end.
+  # Lengths that fill three rows exactly, so that no document is cut at the end of a row.
   documents = [
     Document(*(random.integers(0, high, n, dtype=np.int32) for high in (67, 2)))
     for n in (5, 1, 26, 32, 13, 2, 17)
@@ -45,6 +45,6 @@ def test_packed_loss_equals_unpacked_loss():
   assert ours.weight == theirs.weight and ours.tokens == theirs.tokens
   np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
   np.testing.assert_allclose(ours.z_loss, theirs.z_loss, rtol=1e-5)
-  # The comparison can fail: without segments, documents see each other.
+  # The comparison can fail: without segments, documents attend to each other.
   mixed = sums(params, packed._replace(segment_ids=jnp.ones_like(packed.inputs)))
   assert abs(mixed.loss - theirs.loss) > 1e-3 * theirs.loss

@@ -1,4 +1,4 @@
-"""Rows against a packer that works token by token."""
+"""Packed rows; the oracle is a packer that works token by token."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -19,7 +19,7 @@ def make_documents(losses: list[list[int]]) -> list[Document]:
 
 
 def brute_force(documents: list[Document], length: int, pack: bool) -> list[list[tuple]]:
-  """Rows as lists of (token, loss, segment, position), one token at a time."""
+  """Returns rows as lists of (token, loss, segment, position), built token by token."""
   rows, row, segment = [], [], 0
   for document in documents:
     if row and not pack:
@@ -49,7 +49,7 @@ def all_rows(packer: Packer, documents: list[Document]) -> list:
 
 @settings(deadline=None, max_examples=150)
 @given(losses=DOCUMENTS, length=st.integers(2, 17), pack=st.booleans())
-def test_rows_are_those_of_a_token_by_token_packer(losses, length, pack):
+def test_rows_equal_those_of_a_token_by_token_packer(losses, length, pack):
   documents = make_documents(losses)
   rows = all_rows(Packer(length, pack=pack), documents)
   expected = brute_force(documents, length, pack)
@@ -69,7 +69,7 @@ def test_rows_are_those_of_a_token_by_token_packer(losses, length, pack):
 
 @settings(deadline=None, max_examples=60)
 @given(losses=DOCUMENTS, length=st.integers(2, 9), pack=st.booleans(), stop=st.integers(0, 12))
-def test_a_restored_packer_goes_on_where_it_was(losses, length, pack, stop):
+def test_a_restored_packer_continues_at_the_same_token(losses, length, pack, stop):
   documents = make_documents(losses)
   packer, restored = Packer(length, pack=pack), Packer(length, pack=pack)
   before = []

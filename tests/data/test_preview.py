@@ -19,7 +19,7 @@ def tokenizer(byte_tokenizer):
 
 
 def make_batch(tokenizer) -> Batch:
-  """Two rows of eight: a prompt "a\\n" with the answer "é", and "b"; then one of padding."""
+  """Returns two rows of 8 tokens: a prompt "a\\n" with the answer "é", and "b"; then padding."""
   bos, eos = tokenizer.token_id("<s>"), tokenizer.eos_id
   first = [bos, *tokenizer.encode("a\né"), eos, bos, *tokenizer.encode("b")]
   inputs = np.array([first, [0] * 8], np.int32)
@@ -35,18 +35,18 @@ def shown(batch, tokenizer, **options) -> str:
   return file.getvalue()
 
 
-def test_tokens_documents_and_loss_are_seen(tokenizer):
+def test_tokens_documents_and_loss_are_shown(tokenizer):
   assert shown(make_batch(tokenizer), tokenizer) == (
     "row 0: 2 documents, 8 of 8 tokens used, 3 trained\n"
     "-- document 1: 6 tokens, 3 trained\n"
-    "<s>|a|↵\n|[]|[é]|[</s>]\n"  # a character stands at its last byte
+    "<s>|a|↵\n|[]|[é]|[</s>]\n"  # a character is shown at its last byte
     "-- document 2: 2 tokens, 0 trained\n"
     "<s>|b\n\n"
     "row 1: 0 documents, 0 of 8 tokens used, 0 trained\n\n"
   )
 
 
-def test_colors_take_the_place_of_brackets(tokenizer):
+def test_colors_replace_brackets(tokenizer):
   text = shown(make_batch(tokenizer), tokenizer, rows=1, color=True)
   assert "\033[1;32m</s>\033[0m" in text and "\033[2ma\033[0m" in text and "[</s>]" not in text
 
@@ -57,7 +57,7 @@ def test_micro_batches_are_shown_row_by_row(tokenizer):
   assert shown(stacked, tokenizer) == shown(batch, tokenizer)
 
 
-def test_a_target_belongs_to_the_token_after(tokenizer):
+def test_a_mask_belongs_to_the_next_token(tokenizer):
   row = Batch(*(array[0] for array in make_batch(tokenizer)))
   assert trained_tokens(row).tolist() == [False] * 3 + [True] * 3 + [False] * 2
 

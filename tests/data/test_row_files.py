@@ -1,4 +1,4 @@
-"""Rows of every kind of file, against Python's json and csv, pyarrow and `datasets`."""
+"""Rows of every kind of file; the oracles are Python's json and csv, pyarrow and `datasets`."""
 
 import csv
 import gzip
@@ -14,13 +14,13 @@ from ll3m.data.row_files import as_row, is_array, kind_of, open_rows, parse_json
 from ll3m.data.skipped_examples import Unusable
 
 BOM = b"\xef\xbb\xbf"
-# Characters that some readers take for ends of lines or of files, and that JSON escapes.
+# Characters that some readers treat as the end of a line or file, or that JSON escapes.
 TEXT = st.text(st.sampled_from('aé" ,\\\n\r\t\x0b\x0c\x1c\x85\u2028\ufeff[]{}'), max_size=8)
 ROWS = [{"prompt": "say\u2028Hello", "n": 1}, {"prompt": 'a "quoted", \x85 one', "n": 2}]
 
 
 def rows_of(path):
-  """Every row as its place and its object."""
+  """Returns the place and the object of every row."""
   rows = open_rows(str(path))
   return [(rows.place(n), as_row(rows.read(a, b))) for n, a, b in rows.positions]
 
@@ -71,7 +71,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("encode", [bytes, gzip.compress, zstandard.compress])
 @pytest.mark.parametrize("ending", WRITERS)
-def test_prompts_of_every_kind_plain_and_compressed(tmp_path, ending, encode):
+def test_prompts_are_read_from_every_kind_of_file(tmp_path, ending, encode):
   packed = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[encode]
   file = tmp_path / f"prompts.{ending}{packed}"
   file.write_bytes(encode(WRITERS[ending](ROWS)))
@@ -89,13 +89,13 @@ OBJECTS = st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=2), max_size=2)
   indent=st.sampled_from([None, 0, 2]),
   ascii_only=st.booleans(),
 )
-def test_arrays_have_the_rows_and_lines_of_python(tmp_path_factory, rows, indent, ascii_only):
+def test_arrays_have_the_rows_of_pythons_reader(tmp_path_factory, rows, indent, ascii_only):
   data = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
   file = tmp_path_factory.getbasetemp() / "array.json"
   file.write_bytes(data.encode())
   found = rows_of(file)
   assert [row for _, row in found] == rows
-  # A row begins on the line after those of the rows before it.
+  # A row begins on the line after the previous row.
   lines = [1 if indent is None else 2]
   for row in rows:
     lines.append(
@@ -106,7 +106,7 @@ def test_arrays_have_the_rows_and_lines_of_python(tmp_path_factory, rows, indent
 
 @given(cells=st.lists(st.lists(TEXT, min_size=2, max_size=2), min_size=1),
        kind=st.sampled_from(["csv", "tsv"]))  # fmt: skip
-def test_cells_of_csv_are_those_of_pythons_reader(tmp_path_factory, cells, kind):
+def test_cells_of_csv_equal_those_of_pythons_reader(tmp_path_factory, cells, kind):
   out, delimiter = io.StringIO(), "," if kind == "csv" else "\t"
   csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([["text", "b"], *cells])
   file = tmp_path_factory.getbasetemp() / f"cells.{kind}"
@@ -116,7 +116,7 @@ def test_cells_of_csv_are_those_of_pythons_reader(tmp_path_factory, cells, kind)
   assert rows_of(file) == expected
 
 
-def test_cells_of_csv_stay_the_text_that_was_written(tmp_path):
+def test_cells_of_csv_are_not_converted(tmp_path):
   (tmp_path / "a.csv").write_text("text,n\n007,1.50\nNA,null\n,True\n2026-01-02,\n")
   assert [tuple(row.values()) for _, row in rows_of(tmp_path / "a.csv")] == [
     ("007", "1.50"), ("NA", "null"), ("", "True"), ("2026-01-02", ""),
@@ -141,7 +141,7 @@ def test_conversations_of_parquet_are_lists_of_objects(tmp_path):
     (b"one\n\n \t\ntwo \r\n", {1: "one", 4: "two "}),
     (BOM + b"one", {1: "one"}),
     ("a\u2028b\x85c\x0cd\re\r\nf\r".encode(), {1: "a\u2028b\x85c\x0cd\re", 2: "f\r"}),
-    (b'{"prompt": "a"}', {1: '{"prompt": "a"}'}),  # the name says text
+    (b'{"prompt": "a"}', {1: '{"prompt": "a"}'}),  # text, by its extension
   ],
 )
 def test_a_line_of_text_is_a_prompt(tmp_path, content, expected):
@@ -150,7 +150,7 @@ def test_a_line_of_text_is_a_prompt(tmp_path, content, expected):
   assert read_prompts(str(file), "f") == [(f"{file}:{n}", text) for n, text in expected.items()]
 
 
-def test_prompts_of_several_files(tmp_path):
+def test_prompts_are_read_from_several_files(tmp_path):
   (tmp_path / "a.txt").write_text("one\n")
   (tmp_path / "b.csv").write_text("prompt\ntwo\n")
   (tmp_path / "c[1].txt").write_text("three")
@@ -167,19 +167,19 @@ def test_prompts_of_several_files(tmp_path):
     ("a.json", b'[{"a": 1}\n{"a": 2}]', ":2: not a JSON array: Expecting ',' or ']'"),
     ("a.json", b'[{"a": 1},\n]', ":2: not a JSON array: Expecting value"),
     ("a.json", b'[{"a": 1},\n{"a"', ":2: not a JSON array: Expecting ':' delimiter"),
-    ("a.json", b'[{"a": 1}]\n\n[{"a": 2}]', ":3: not a JSON array: more text after its end"),
+    ("a.json", b'[{"a": 1}]\n\n[{"a": 2}]', ":3: not a JSON array: .*after its end"),
     ("a.json", b'[\n{"a": ' + b"[" * 200_000, ":2: not a JSON array: "),
     ("a.json", b"[{\n" + b'"a": ' + b"1" * 5000 + b"}]", ":1: not a JSON array: Exceeds the limit"),
     ("a.csv", b"a,b\n1,2\n1,2,3\n", " is not a csv file: .*Row #3: Expected 2 columns, got 3"),
     ("a.csv", b"a\n\xff\n", " is not a csv file: .*invalid UTF8"),
     ("a.csv", b"", " is not a csv file: Empty CSV file"),
-    ("a.tsv", b"a\ta\n1\t2\n", " has several columns 'a': rename them"),
+    ("a.tsv", b"a\ta\n1\t2\n", " .*columns .*'a'"),
     ("a.parquet", b"PAR1 and no more", " is not a parquet file: "),
     ("a.jsonl", '{"a": 1}'.encode("utf-16"), " is UTF-16: convert it with `iconv -f UTF-16 -t UTF"),
     ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), " is UTF-16LE: convert it with `iconv -f UTF-16LE"),
   ],
 )  # fmt: skip
-def test_files_that_are_damaged_are_one_sentence(tmp_path, name, content, message):
+def test_damaged_files_are_reported_in_one_line(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=f"^{tmp_path / name}{message}") as caught:
     rows_of(tmp_path / name)
@@ -198,14 +198,14 @@ def test_files_that_are_damaged_are_one_sentence(tmp_path, name, content, messag
     ("p.json", b"[]", " holds no prompt"),
   ],
 )
-def test_rows_that_are_no_prompt_are_named(tmp_path, name, content, message):
+def test_rows_that_are_not_prompts_are_named(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError) as caught:
     read_prompts(str(tmp_path / name), "prompt_file")
   assert str(caught.value).startswith(f"{tmp_path / name}{message}")
 
 
-def test_a_prompt_file_that_is_missing():
+def test_a_missing_prompt_file_is_named():
   with pytest.raises(FileNotFoundError, match="^`prompt_file`: no file matches '/nowhere'$"):
     read_prompts("/nowhere", "prompt_file")
 
@@ -218,17 +218,17 @@ def test_a_prompt_file_that_is_missing():
     ("a", b"a,b", None), ("a.py", b"{x}", None), ("a", b"", None),
   ],
 )  # fmt: skip
-def test_the_name_says_what_a_file_holds_and_else_its_content(name, head, kind):
+def test_the_extension_or_else_the_content_determines_the_kind(name, head, kind):
   assert kind_of(name, head) == kind
 
 
 @pytest.mark.parametrize("head", [b"[{", BOM + b" \r\n[\n\t{", b"[]", b"[ ", b"["])
-def test_json_that_is_an_array(head):
+def test_an_array_of_objects_is_recognised(head):
   assert is_array(head)
 
 
 @pytest.mark.parametrize("head", [b"", b"{", b"[1]\n", b"[nonsense", b'["a", {"b": 1}]', b"x[{"])
-def test_json_that_is_lines(head):
+def test_json_lines_are_not_taken_for_an_array(head):
   assert not is_array(head)
 
 
@@ -237,10 +237,10 @@ def test_json_that_is_lines(head):
   [(b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
    (b"[1]", "not a JSON object"), (b'{"a": "\xff"}', "not UTF-8")],
 )  # fmt: skip
-def test_lines_that_are_no_object(line, reason):
+def test_lines_that_are_not_objects_are_unusable(line, reason):
   with pytest.raises(Unusable, match=reason):
     parse_json(line)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_row():
+def test_a_byte_order_mark_is_not_part_of_a_row():
   assert parse_json(BOM + b'{"text": "a"}\r') == {"text": "a"}

@@ -1,4 +1,4 @@
-"""Mixtures over TFRecord shards, and tasks that users bring."""
+"""Mixtures of TFRecord shards, and users' own tasks."""
 
 import copy
 import itertools
@@ -17,7 +17,7 @@ from tests.data.opening import open_dataset
 
 
 def write_shards(data_dir, source, split, documents, num_files):
-  """Deals texts to files, as tools/prepare_text.py does."""
+  """Distributes texts to files in turn, like tools/prepare_text.py."""
   import tensorflow as tf
 
   (data_dir / source).mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def config(name, **kwargs):
 
 
 def texts_of(batches, tokenizer):
-  """Every document, put together again from the rows of its shard."""
+  """Returns every document, reassembled from the rows of its shard."""
   documents = []
   for rows in zip(*[zip(b.inputs, b.segment_ids, strict=True) for b in batches], strict=True):
     tokens = [t for inputs, segments in rows for t in inputs[segments > 0].tolist()]
@@ -76,7 +76,7 @@ def test_a_mixture_draws_by_its_rates(tmp_path, tokenizer):
   inputs = np.concatenate([b.inputs for b in itertools.islice(stream, 100)])
   rare, common = (np.sum(inputs == tokenizer.encode(text)[0]) for text in ("if", "for"))
   assert rare + common > 2500
-  # Four standard deviations of a share of 9.09 % among so many.
+  # Four standard deviations of a share of 9.09 % of this many tokens.
   assert abs(rare / (rare + common) - 0.0909) < 4 * np.sqrt(0.0909 * 0.9091 / (rare + common))
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_shard_is_named(tmp_path, tokenizer, num_files, damage, messag
     list(itertools.islice(stream, 40))
 
 
-def test_held_out_text_smaller_than_a_batch(tmp_path, tokenizer):
+def test_held_out_text_may_be_smaller_than_a_batch(tmp_path, tokenizer):
   write_shards(tmp_path, "wiki", "validation", ["one", "two"], 1)
   arguments = {"rows": range(4), "data_dir": str(tmp_path), "split_default": "validation"}
   (batch,) = open_dataset(config("wiki"), tokenizer, repeat=False, **arguments)
@@ -133,7 +133,7 @@ def test_held_out_text_smaller_than_a_batch(tmp_path, tokenizer):
   assert not batch.mask[2:].any()
 
 
-def test_data_that_ends_begins_anew(tmp_path, tokenizer):
+def test_data_repeats_after_its_end(tmp_path, tokenizer):
   write_shards(tmp_path, "wiki", "train", ["one", "two"], 1)
   options = config("wiki", num_shards=2, batch_size=2, pack=False)
   stream = open_dataset(options, tokenizer, rows=range(2), data_dir=str(tmp_path))
@@ -142,26 +142,26 @@ def test_data_that_ends_begins_anew(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, float("nan"), float("inf")])
-def test_a_rate_that_is_no_positive_number(rate):
-  with pytest.raises(ValueError, match=f"rate of 'wiki' must be a positive number, got {rate!r}"):
+def test_a_rate_must_be_a_positive_number(rate):
+  with pytest.raises(ValueError, match=f"rate of 'wiki' .*positive.* {rate!r}"):
     seqio_tasks.add_mixture("mixture_for_test", [("cc_en", 1.0), ("wiki", rate)])
 
 
-def test_too_few_documents_for_the_shards(tmp_path, tokenizer):
+def test_a_shard_without_documents_is_an_error(tmp_path, tokenizer):
   write_shards(tmp_path, "wiki", "train", ["one", "two"], 1)
   stream = open_dataset(config("wiki"), tokenizer, rows=range(4), data_dir=str(tmp_path))
-  with pytest.raises(ValueError, match=r"wiki: a shard has no usable document; lower .*num_shards"):
+  with pytest.raises(ValueError, match=r"wiki: .*no usable document; .*num_shards"):
     next(stream)
 
 
 OWN_TASKS = """
 import seqio, tensorflow as tf
-from ll3m.data import mixtures, sources, tasks
+from ll3m.data import mixtures, seqio_sources, seqio_tasks
 from ll3m.data.seqio_vocabulary import RUN_VOCABULARY
 
-numbered = sources.IndexedSource(lambda split: [f"{split} {i}" for i in range(9)])
-tasks.add_text_task("own_text", numbered)
-tasks.add_mixture("own_mixture", [("own_text", 3.0), ("python_reference", 1.0)])
+numbered = seqio_sources.IndexedSource(lambda split: [f"{split} {i}" for i in range(9)])
+seqio_tasks.add_text_task("own_text", numbered)
+seqio_tasks.add_mixture("own_mixture", [("own_text", 3.0), ("python_reference", 1.0)])
 
 def split(dataset, output_features):
   def cut(example):
@@ -172,7 +172,7 @@ def split(dataset, output_features):
 feature = seqio.Feature(RUN_VOCABULARY)
 seqio.TaskRegistry.add(
   "own_prompts",
-  source=sources.IndexedSource(lambda split: ["if x: return"] * 4),
+  source=seqio_sources.IndexedSource(lambda split: ["if x: return"] * 4),
   preprocessors=[split],
   output_features={"inputs": feature, "targets": feature, "targets_loss": feature},
   shuffle_buffer_size=None,
@@ -190,7 +190,7 @@ def own_tasks(tmp_path_factory):
     yield "own_tasks_for_test"
 
 
-def test_tasks_of_the_users_own(own_tasks, tokenizer):
+def test_tasks_of_a_users_module_are_read(own_tasks, tokenizer):
   stream = open_dataset(
     config("own_text", module=own_tasks), tokenizer, rows=range(4), repeat=False
   )
@@ -213,16 +213,14 @@ def test_features_before_the_last_carry_no_loss(own_tasks, tokenizer):
 
 
 def documented_task():
-  """The example of docs/dataset.md that registers a task made of seqio's own steps."""
+  """Returns the example in docs/dataset.md that builds a task from seqio's preprocessors."""
   text = (Path(__file__).parents[2] / "docs" / "dataset.md").read_text()
   (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "prepend_bos" in b)
   return block
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
-def test_the_documented_task_of_seqios_steps_has_bos_and_eos(
-  tmp_path, train_tokenizer, bos, monkeypatch
-):
+def test_the_documented_task_has_bos_and_eos(tmp_path, train_tokenizer, bos, monkeypatch):
   from tokenizers import Tokenizer as Encoder
 
   folder = train_tokenizer(tmp_path / "tokenizer", bos=bos)
@@ -248,7 +246,7 @@ def test_the_documented_task_of_seqios_steps_has_bos_and_eos(
   assert batch.inputs[0].tolist() == next(stream).inputs[0].tolist() == expected
 
 
-def test_bos_goes_before_the_first_feature_and_is_not_trained(tokenizer):
+def test_bos_precedes_the_first_feature_and_is_not_trained(tokenizer):
   import tensorflow as tf
 
   with_bos = copy.copy(tokenizer)
@@ -267,9 +265,9 @@ def test_bos_goes_before_the_first_feature_and_is_not_trained(tokenizer):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"name": "own_txt"}, "unknown mixture or task 'own_txt' .did you mean 'own_text'"),
-    ({"name": "own_text", "split": "test"}, "own_text has the splits train, validation, got 'tes"),
-    ({"name": "own_text", "task_feature_field": ("inputs",)}, "the features targets, not inputs"),
+    ({"name": "own_txt"}, "unknown mixture or task 'own_txt' .*'own_text'"),
+    ({"name": "own_text", "split": "test"}, "own_text .*train, validation, got 'test'"),
+    ({"name": "own_text", "task_feature_field": ("inputs",)}, "features targets, .*inputs"),
     ({"name": "own_text", "module": "no_such_module"}, "'no_such_module' cannot be imported"),
     (
       {"name": "own_text", "module": "broken_for_test"},
@@ -277,6 +275,6 @@ def test_bos_goes_before_the_first_feature_and_is_not_trained(tokenizer):
     ),
   ],
 )
-def test_what_a_module_does_not_have(own_tasks, tokenizer, kwargs, message):
+def test_names_that_a_module_lacks_are_refused(own_tasks, tokenizer, kwargs, message):
   with pytest.raises(ValueError, match=message):
     open_dataset(config(**{"module": own_tasks} | kwargs), tokenizer, rows=range(4))

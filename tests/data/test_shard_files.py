@@ -3,7 +3,7 @@
 from ll3m.data import shard_files
 
 
-def test_files_of_a_glob_over_folders(tmp_path):
+def test_a_glob_may_span_folders(tmp_path):
   for name in ("a/x.jsonl", "b/y.jsonl", "b/z.txt"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()

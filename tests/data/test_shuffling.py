@@ -1,7 +1,8 @@
-"""The order of examples, against TensorFlow's own operations and recorded batches.
+"""The order of examples; the oracles are TensorFlow's own operations and recorded batches.
 
 `tests/fixtures/data_order.npz` was recorded from commit 13116dc, when tf.data shuffled the numbers
-of json and huggingface rows: the first batches of each of `CASES`, cut with the tokenizer below.
+of json and huggingface rows. It holds the first batches of each of `CASES`, made with the tokenizer
+below.
 """
 
 import itertools
@@ -40,7 +41,7 @@ CASES = {
 
 
 class Characters(Tokenizer):
-  """A tokenizer whose tokens are characters: what a trained one gives may change."""
+  """A tokenizer whose tokens are characters, because a trained one might change."""
 
   prefix, bos_id, eos_id, vocab_size = [1], 1, 2, 300
   chat_template, fingerprint = None, "characters"
@@ -75,14 +76,14 @@ def opened(folder, case):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_batches_are_those_that_were_recorded(folder, name):
+def test_batches_equal_the_recorded_ones(folder, name):
   with np.load(FIXTURE) as recorded:
     expected = {field: recorded[f"{name}.{field}"] for field in ("inputs", "segment_ids", "mask")}
   count = len(expected["inputs"])
   stream = opened(folder, CASES[name])
   first = list(itertools.islice(stream, count // 2))
   resumed = opened(folder, CASES[name])
-  resumed.set_state(stream.state())  # within a pass, and with buffers that are full or run dry
+  resumed.set_state(stream.state())  # within a pass, with full and with partly empty buffers
   batches = [*first, *itertools.islice(resumed, count - count // 2)]
   for field, values in expected.items():
     np.testing.assert_array_equal([getattr(batch, field) for batch in batches], values)
@@ -91,7 +92,7 @@ def test_batches_are_those_that_were_recorded(folder, name):
 
 
 @pytest.mark.parametrize("last", [1, 2, 98, 255, 65535, 65537, 2**17, 300_000, 5_000_000, 2**33])
-def test_the_permutation_is_tensorflows(last):
+def test_the_permutation_equals_tensorflows(last):
   import tensorflow as tf
 
   indices = sorted({0, 1, last // 3, last // 2, last - 1, last})
@@ -109,26 +110,26 @@ def test_a_permutation_has_every_number_once(last):
 
 @pytest.mark.parametrize(
   ("counter", "key", "expected"),
-  [  # The known answers of philox4x32 10 that come with Random123.
+  [  # Known answers of philox4x32 10 from Random123.
     (0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     (2**64 - 1, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
   ],
 )
-def test_random_numbers_are_philoxs(counter, key, expected):
-  block = counter  # the lower half of the counter, which in these answers equals the upper half
+def test_random_numbers_equal_the_known_answers_of_philox(counter, key, expected):
+  block = counter  # the lower half of the counter, which equals the upper half in these answers
   draws = Philox(key, counter)
   assert [draws(4 * block + i) for i in range(4)] == expected
 
 
 @pytest.mark.parametrize(("count", "shards"), [(20, 1), (700, 1), (1999, 3), (5, 5)])
-def test_a_shuffled_shard_is_tensorflows_shuffle_of_the_permutation(count, shards):
+def test_a_shuffled_shard_equals_tensorflows_shuffle_of_the_permutation(count, shards):
   import tensorflow as tf
 
   for seed in (0, 42, -5):
     shard = shards - 1
     permuted = permute(range(shard, count, shards), seed=seed, last=count - 1)
     passes = tf.data.Dataset.from_tensor_slices(permuted).shuffle(512, seed=seed)
-    # `map`, because a repetition next to a shuffling is fused with it, which draws otherwise.
+    # With `map` between, tf.data does not fuse shuffle and repeat, which draws other numbers.
     expected = [*passes.map(lambda number: number * 1).repeat(3).as_numpy_iterator()]
     order = NumberOrder(count, shard=shard, num_shards=shards, shuffle_seed=seed, repeat=True)
     assert list(itertools.islice(order, len(expected))) == expected
@@ -136,7 +137,7 @@ def test_a_shuffled_shard_is_tensorflows_shuffle_of_the_permutation(count, shard
 
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_every_position_can_be_saved(seed, repeat):
+def test_any_position_can_be_saved_and_restored(seed, repeat):
   def order():
     return NumberOrder(700, shard=0, num_shards=1, shuffle_seed=seed, repeat=repeat)
 

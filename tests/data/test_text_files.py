@@ -1,4 +1,4 @@
-"""Lines and bytes of text files, against Python's own bytes.split, gzip and zstandard."""
+"""Lines and bytes of text files; the oracles are bytes.split, gzip and zstandard."""
 
 import gzip
 import io
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ll3m.data.text_files import open_stream, read_bytes, require_utf8, split_lines
 
 BOM = b"\xef\xbb\xbf"
-# What `str.splitlines` and `bytes.splitlines` take for ends of lines, and pieces of a mark.
+# Line ends of `str.splitlines` and `bytes.splitlines`, and a byte order mark.
 PIECES = [
   b"a", b"\n", b"\r", b"\r\n", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\xc2\x85",
   b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef\xbb\xbf", b" ",
@@ -24,7 +24,7 @@ def brute_force(data):
     lines.pop()
   ends = [line.removesuffix(b"\r") for line in lines]
   if lines and not data.endswith(b"\n"):
-    ends[-1] = lines[-1]  # a lone \r ends no line
+    ends[-1] = lines[-1]  # a lone \r does not end a line
   return list(enumerate(ends, start=1))
 
 
@@ -33,7 +33,7 @@ def test_only_line_feeds_end_a_line(data):
   assert [(n, data[a:b]) for n, a, b in split_lines(data)] == brute_force(data)
 
 
-def test_numbers_go_on_in_a_later_part():
+def test_line_numbers_continue_in_a_later_part():
   assert list(split_lines(BOM + b"a\n\nb", 7)) == [(7, 0, 4), (8, 5, 5), (9, 6, 7)]
 
 
@@ -43,7 +43,7 @@ def zstd_frames(data):
 
 
 def long_window(data):
-  """As `zstd --long=28` writes, which decoders refuse unless they allow such windows."""
+  """Compresses like `zstd --long=28`, which decoders refuse unless they allow such windows."""
   parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
   out = io.BytesIO()
   compressor = zstandard.ZstdCompressor(compression_params=parameters)
@@ -57,7 +57,7 @@ CODECS = [gzip.compress, zstandard.compress, zstd_frames, long_window]
 
 @pytest.mark.parametrize("encode", CODECS)
 @pytest.mark.parametrize("data", [b"", b"a", b"some text\r\n" * 100_000])
-def test_compressed_files_by_name_and_by_content(tmp_path, encode, data):
+def test_compression_is_found_by_name_and_by_content(tmp_path, encode, data):
   named = tmp_path / ("a.txt.gz" if encode is gzip.compress else "a.txt.ZST")
   for file in (named, tmp_path / "plain"):
     file.write_bytes(encode(data))
@@ -67,16 +67,16 @@ def test_compressed_files_by_name_and_by_content(tmp_path, encode, data):
 
 
 @pytest.mark.parametrize(("encode", "ending"), [(gzip.compress, ".gz"), (zstd_frames, ".zst")])
-def test_a_compressed_file_that_ends_early_or_is_none(tmp_path, encode, ending):
+def test_a_truncated_or_invalid_compressed_file_is_refused(tmp_path, encode, ending):
   file, kind = tmp_path / f"a{ending}", {".gz": "gzip", ".zst": "Zstandard"}[ending]
   whole = encode(bytes(range(256)) * 9)
   for data in (whole[:-1], whole[: len(whole) // 4], whole[:5], b"plain text", b"x"):
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"^{file} is not a complete {kind} file: "):
+    with pytest.raises(ValueError, match=f"^{file} .*{kind}"):
       read_bytes(str(file))
 
 
-def test_plain_files_are_mapped_not_read(tmp_path):
+def test_uncompressed_files_are_memory_mapped(tmp_path):
   (tmp_path / "a").write_bytes(b"text")
   (tmp_path / "b").touch()
   mapped = read_bytes(str(tmp_path / "a"))
@@ -106,12 +106,12 @@ def test_wide_encodings_without_a_mark_are_named(text, encoding):
 
 
 @given(st.text(min_size=1))
-def test_utf8_is_never_taken_for_another(text):
+def test_utf8_is_never_taken_for_another_encoding(text):
   if text.strip("\0"):  # a few letters between NULs are UTF-16 of these letters
     data = text.encode()
     if data.count(0) * 4 < len(data):
       require_utf8("a.txt", data)
 
 
-def test_utf8_with_a_few_nuls_is_text():
+def test_utf8_may_contain_a_few_nuls():
   require_utf8("a.txt", b"a\0b\0\0c, and more text\0" * 20)

@@ -1,4 +1,4 @@
-"""Examples of json and huggingface datasets as documents."""
+"""Conversion of json and huggingface examples to documents."""
 
 import pytest
 import sentencepiece
@@ -15,7 +15,7 @@ def document(tokenizer, example, fields="", **options):
 
 
 def overlapping(offsets, start: int, end: int) -> list[int]:
-  """1 for each token that holds one of the characters start..end, by counting them."""
+  """Returns 1 for each token that contains one of the characters start..end, else 0."""
   return [int(bool(set(range(a, b)) & set(range(start, end)))) for a, b in offsets]
 
 
@@ -36,12 +36,12 @@ def test_fields_are_tokenised_as_one_text(tokenizer, folder, fields, text, train
   assert loss == [*overlapping(theirs["offset_mapping"], *trained), last]
 
 
-def test_no_space_appears_where_fields_meet(mistral_model):
+def test_no_space_is_added_between_fields(mistral_model):
   tokenizer = load_tokenizer(TokenizerConfig(path=str(mistral_model)))
   model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
   tokens, loss = document(tokenizer, {"a": "un", "b": "happy"}, "[a],b")
   assert tokens == [1, *model.encode("unhappy"), 2]
-  assert loss == [0, 1, 1]  # the one token "unhappy" holds characters of the answer
+  assert loss == [0, 1, 1]  # the single token "unhappy" contains characters of the answer
   # The space between them belongs to the answer's first word, which is trained.
   tokens, loss = document(tokenizer, {"a": "Q: Why?\nA: ", "b": "Because."}, "[a],b")
   assert tokens == [1, *model.encode("Q: Why?\nA: Because."), 2]
@@ -67,26 +67,26 @@ def test_subfields_are_joined_by_the_separator(tokenizer, folder):
   assert (tokens, loss) == ([*theirs, tokenizer.eos_id], [1] * (len(theirs) + 1))
 
 
-def test_a_row_whose_tokens_are_not_trained_is_unusable(tmp_path):
+def test_a_row_without_trained_tokens_is_unusable(tmp_path):
   from tokenizers import Tokenizer, models, normalizers
 
   encoder = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-  encoder.normalizer = normalizers.Replace("\u200b", "")  # what is left of the answer: nothing
+  encoder.normalizer = normalizers.Replace("\u200b", "")  # the answer becomes empty
   encoder.add_special_tokens(["</s>"])
   encoder.save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
   tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
-  with pytest.raises(Unusable, match="no token to train on"):
+  with pytest.raises(Unusable, match="no token"):
     document(tokenizer, {"answer": "\u200b", "end": "a"}, "answer,[end]")
 
 
-def test_by_default_messages_and_else_text(tokenizer):
+def test_by_default_messages_or_else_text_is_used(tokenizer):
   turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
   assert document(tokenizer, {"text": "ho"}) == document(tokenizer, {"text": "ho"}, "text")
   assert document(tokenizer, {"text": "ho", "messages": turns}) == document(
     tokenizer, {"messages": turns}, "messages"
   )
-  for nothing in (None, float("nan")):  # of a table whose rows have different columns
+  for nothing in (None, float("nan")):  # in a table whose rows have different columns
     assert document(tokenizer, {"text": "ho", "messages": nothing, "tools": nothing}) == document(
       tokenizer, {"text": "ho"}
     )
@@ -97,8 +97,8 @@ def test_by_default_messages_and_else_text(tokenizer):
   [
     ({"prompt": "a"}, "[prompt],answer", "no field 'answer'"),
     ({"prompt": "a", "answer": 3}, "[prompt],answer", "field 'answer' is not text"),
-    ({"prompt": "a", "answer": ""}, "[prompt],answer", "no text to learn from"),
-    ({"prompt": "a", "answer": " \n"}, "[prompt],answer", "no text to learn from"),
+    ({"prompt": "a", "answer": ""}, "[prompt],answer", "no text"),
+    ({"prompt": "a", "answer": " \n"}, "[prompt],answer", "no text"),
     ({"prompt": "a", "answer": float("nan")}, "[prompt],answer", "field 'answer' is not text"),
     ({}, "", "no field 'text'"),
     ({"text": "a\ud800b"}, "", "not Unicode text"),
@@ -106,15 +106,15 @@ def test_by_default_messages_and_else_text(tokenizer):
     ({"messages": []}, "", "messages is not a list of messages"),
   ],
 )
-def test_examples_that_are_no_document(tokenizer, example, fields, reason):
+def test_unusable_examples_have_a_reason(tokenizer, example, fields, reason):
   processor = TextProcessor(TextProcessorConfig(fields), tokenizer)
   for read in (processor, processor.check):
     with pytest.raises(Unusable, match=reason):
       read(example)
 
 
-def test_choices_that_the_tokenizer_cannot_serve(tokenizer, mistral_model):
-  with pytest.raises(ValueError, match="messages stands alone"):
+def test_fields_that_the_tokenizer_cannot_render_are_refused(tokenizer, mistral_model):
+  with pytest.raises(ValueError, match="fields: messages .*'messages,text'"):
     TextProcessor(TextProcessorConfig("messages,text"), tokenizer)
   with pytest.raises(ValueError, match="no chat template"):
     TextProcessor(

@@ -1,4 +1,4 @@
-"""Streams of text; the oracle is the decoding of the whole by the tokenizers library."""
+"""Incremental decoding; the oracle decodes all tokens at once with the tokenizers library."""
 
 import pytest
 import tokenizers
@@ -12,12 +12,12 @@ BYTES = 256  # ids 0..255
 
 
 def decode_bytes(tokens):
-  """A byte-level tokenizer; 256 is a control token, which has no text."""
+  """Decodes like a byte-level tokenizer; 256 is a control token, which has no text."""
   return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
 
 def make_byte_fallback() -> tokenizers.Tokenizer:
-  """As Llama 2's: 256 pieces for single bytes, words, and a control token at the end."""
+  """Builds a tokenizer like Llama 2's: 256 byte pieces, words, and a control token."""
   pieces = [f"<0x{i:02X}>" for i in range(BYTES)] + ["▁a", "▁", "b", "é", "\ufffd", "</s>"]
   encoder = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
   encoder.decoder = decoders.Sequence(
@@ -34,7 +34,7 @@ def make_byte_fallback() -> tokenizers.Tokenizer:
 
 BYTE_FALLBACK = make_byte_fallback()
 SILENT = {BYTES + 5}
-# Mostly the bytes of characters, so that runs are often whole; also any bytes.
+# Mostly the bytes of whole characters, so that runs are often valid; also any bytes.
 characters = st.sampled_from(["Ꮳ", "Ꮃ", "é", "😀", "x"]).map(lambda c: list(c.encode()))
 runs = st.one_of(
   characters,
@@ -55,35 +55,35 @@ def check_every_prefix(decode, prompt, answer, **kinds):
 
 
 @given(prompt=token_lists, answer=token_lists)
-def test_a_stream_of_bytes_and_words_is_the_decoding_of_the_whole(prompt, answer):
+def test_a_byte_fallback_stream_equals_the_decoding_of_all_tokens(prompt, answer):
   check_every_prefix(BYTE_FALLBACK.decode, prompt, answer, byte_ids=range(BYTES), silent_ids=SILENT)
 
 
 @given(prompt=st.lists(st.integers(0, 255)), answer=st.lists(st.integers(0, 255)))
-def test_a_byte_level_stream_is_the_decoding_of_the_whole(prompt, answer):
+def test_a_byte_level_stream_equals_the_decoding_of_all_tokens(prompt, answer):
   check_every_prefix(decode_bytes, prompt, answer)
 
 
-def test_a_run_of_bytes_longer_than_the_context():
-  text = "ᏣᎳᎩᎦᏬᏂᎯᏍᏗ"  # each character three tokens
+def test_a_run_of_bytes_may_be_longer_than_the_context():
+  text = "ᏣᎳᎩᎦᏬᏂᎯᏍᏗ"  # three tokens per character
   answer = [*text.encode(), BYTES + 1, BYTES + 2]
   stream = TextStream(BYTE_FALLBACK.decode, [BYTES], byte_ids=range(BYTES), silent_ids=SILENT)
   pieces = [stream.push(token) for token in answer]
   assert "".join(pieces) + stream.finish() == text + " b"
-  # Nothing is shown that a wrong byte could still take back.
+  # Text that an invalid byte could still change is held back.
   assert pieces == [""] * 27 + [text + " ", "b"]
 
 
 @pytest.mark.parametrize("prompt", ["", "x", "a longer prompt, é"])
 @pytest.mark.parametrize("text", ["plain", "naïve", "日本語", "👩‍🚀 ok", "tail é"])
-def test_pieces_join_to_the_text_and_hold_whole_characters(prompt, text):
+def test_pieces_join_to_the_text_and_contain_whole_characters(prompt, text):
   stream = TextStream(decode_bytes, list(prompt.encode()))
   pieces = [stream.push(token) for token in text.encode()]
   assert not any("\ufffd" in piece for piece in pieces)
   assert "".join(pieces) + stream.finish() == text
 
 
-def test_an_incomplete_end_comes_out_at_last():
+def test_an_incomplete_character_is_returned_at_the_end():
   stream = TextStream(decode_bytes, [])
   assert [stream.push(token) for token in "aé".encode()[:-1]] == ["a", ""]
   assert stream.finish() == "\ufffd"

@@ -1,4 +1,4 @@
-"""Tokenizers; the oracle for ids is transformers (and sentencepiece for its own models)."""
+"""Tokenizers; the oracles for ids are transformers and, for its own models, SentencePiece."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def document_of(tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_those_of_transformers(folder, tokenizer, text):
+def test_ids_equal_those_of_transformers(folder, tokenizer, text):
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
   assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -37,18 +37,18 @@ def test_ids_are_those_of_transformers(folder, tokenizer, text):
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
 @pytest.mark.parametrize("bos", [None, "<s>"])
-def test_a_document_begins_as_transformers_begins_it(train_tokenizer, tmp_path, bos, settings):
+def test_a_document_begins_as_in_transformers(train_tokenizer, tmp_path, bos, settings):
   ours = load(train_tokenizer(tmp_path, bos=bos, **settings))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("if x")["input_ids"]
-  assert (theirs[0] == ours.token_id("<s>")) == (bos is not None)  # both cases are met
+  assert (theirs[0] == ours.token_id("<s>")) == (bos is not None)  # both cases occur
   assert document_of(ours, "if x") == [*theirs, ours.token_id("<|im_end|>")]
 
 
 @pytest.mark.parametrize("after", ["", " <|im_end|>"])
-def test_a_document_begins_with_a_bos_that_is_eos_too(train_tokenizer, tmp_path, after):
+def test_a_document_begins_with_a_bos_that_is_also_eos(train_tokenizer, tmp_path, after):
   train_tokenizer(tmp_path, bos="<|im_end|>", bos_token="<|im_end|>")
   source = json.loads((tmp_path / "tokenizer.json").read_text())
-  if after:  # and where the post-processor puts one behind as well
+  if after:  # the post-processor also adds one at the end
     source["post_processor"]["single"].append(source["post_processor"]["single"][0])
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("if x")["input_ids"]
@@ -65,7 +65,7 @@ def test_control_strings_in_text_stay_text(tokenizer, mistral_model):
     assert encoder.decode(ids).replace("\N{REPLACEMENT CHARACTER}", "") == CONTROL
 
 
-def test_control_strings_stay_text_where_they_are_pieces_of_the_model(tmp_path):
+def test_control_strings_stay_text_if_they_are_pieces_of_the_model(tmp_path):
   from tokenizers import Tokenizer, models
 
   pieces = ["<unk>", "</s>", *"abc</s> >"]
@@ -74,14 +74,14 @@ def test_control_strings_stay_text_where_they_are_pieces_of_the_model(tmp_path):
   encoder.save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
   encoder.encode_special_tokens = True
-  assert encoder.token_to_id("</s>") in encoder.encode("a</s>b").ids  # the trap is real
+  assert encoder.token_to_id("</s>") in encoder.encode("a</s>b").ids  # the test can fail
   ours = load(tmp_path)
   assert ours.eos_id not in ours.encode("a</s>b")
   assert ours.decode(ours.encode("a</s>b")).replace(" ", "") == "a</s>b"
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_sentencepiece_documents(mistral_model, text):
+def test_documents_equal_those_of_sentencepiece(mistral_model, text):
   model = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
   ours = load(mistral_model)
   assert ours.vocab_size == 32000
@@ -99,7 +99,7 @@ def test_extra_tokens_are_appended_and_found_in_text(folder, mistral_model, tmp_
     more.save(tmp_path / name)
     again = load(tmp_path / name)
     assert again.encode("see <audio> here") == ids and again.fingerprint == more.fingerprint
-    # A resumed run reads its own tokenizer, and its flags still name the extra tokens.
+    # A resumed run reads its own tokenizer while its flags still name the extra tokens.
     twice = load(tmp_path / name, extra_tokens=("<image>", "<audio>"))
     assert (twice.vocab_size, twice.fingerprint) == (more.vocab_size, more.fingerprint)
 
@@ -116,7 +116,7 @@ def test_the_fingerprint_changes_with_the_chat_template(train_tokenizer, tmp_pat
   assert again.fingerprint == load(tmp_path / "0").fingerprint
 
 
-def test_ids_that_the_library_would_not_give_are_refused(folder, tmp_path):
+def test_ids_of_added_tokens_must_be_consecutive(folder, tmp_path):
   source = json.loads((folder / "tokenizer.json").read_text())
   last = max(source["model"]["vocab"].values())
   added = source["added_tokens"][-1] | {"content": "<gap>", "id": last + 5}
@@ -127,11 +127,11 @@ def test_ids_that_the_library_would_not_give_are_refused(folder, tmp_path):
     if number == last + 1:
       assert load(tmp_path).token_id("<gap>") == number
     else:
-      with pytest.raises(ValueError, match=rf"'<gap>' the id {number}, .* number {last + 1}"):
+      with pytest.raises(ValueError, match=rf"'<gap>' .*{number}, .* {last + 1}\b"):
         load(tmp_path)
 
 
-def test_the_file_that_counts_is_named_where_several_disagree(
+def test_the_file_that_takes_precedence_is_logged_if_files_disagree(
   train_tokenizer, tmp_path, caplog, monkeypatch
 ):
   monkeypatch.setattr(tokenizer_files, "_WARNED", set())
@@ -145,15 +145,15 @@ def test_the_file_that_counts_is_named_where_several_disagree(
   assert ours.special_tokens["eos_token"] == theirs.eos_token == "<s>"
   assert ours.chat_template == theirs.chat_template == "other"
   assert ours.stop_ids == {1, 2, ours.token_id("<s>")}
-  shutil.copytree(tmp_path, tmp_path / "copy")  # what a run writes beside its checkpoints
+  shutil.copytree(tmp_path, tmp_path / "copy")  # as a run writes it beside its checkpoints
   load(tmp_path / "copy")
   messages = [record.getMessage() for record in caplog.records]
   assert sum("eos_token is <s>, from special_tokens_map.json" in m for m in messages) == 1
-  assert sum("that of chat_template.jinja" in m for m in messages) == 1
+  assert sum("chat_template.jinja" in m for m in messages) == 1
   assert sum("[1, 2] of generation_config.json" in m for m in messages) == 1
 
 
-def test_a_saved_folder_holds_nothing_else(folder, mistral_model, tmp_path):
+def test_saving_removes_existing_files(folder, mistral_model, tmp_path):
   load(folder).save(tmp_path)
   (tmp_path / "chat_template.jinja").write_text("stale")
   load(mistral_model).save(tmp_path)
@@ -164,7 +164,7 @@ def test_a_saved_folder_holds_nothing_else(folder, mistral_model, tmp_path):
   assert load(tmp_path).chat_template == load(folder).chat_template
 
 
-def test_a_saved_folder_is_one_for_transformers(folder, mistral_model, tmp_path):
+def test_transformers_reads_a_saved_folder(folder, mistral_model, tmp_path):
   for name, source in (("bpe", folder), ("pieces", mistral_model)):
     load(source).save(tmp_path / name)
     again = load(tmp_path / name)
@@ -174,7 +174,7 @@ def test_a_saved_folder_is_one_for_transformers(folder, mistral_model, tmp_path)
     assert theirs.eos_token_id == again.eos_id
 
 
-def test_where_a_named_tokenizer_comes_from(folder, mistral_model):
+def test_a_named_tokenizer_is_found_in_the_checkpoint_or_at_the_path(folder, mistral_model):
   def named(name, path=None, **kwargs):
     return load_tokenizer(TokenizerConfig(type=name, path=path), **kwargs).vocab_size
 
@@ -183,11 +183,11 @@ def test_where_a_named_tokenizer_comes_from(folder, mistral_model):
   assert named("llama", checkpoint_dir=folder, family="llama") == own
   assert named("mistral", str(mistral_model), checkpoint_dir=folder, family="llama") == 32000
   assert named(str(mistral_model), checkpoint_dir=folder, family="llama") == 32000
-  with pytest.raises(ValueError, match="'phi' was asked for, but the checkpoint brings 'llama'"):
+  with pytest.raises(ValueError, match="'phi' .*checkpoint .*'llama'.*`tokenizer.path`"):
     named("phi", checkpoint_dir=folder, family="llama")
   with pytest.raises(FileNotFoundError, match="tokenizer 'llama' is needed"):
     named("llama")
-  with pytest.raises(FileNotFoundError, match="no tokenizer at 'lama': expected one of llama"):
+  with pytest.raises(FileNotFoundError, match="no tokenizer at 'lama'.* llama"):
     named("lama")
 
 
@@ -198,7 +198,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(folder):
     load_tokenizer(TokenizerConfig(path=str(folder), extra_tokens=("<x>",)), embedding_size=size)
 
 
-def test_files_that_are_no_tokenizer(tmp_path):
+def test_files_that_are_not_a_tokenizer_are_refused(tmp_path):
   (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01nonsense")
   with pytest.raises(ValueError, match="not a SentencePiece model"):
     load(tmp_path / "tokenizer.model")
@@ -246,8 +246,6 @@ def test_damaged_companions_are_named(train_tokenizer, tmp_path, file, content, 
     "{{ x.y.z }}",
   ],
 )
-def test_a_template_that_cannot_be_rendered_is_no_fault_of_the_tokenizer(
-  train_tokenizer, tmp_path, template
-):
+def test_a_tokenizer_works_without_its_broken_template(train_tokenizer, tmp_path, template):
   tokenizer = load(train_tokenizer(tmp_path, chat_template=template))
   assert tokenizer.encode("if x") and tokenizer.stop_ids == {tokenizer.eos_id}

@@ -1,7 +1,7 @@
-"""Ids and text of tokenizer folders of every kind, held against transformers 5 and SentencePiece.
+"""Ids and text of tokenizer folders of every kind, against transformers 5 and SentencePiece.
 
-The oracle for a text that spells a control token is the same encoder without that added token: the
-string is then ordinary characters.
+The oracle for a text that contains a control string is the same encoder without that added token,
+to which the string is ordinary characters.
 """
 
 import json
@@ -58,7 +58,7 @@ def theirs(folder):
 
 
 def as_letters(encoder: tokenizers.Tokenizer, controls) -> tokenizers.Tokenizer:
-  """The same encoder, to which `controls` are strings like any other."""
+  """Returns the same encoder without the added tokens `controls`, which become ordinary text."""
   source = json.loads(encoder.to_str())
   source["added_tokens"] = [t for t in source["added_tokens"] if t["content"] not in controls]
   return tokenizers.Tokenizer.from_str(json.dumps(source))
@@ -71,7 +71,7 @@ def streamed(tokenizer, prompt, ids) -> str:
   return "".join([*map(stream.push, ids), stream.finish()])
 
 
-def test_ids_text_and_streams_are_those_of_transformers(ours, theirs):
+def test_ids_text_and_streams_equal_those_of_transformers(ours, theirs):
   prompt = theirs("The", add_special_tokens=False)["input_ids"]
   for text in TEXTS:
     ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -83,9 +83,9 @@ def test_ids_text_and_streams_are_those_of_transformers(ours, theirs):
       assert "The" + streamed(ours, prompt, ids[:end]) == whole
 
 
-def test_special_tokens_are_those_of_transformers(ours, theirs):
+def test_special_tokens_equal_those_of_transformers(ours, theirs):
   for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-    # Where no file of the tokenizer names an EOS, that of the model's config.json ends a text.
+    # If no file of the tokenizer names an EOS, the EOS of the model's config.json is used.
     expected = "</s>" if name == "eos_token" and theirs.eos_token is None else getattr(theirs, name)
     assert ours.special_tokens.get(name) == expected
     assert expected is None or ours.token_id(expected) == theirs.convert_tokens_to_ids(expected)
@@ -98,7 +98,7 @@ def test_special_tokens_are_those_of_transformers(ours, theirs):
     assert ours.decode([i], keep_control=True) == theirs.decode([i])
 
 
-def test_control_strings_in_text_are_letters(ours, theirs):
+def test_control_strings_in_text_are_ordinary_characters(ours, theirs):
   expected = as_letters(theirs.backend_tokenizer, ours.control_tokens)
   special = {str(t) for t in theirs.added_tokens_decoder.values() if t.special}
   assert special <= set(ours.control_tokens)
@@ -107,7 +107,7 @@ def test_control_strings_in_text_are_letters(ours, theirs):
     assert ours.control_ids.isdisjoint(ours.encode(text))
 
 
-def test_a_saved_folder_means_the_same_to_both(ours, tmp_path):
+def test_a_saved_folder_gives_the_same_ids_in_transformers(ours, tmp_path):
   ours.save(tmp_path / "saved")
   again = load_tokenizer(TokenizerConfig(path=str(tmp_path / "saved")))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -118,7 +118,7 @@ def test_a_saved_folder_means_the_same_to_both(ours, tmp_path):
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_markers_of_turns_are_control_tokens_flagged_or_not(folder, ours, theirs):
+def test_turn_markers_are_control_tokens_flagged_or_not(folder, ours, theirs):
   if not ours.chat_template:
     assert folder.name[:-1] in WITHOUT_TEMPLATE
     return
@@ -139,7 +139,7 @@ def test_markers_of_turns_are_control_tokens_flagged_or_not(folder, ours, theirs
   )
 
 
-def test_added_tokens_that_begin_and_end_nothing_are_text(tmp_path):
+def test_added_tokens_other_than_turn_markers_are_recognised_in_text(tmp_path):
   ours = load_tokenizer(TokenizerConfig(path=str(folders.qwen(tmp_path))))
   assert ours.token_id("<tool_call>") in ours.encode("<tool_call>\n{}")
   assert ours.token_id("<|im_end|>") not in ours.encode("<|im_end|>")
@@ -185,20 +185,20 @@ def test_a_sentencepiece_model_alone_gives_its_own_ids(tmp_path, name):
     ids, found = model.encode(text), ours.encode(text)
     if name != "unigram":
       assert found == ids, text
-    else:  # of two ways to cut a run of one character, the libraries may choose either
+    else:  # the libraries may choose different segmentations of a run of one character
       assert sum(map(model.get_score, found)) == pytest.approx(sum(map(model.get_score, ids)))
       assert model.decode(found) == model.decode(ids)
     decoded = model.decode(ids)
     if "\ufffd" not in decoded and model.unk_id() not in ids:
       assert ours.decode(ids) == decoded
   assert (ours.bos_id, ours.eos_id) == (model.bos_id(), model.eos_id())
-  ours.save(tmp_path / "saved")  # transformers gives the ids that were trained, too
+  ours.save(tmp_path / "saved")  # transformers then gives the same ids, too
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
   for text in TEXTS:
     assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode(text)]
 
 
-def test_tokens_that_are_added_beside_a_sentencepiece_model(tmp_path):
+def test_tokens_can_be_added_to_a_sentencepiece_model(tmp_path):
   serialized = folders.mistral_model()
   model = sentencepiece.SentencePieceProcessor(model_proto=serialized)
   folder = folders.sentencepiece_only(tmp_path, serialized, chatml=True)
@@ -210,7 +210,7 @@ def test_tokens_that_are_added_beside_a_sentencepiece_model(tmp_path):
   turns = [{"role": "user", "content": "Hi </s>"}, {"role": "assistant", "content": "Yes"}]
   ids, loss = chat.encode(ours, chat.render(ours, turns))
   newline = model.encode("\n")[1]
-  # No space is put after a marker, as by transformers where `legacy` is not set.
+  # No space is added after a marker, as in transformers if `legacy` is not set.
   user, assistant = ("user\nHi </s>", "assistant\nYes")
   cut = [model.encode("\n" + part)[2:] for part in (user, assistant)]
   assert ids.tolist() == [32000, *cut[0], 32001, newline, 32000, *cut[1], 32001, newline]

@@ -1,4 +1,4 @@
-"""Runs on json and huggingface data import neither TensorFlow nor seqio, to their end."""
+"""Runs on json and huggingface data import neither TensorFlow nor seqio from start to end."""
 
 import subprocess
 import sys
@@ -42,7 +42,9 @@ assert not {"tensorflow", "seqio"} & set(sys.modules), {"tensorflow", "seqio"} &
 """
 
 
-def test_neither_is_imported(write_jsonl, folder, tmp_path, monkeypatch):
+def test_reading_rows_imports_neither_tensorflow_nor_seqio(
+  write_jsonl, folder, tmp_path, monkeypatch
+):
   monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
   (tmp_path / "rows").mkdir()
   path = write_jsonl(*({"text": f"row {i}"} for i in range(20)), name="rows/data.jsonl")

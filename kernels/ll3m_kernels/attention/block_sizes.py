@@ -17,7 +17,7 @@ from ll3m_kernels.block_arithmetic import LANES, even, up, vmem_limit
 from ll3m_kernels.dispatch import MIB, Generation
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
   """Block sizes in tokens: each a multiple of 128, or at least the whole length.
 
@@ -103,10 +103,10 @@ def choose_blocks(given: BlockSizes | None, problem: Problem) -> BlockSizes:
 
 def default_blocks(problem: Problem, generation: Generation) -> BlockSizes:
   """Returns the block sizes of a table or of `rule`, with the largest block_kv that fits memory."""
-  found = block_tables.find(key_of(problem, generation))
+  found = block_tables.find(key_of(problem, generation), Limits)
   # Block sizes that were tuned without segments, or for another length, may not fit.
-  if found is not None and serves(Limits(**found), problem, generation):
-    return _within(Limits(**found), problem, generation)
+  if found is not None and serves(found, problem, generation):
+    return _within(found, problem, generation)
   return _within(rule(problem, generation), problem, generation)
 
 
@@ -175,9 +175,18 @@ def rule(problem: Problem, generation: Generation) -> Limits:
 
 
 def _within(limits: Limits, problem: Problem, generation: Generation) -> BlockSizes:
-  forward = _tile(problem, limits.block_q, limits.block_kv_compute)
-  backward = _tile(problem, limits.block_q_backward, limits.block_kv_compute_backward)
-  blocks = BlockSizes(*forward, forward[1], *backward, backward[1])
+  block_q, block_kv = _tile(problem, limits.block_q, limits.block_kv_compute)
+  block_q_backward, block_kv_backward = _tile(
+    problem, limits.block_q_backward, limits.block_kv_compute_backward
+  )
+  blocks = BlockSizes(
+    block_q=block_q,
+    block_kv_compute=block_kv,
+    block_kv=block_kv,
+    block_q_backward=block_q_backward,
+    block_kv_compute_backward=block_kv_backward,
+    block_kv_backward=block_kv_backward,
+  )
   for field, block_q, count in (
     ("block_kv", blocks.block_q, forward_bytes),
     ("block_kv_backward", blocks.block_q_backward, backward_bytes),

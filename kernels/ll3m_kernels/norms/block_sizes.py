@@ -79,8 +79,7 @@ def problem_of(x: Any, num_arrays: int, num_weights: int, num_sums: int) -> Prob
 
 def choose_blocks(problem: Problem, generation: Generation) -> Blocks:
   """Chooses the largest useful blocks that fit; at least 16 rows, even if they do not fit."""
-  found = block_tables.find(key_of(problem, generation))
-  limits = RULE if found is None else Limits(**found)
+  limits = block_tables.find(key_of(problem, generation), Limits) or RULE
   tile = min(max(_power_of_two(limits.tile // problem.size), _ROWS), _MOST_ROWS)
   tile = min(tile, up(problem.num_rows, _ROWS))
   row_bytes = problem.size * problem.itemsize

@@ -13,19 +13,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from benchmarks import shapes
-from ll3m_kernels import BlockSizes, flash_attention
+from ll3m_kernels import flash_attention
 from tests.kernels.attention import oracle
+from tests.kernels.attention.sizes import sizes
 from tests.kernels.tolerances import assert_close
 
 # Several block_q and block_kv even in short sequences.
-SMALL = BlockSizes(128, 128, 256, 128, 128, 256)
+SMALL = sizes(128, 128, 256, 128, 128, 256)
 # Partial blocks of several tiles, processed in five steps.
-STAIRS = BlockSizes(640, 128, 1280, 256, 128, 512)
+STAIRS = sizes(640, 128, 1280, 256, 128, 512)
 # Partial blocks of one tile; steps of several partial blocks together are as large.
-TOGETHER = BlockSizes(640, 640, 1280, 256, 128, 512)
-ALL_TOGETHER = BlockSizes(640, 640, 1920, 256, 128, 512)
+TOGETHER = sizes(640, 640, 1280, 256, 128, 512)
+ALL_TOGETHER = sizes(640, 640, 1920, 256, 128, 512)
 # Steps of four bands; of two bands where both edges of a window are processed together.
-BANDS = BlockSizes(512, 256, 1536, 256, 128, 512)
+BANDS = sizes(512, 256, 1536, 256, 128, 512)
 
 
 def segments(batch, length, count, seed=0):
@@ -321,7 +322,7 @@ def test_shapes_of_the_models(model):
   window=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 200)),
   has_segments=st.booleans(),
   dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
-  block_sizes=st.sampled_from([SMALL, BlockSizes(256, 128, 256, 128, 256, 256)]),
+  block_sizes=st.sampled_from([SMALL, sizes(256, 128, 256, 128, 256, 256)]),
 )
 def test_random_shapes_and_masks(
   length, num_keys, num_kv_heads, group, head_dim, is_causal, window, has_segments, dtype,

@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
-from ll3m_kernels import ATTENTION_RESIDUALS, BlockSizes, flash_attention
+from ll3m_kernels import ATTENTION_RESIDUALS, flash_attention
+from tests.kernels.attention.sizes import sizes
 from tests.kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "pallas"]
@@ -91,7 +92,7 @@ def test_x64_mode_gives_float32_results(monkeypatch):
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.normal(size=(1, 300, n, 16)), jnp.float32) for n in (2, 1, 1))
   ids = jnp.asarray(np.arange(300)[None] // 90)
-  blocks = BlockSizes(128, 128, 256, 128, 128, 256)
+  blocks = sizes(128, 128, 256, 128, 128, 256)
 
   def run(implementation, **options):
     options |= {"is_causal": True, "segment_ids": ids, "local_window_size": (99, 3)}
@@ -200,7 +201,7 @@ def test_gradient_of_a_vmap_with_an_unmapped_output():
 
 def test_invalid_block_sizes_are_refused():
   arrays = draw(length=400)
-  for sizes, message in (
+  for six, message in (
     ((100, 128, 128, 128, 128, 128), "block_sizes.block_q must be a multiple of 128 or at least"),
     (
       (128, 128, 200, 128, 128, 128),
@@ -209,11 +210,11 @@ def test_invalid_block_sizes_are_refused():
     ((0, 128, 128, 128, 128, 128), "block_sizes.block_q must be a positive integer, got 0"),
   ):
     with pytest.raises(ValueError, match=message):
-      flash_attention(*arrays, block_sizes=BlockSizes(*sizes))
+      flash_attention(*arrays, block_sizes=sizes(*six))
   huge = jax.ShapeDtypeStruct((1, 2**15, 1, 256), jnp.float32)
   with pytest.raises(ValueError, match=r"need \d+\.\d MiB of vector memory in the forward pass"):
     jax.eval_shape(
-      functools.partial(flash_attention, block_sizes=BlockSizes(*[2**14] * 6)), huge, huge, huge
+      functools.partial(flash_attention, block_sizes=sizes(*[2**14] * 6)), huge, huge, huge
     )
 
 
@@ -228,4 +229,4 @@ def test_unsupported_arguments_are_named():
   with pytest.raises(NotImplementedError, match="implementation='triton' does not exist"):
     flash_attention(*half, implementation="triton")
   with pytest.raises(NotImplementedError, match="block_sizes: .* 'xla' has no blocks"):
-    flash_attention(*half, implementation="xla", block_sizes=BlockSizes(*[128] * 6))
+    flash_attention(*half, implementation="xla", block_sizes=sizes(*[128] * 6))
