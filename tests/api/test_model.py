@@ -100,7 +100,7 @@ def test_what_is_exported_is_what_was_published(published, model, tmp_path):
 def test_saving_never_writes_over_anything(model, tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "notes.txt").write_text("keep")
-  with pytest.raises(ValueError, match="already holds something"):
+  with pytest.raises(ValueError, match="the output folder"):
     model.save(tmp_path / "mine")
   assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
   model.save(tmp_path / "other")
@@ -119,7 +119,7 @@ def test_a_saved_model_that_was_damaged_is_not_loaded(model, tmp_path):
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 1
   file.write_bytes(data)
-  with pytest.raises(ValueError, match="has another checksum"):
+  with pytest.raises(ValueError, match="checksum"):
     ll3m.load(tmp_path / "mine")
 
 

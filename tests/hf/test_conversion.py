@@ -104,12 +104,12 @@ def test_an_interrupted_conversion_stops_reading(make_tiny, output):
 def test_an_output_folder_with_anything_else_is_refused(make_tiny, output):
   model = open_model(make_tiny().folder)
   conversion.convert_model(model, output)
-  with pytest.raises(ValueError, match="already holds something"):
+  with pytest.raises(ValueError, match="the output folder"):
     conversion.convert_model(model, output)
   shutil.rmtree(output)
   output.mkdir()
   (output / "mine").write_text("")
-  with pytest.raises(ValueError, match="already holds something"):
+  with pytest.raises(ValueError, match="the output folder"):
     conversion.convert_model(model, output)
   assert [f.name for f in output.iterdir()] == ["mine"]
   (output / "mine").unlink()
@@ -119,6 +119,6 @@ def test_an_output_folder_with_anything_else_is_refused(make_tiny, output):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
-  with pytest.raises(ValueError, match=r"needs 1000000000.0 GB and its disk has"):
+  with pytest.raises(ValueError, match=r"needs 1000000000.0 GB"):
     model_folder.prepare_output(epath.Path(tmp_path / "output"), 10**18)
   assert not list((tmp_path / "output").iterdir())
