@@ -1,4 +1,4 @@
-"""A Google Cloud Storage of the tests' own, what lies in it, and commands that talk to it."""
+"""Fixtures: a local Google Cloud Storage, its contents, and commands that access it."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def gcs() -> Iterator[GcsServer]:
   with GcsServer("bucket") as server:
     yield server
-  assert not server.refused  # nobody else was asked, and nothing that it does not know
+  assert not server.refused  # no requests to other hosts, and none that the server does not know
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def environment(gcs, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
-  """Starts `python -m ll3m.VERB`, or a file of tools/, in a process that talks to the server."""
+  """Returns a function that starts `python -m ll3m.VERB`, or a file of tools/, on the server."""
 
   started = []
 
@@ -49,7 +49,7 @@ def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
     return process
 
   yield start
-  for process in started:  # of which a test that failed may have left some
+  for process in started:  # a failed test may have left some
     process.kill()
     process.wait()
     process.stdout.close()
@@ -58,7 +58,7 @@ def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture(scope="session")
 def end() -> Callable[[subprocess.Popen], tuple[int, str, str]]:
-  """Waits for a command: its exit code, what it printed, and what it said on stderr."""
+  """Returns a function that waits for a command and returns its exit code, stdout and stderr."""
 
   def end(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
@@ -72,7 +72,7 @@ def end() -> Callable[[subprocess.Popen], tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, byte_tokenizer) -> Path:
-  """A tiny random Llama, as it is published."""
+  """A tiny random Llama in the format of published models."""
   folder = tmp_path_factory.mktemp("published")
   shutil.copytree(byte_tokenizer, folder, dirs_exist_ok=True)
   family, config = families.get_preset("llama2_7b")

@@ -104,12 +104,12 @@ def test_an_interrupted_conversion_stops_reading(make_tiny, output):
 def test_an_output_folder_with_anything_else_is_refused(make_tiny, output):
   model = open_model(make_tiny().folder)
   conversion.convert_model(model, output)
-  with pytest.raises(ValueError, match="the output folder"):
+  with pytest.raises(ValueError, match="output folder .*/converted"):
     conversion.convert_model(model, output)
   shutil.rmtree(output)
   output.mkdir()
   (output / "mine").write_text("")
-  with pytest.raises(ValueError, match="the output folder"):
+  with pytest.raises(ValueError, match="output folder .*/converted"):
     conversion.convert_model(model, output)
   assert [f.name for f in output.iterdir()] == ["mine"]
   (output / "mine").unlink()
