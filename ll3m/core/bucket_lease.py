@@ -1,9 +1,9 @@
 """A lease that serves as a lock in object stores: its holder keeps rewriting one object.
 
-Object stores have no locks, but they have conditional writes (only if the object is unchanged since
-it was read), which suffice: the holder rewrites the object every few seconds, and anyone who sees
-it unchanged for a minute may take it over. If the holder ran on this machine, its death is detected
-at once.
+Object stores have no locks, but they have conditional writes, which succeed only if the object has
+not changed since it was read. These suffice: the holder rewrites the object every few seconds, and
+anyone who sees it unchanged for a minute may take it over. If the holder ran on this machine, its
+death is detected at once.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def lease(
     number = 0
     while not over.wait(beat):
       number += 1
-      # If the store does not answer, the next write is tried later. It detects a takeover, too.
+      # If the store does not answer, the next iteration tries again, and detects a takeover.
       with contextlib.suppress(ValueError):
         found = _write(store, key, mine | {"beat": number}, generation)
         if found is None:
@@ -143,6 +143,6 @@ def _read(store: ts.KvStore, key: str) -> tuple[dict, bytes]:
 
 
 def _write(store: ts.KvStore, key: str, holder: dict, generation: bytes) -> bytes | None:
-  """Writes a lease if it still has this generation; returns its new one, or None otherwise."""
+  """Writes a lease if it still has this generation; returns the new generation, or None."""
   text = json.dumps(holder).encode()
   return store.write(key, text, if_equal=generation).result().generation or None

@@ -285,8 +285,8 @@ def _open(path: epath.Path, verify: bool) -> Checkpoint:
 
 
 def _run_of(step: epath.Path) -> epath.Path | None:
-  """Returns the output_dir of the run that holds a step folder; None for a copy elsewhere."""
-  # The parent in a link (latest -> checkpoints/40) or relative path (../40) is another one.
+  """Returns the output_dir of a step folder's run; None for a copy elsewhere."""
+  # A link (latest -> checkpoints/40) or a relative path (../40) names another parent folder.
   steps = (step if is_remote(step) else epath.Path(os.path.realpath(step))).parent
   return steps.parent if steps.name == STEPS else None
 

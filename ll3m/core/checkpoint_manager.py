@@ -53,7 +53,7 @@ class RunCheckpoints:
     Args:
       output_dir: The folder of the run.
       config: The options of checkpointing.
-      milestone_steps: Number of steps, at whose multiples checkpoints are never deleted; 0 for
+      milestone_steps: Interval in steps; checkpoints at its multiples are never deleted. 0 for
         none.
       unfinished: The steps that an earlier job did not finish saving, as found by `list_steps`.
     """
@@ -127,7 +127,7 @@ class RunCheckpoints:
 
   @contextlib.contextmanager
   def _explaining(self) -> Iterator[None]:
-    """Adds the number of the step that could not be saved to any error.
+    """Adds to any error the number of the step that could not be saved.
 
     Raises:
       OSError: Replaces whatever was raised.

@@ -27,8 +27,8 @@ def read(file: epath.PathLike, known: Collection[str]) -> dict[str, tuple[Any, s
     known: The dotted names of all options.
 
   Returns:
-    The options by dotted name: their value (a string, a list of strings, or None for null) and
-    their location "FILE:LINE".
+    For each option, by dotted name: its value (a string, a list of strings, or None for null) and
+    its location "FILE:LINE".
 
   Raises:
     FileNotFoundError: The file does not exist.

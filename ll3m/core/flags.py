@@ -189,7 +189,7 @@ class Flags:
     return self.given(name) and not (name in self._from_file and flag.value == flag.default)
 
   def settings(self, *, leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the value of every flag; as a --config file, they repeat the call.
+    """Returns the values of all flags; as a --config file, they repeat the call.
 
     Args:
       leave_out: Prefixes of groups to omit.
@@ -213,8 +213,8 @@ class Flags:
     """Adds a group's prefix to the option names in the errors of a library.
 
     Raises:
-      Exception: The library's error. With prefix "eval_dataset", its "`path`" is replaced by
-        "`eval_dataset.path`".
+      Exception: The library's error. For the prefix "eval_dataset", `path` in its message becomes
+        `eval_dataset.path`.
     """
     try:
       yield

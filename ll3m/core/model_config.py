@@ -38,7 +38,7 @@ class ModelConfig:
     rope_theta: Base of the rotary frequencies (Su et al., 2021).
     rope_scaling_factor: Divisor of the positions (Chen et al., 2023, position interpolation).
     rotary_fraction: Fraction of head_dim that is rotated.
-    sliding_window: Number of keys that a query sees, including itself; None for all before it.
+    sliding_window: Number of keys that a query sees, including its own; None for all up to it.
     tie_embeddings: Whether the head is the transposed embedding.
     scale_embeddings: Whether embeddings are multiplied by sqrt(D), rounded to the compute dtype.
   """

@@ -99,7 +99,7 @@ def finish_output(
     output: The folder.
     family: The name of the family.
     config: The architecture.
-    known: Checksums by path of files for which the writer knows them; other files are read.
+    known: Known checksums of the intended contents, by path; files without one are read.
   """
   manifest = json.dumps(checkpoint.model_meta(family, config), indent=1) + "\n"
   known = dict(known or {}) | {checkpoint.MANIFEST: checksums.of([manifest.encode()])}

@@ -85,7 +85,7 @@ def naming(name: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-  """The source of values for options of a group that were not given.
+  """The source of values for a group's options that were not given.
 
   Attributes:
     group: The prefix of the other group, which has the same dataclass.

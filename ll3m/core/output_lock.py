@@ -51,7 +51,7 @@ def claim(output_dir: epath.PathLike) -> Iterator[None]:
       if error.errno not in _NO_LOCKS:
         raise
       logging.warning(
-        "%s is on a file system without locks (%s); a second job in it would not be detected",
+        "%s is on a file system without locks (%s); a second job here would not be detected",
         output_dir,
         error.strerror,
       )

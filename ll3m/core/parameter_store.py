@@ -90,7 +90,7 @@ class ParameterWriter:
     return self._directory / ".".join(path.split("/"))
 
   def row_ranges(self, path: str) -> Iterator[slice]:
-    """Yields the ranges of rows in which `write` takes one layer, in order."""
+    """Yields the row ranges of one layer, in order, for which `write` is called."""
     shape = self._arrays[path].shape[self._stacked[path] :]
     for start in range(0, shape[0], self._rows[path]):
       yield slice(start, min(start + self._rows[path], shape[0]))

@@ -94,8 +94,8 @@ class PeerWatch:
   def fail(self, reason: str, leave: Callable[[], typing.NoReturn]) -> typing.NoReturn:
     """Notifies all peers of an error of this process, and ends it with `leave`.
 
-    If a peer has just died, the error is only a consequence, in a collective. This process then
-    ends with a message that names the peer instead.
+    If a peer has just died, the error is only a consequence of that, in a collective. The process
+    then ends with a message that names the peer.
     """
     time.sleep(_ECHO)
     self._end({"failed": reason}, leave)
@@ -104,7 +104,7 @@ class PeerWatch:
     self, message: Mapping[str, Any], leave: Callable[[], typing.NoReturn]
   ) -> typing.NoReturn:
     """Sends all peers a message, gives them time to exit, and ends the process with `leave`."""
-    # Never released: while this process exits, its other threads also fail, for lack of peers.
+    # Never released: while this process exits, its other threads fail, too, without their peers.
     self._ending.acquire()
     self._over = True
     self._say(message)

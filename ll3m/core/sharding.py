@@ -103,11 +103,11 @@ def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.n
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns a parameter's sharding by the table; indivisible dimensions are whole (see `unsplit`).
+  """Returns a parameter's sharding; indivisible dimensions are not split (see `unsplit`).
 
   Args:
     path: The parameter, as "module/name".
-    shape: Its shape, with the leading L if the parameter is stacked.
+    shape: Shape of the parameter, with the leading L if it is stacked.
     mesh: The mesh.
 
   Raises:
