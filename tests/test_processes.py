@@ -62,7 +62,7 @@ def start_two(free_port):
     folders: list[Path] | None = None,
     command: str = "train",
   ) -> list[Command]:
-    """Starts two processes: with flags, more flags for the second, their folders, the command."""
+    """Starts both; `others` are flags of the second alone, `folders` their working directories."""
     joined = [
       f"--jax_distributed.coordinator_address=localhost:{free_port()}",
       "--jax_distributed.num_processes=2",

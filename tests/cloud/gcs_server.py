@@ -89,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   """Handler of the requests in a connection and, after CONNECT, within its TLS."""
 
   protocol_version = "HTTP/1.1"
-  disable_nagle_algorithm = True  # headers and body are two writes, which would take 40 ms
+  disable_nagle_algorithm = True  # with it, the two writes of headers and body take 40 ms
   server: GcsServer
 
   def log_message(self, *_: Any) -> None:

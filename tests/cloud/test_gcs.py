@@ -119,9 +119,9 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
-  """A run by two simultaneous jobs, one of which is refused and one killed, and a job that ends it.
+  """A run that two simultaneous jobs begin (one is refused, one killed) and a third one finishes.
 
-  The latest saved step is damaged before the final job starts, which must set it aside.
+  The latest saved step is damaged before the third job starts, which must set it aside.
   """
   gcs.store.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
   jobs = [start("train", *ON_GCS, "--total_steps=1000000") for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Wrong flags on the command line give one sentence within 15 seconds, before weights or devices.
+"""Wrong flags give one sentence within 15 seconds, before weights or devices are used.
 
 tests/test_train_flags.py has many more cases, in one process.
 """

@@ -61,7 +61,9 @@ def test_flipped_bit_in_the_weights_is_detected_only_by_digests(copy):
   assert silent
 
 
-def test_run_whose_steps_are_all_damaged_fails_unchanged(copy, chance, run_command, arguments):
+def test_run_with_only_damaged_steps_fails_and_changes_nothing(
+  copy, chance, run_command, arguments
+):
   for step in (10, 20, 30):
     flip(copy / "checkpoints" / str(step) / "meta" / "metadata", chance)
   before = files(copy)

@@ -6,8 +6,8 @@ import sys
 
 GIB = 2**30
 
-# The error is a real one of the TPU's compiler. It runs in a process of its own, because libtpu,
-# once loaded, changes what jax sees.
+# The error is a real one, raised by the TPU's compiler. The script runs in a process of its own,
+# because libtpu, once loaded, changes what jax sees.
 COMPILE = """
 from ll3m import families
 from ll3m.core import sharding
