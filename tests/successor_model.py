@@ -1,4 +1,4 @@
-"""A model whose every token is followed by a fixed next one."""
+"""A model in which a fixed token follows every token."""
 
 import json
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ def write_successor_model(
   """Writes a published Llama of one layer that adds nothing to its embeddings.
 
   Args:
-    folder: Where config.json and model.safetensors go.
+    folder: The folder for config.json and model.safetensors.
     vocab_size: V, at most 64.
-    successors: The token that follows each; others are followed by token 0.
+    successors: The next token after each token; 0 follows all others.
     **config: More keys of config.json.
   """
   shape = PRESET.replace(

@@ -1,4 +1,4 @@
-"""The dependency rules of the rooms, read off the imports."""
+"""The dependency rules of the packages, read from their imports."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = ("api", "core", "families", "hf", "models", "data", "training", "decoding", "planning")
 VERBS = {path.stem for path in (ROOT / "ll3m").glob("*.py")} - {"__init__"}
 
-# Which of our own packages each room may import, beside itself.
+# The packages of ours that each package may import, beside itself.
 ALLOWED = {
   "api": {"core", "families", "hf", "models", "data", "training", "decoding"},
   "core": set(),
@@ -24,12 +24,12 @@ ALLOWED = {
   "decoding": {"core", "models", "data"},
   "planning": {"core", "families", "models", "training", "decoding"},
 }
-# Heavy packages and the only files that may import them.
+# Heavy packages that only `ll3m.data` may import.
 TENSORFLOW = {"tensorflow", "seqio", "tensorflow_text"}
 
 
 def imports(path: Path) -> set[str]:
-  """Every module that a file imports, lazily or not, as dotted names."""
+  """Returns the dotted names of all modules that a file imports, lazily or not."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -39,28 +39,28 @@ def imports(path: Path) -> set[str]:
   return names
 
 
-def rooms_of(names: set[str]) -> set[str]:
-  """The ll3m sub-packages and verbs among imported names."""
+def packages_of(names: set[str]) -> set[str]:
+  """Returns the ll3m sub-packages and commands among imported names."""
   return {name.split(".")[1] for name in names if name.startswith("ll3m.")}
 
 
-@pytest.mark.parametrize("room", LIBRARIES)
-def test_libraries_import_only_what_lies_below_them(room):
-  files = sorted((ROOT / "ll3m" / room).rglob("*.py"))
+@pytest.mark.parametrize("package", LIBRARIES)
+def test_libraries_import_only_packages_below_them(package):
+  files = sorted((ROOT / "ll3m" / package).rglob("*.py"))
   assert files
   for path in files:
-    forbidden = rooms_of(imports(path)) - ALLOWED[room] - {room}
+    forbidden = packages_of(imports(path)) - ALLOWED[package] - {package}
     assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
 def test_nothing_imports_a_command():
   assert {"convert", "train", "evaluate", "generate", "export", "plan"} <= VERBS
   for path in [*(ROOT / "ll3m").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-    assert not rooms_of(imports(path)) & VERBS, path
+    assert not packages_of(imports(path)) & VERBS, path
 
 
 def library_files() -> list[Path]:
-  """The files of the libraries, but for the layer of the flags itself."""
+  """Returns the files of the libraries, except those that define flags."""
   flag_layer = {"flags.py", "flag_types.py", "library_logs.py", "config_files.py"}
   return [
     path
@@ -71,19 +71,19 @@ def library_files() -> list[Path]:
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-  """Yields the strings of a file that are no documentation; X stands for what f-strings insert."""
+  """Yields a file's strings except documentation; X stands for expressions in f-strings."""
   skipped = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
   for node in ast.walk(tree):
     if isinstance(node, ast.JoinedStr):
       texts = [part for part in node.values if isinstance(part, ast.Constant)]
-      skipped |= {id(part) for part in texts}  # walked after their parent
+      skipped |= {id(part) for part in texts}  # ast.walk visits them after their parent
       yield "X".join(part.value for part in texts)
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
       yield node.value
 
 
-def test_libraries_know_no_flags():
-  """They name options in backticks; a command line that a message suggests names its program."""
+def test_libraries_mention_no_flags():
+  """Libraries name options in backticks; only a suggested command line may contain flags."""
   for path in library_files():
     assert not {n for n in imports(path) if n.startswith(("ll3m.core.flags", "absl.flags"))}, path
     for text in messages(ast.parse(path.read_text())):
@@ -91,7 +91,7 @@ def test_libraries_know_no_flags():
       assert not named or "python -m ll3m" in text or "gguf_new_metadata" in text, (path, text)
 
 
-def test_kernels_stand_alone():
+def test_kernels_import_only_jax_jaxtyping_and_numpy():
   for path in (ROOT / "kernels").rglob("*.py"):
     top = {name.split(".")[0] for name in imports(path)}
     ours = {"jax", "jaxtyping", "numpy", "ll3m_kernels"}
@@ -99,7 +99,7 @@ def test_kernels_stand_alone():
     assert not foreign, f"{path.name} imports {foreign}"
 
 
-def test_only_the_data_room_imports_tensorflow():
+def test_only_the_data_package_imports_tensorflow():
   users = {
     path.relative_to(ROOT).parts[:2]
     for path in [*(ROOT / "ll3m").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
@@ -108,7 +108,7 @@ def test_only_the_data_room_imports_tensorflow():
   assert users == {("ll3m", "data")}
 
 
-def test_config_is_standard_library_only():
+def test_model_config_imports_only_the_standard_library():
   top = {name.split(".")[0] for name in imports(ROOT / "ll3m" / "core" / "model_config.py")}
   assert top <= {"ast", "dataclasses", "difflib", "typing"}
 
@@ -123,4 +123,4 @@ def test_models_do_not_know_the_families():
 
 def test_every_file_is_short():
   for path in (ROOT / "ll3m").rglob("*.py"):
-    assert len(path.read_text().splitlines()) <= 350, f"{path} should be split by meaning"
+    assert len(path.read_text().splitlines()) <= 350, f"{path} should be split by topic"

@@ -1,4 +1,4 @@
-"""All commands and tools in one process, one after another; and as processes of their own."""
+"""All commands and tools in one process, one after another, and in processes of their own."""
 
 import importlib.util
 import json
@@ -23,9 +23,9 @@ TOOLS = ("demo", "download", "logits", "plan_sweep", "prepare_text", "tpu_run")
 
 
 def surroundings() -> dict:
-  """What a command must leave as it was."""
+  """Returns the state of the process that a command must not change."""
   return {
-    # Libraries define some when they are first used; none of theirs has a name like these.
+    # Libraries define flags of their own when first used, with other names than these.
     "flags": [n for n in absl.flags.FLAGS if "." in n or n in ("config", "debug", "total_steps")],
     "handlers": list(logging.getLogger().handlers),
     "environment": dict(os.environ),
@@ -42,7 +42,7 @@ def text(tmp_path) -> Path:
   return path
 
 
-def test_a_journey_in_one_process(byte_tokenizer, text, tmp_path):
+def test_all_commands_run_in_one_process(byte_tokenizer, text, tmp_path):
   before = surroundings()
   rows = f"--eval_dataset.json_dataset.path={text}"
   train = [
@@ -53,15 +53,15 @@ def test_a_journey_in_one_process(byte_tokenizer, text, tmp_path):
   model, run, exported = tmp_path / "model", tmp_path / "run", tmp_path / "exported"
   evaluated = None
   for verb, arguments, printed in (
-    ("convert", [f"--checkpoint_dir={PUBLISHED}", f"--output_dir={model}"], "converted a llama"),
+    ("convert", [f"--checkpoint_dir={PUBLISHED}", f"--output_dir={model}"], "llama"),
     ("train", train, ""),
-    ("train", train, "is already at step 2 of 2"),
+    ("train", train, "step 2 of 2"),
     ("evaluate", [f"--checkpoint={run}", "--eval_dataset.type=json", rows, "--json",
                   "--eval_dataset.seqio_dataset.batch_size=2", "--eval_steps=2",
                   "--eval_dataset.seqio_dataset.num_shards=1",
                   "--eval_dataset.seqio_dataset.task_feature_lengths=(32,)"], '"loss"'),
     ("generate", [f"--checkpoint={run}", "--prompt=line", "--max_new_tokens=3"], "\n"),
-    ("export", [f"--checkpoint={run}", f"--output_dir={exported}"], "exported a llama"),
+    ("export", [f"--checkpoint={run}", f"--output_dir={exported}"], "llama"),
   ):  # fmt: skip
     done = call(verb, *arguments)
     assert done.returncode == 0 and printed in done.stdout, (verb, done)
@@ -73,7 +73,7 @@ def test_a_journey_in_one_process(byte_tokenizer, text, tmp_path):
   assert evaluated["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
   assert (exported / "model.safetensors").is_file() and (model / "ll3m.json").is_file()
 
-  # What a run wrote about its flags repeats it to the bit, in another folder.
+  # A run's flags.json reproduces it bit for bit in another folder.
   again = tmp_path / "again"
   done = call("train", f"--config={run / 'flags.json'}", f"--logger.output_dir={again}")
   assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_a_journey_in_one_process(byte_tokenizer, text, tmp_path):
   assert one == other
   flags = [json.loads((folder / "flags.json").read_text()) for folder in (run, again)]
   assert {n for n in flags[0] if flags[0][n] != flags[1][n]} == {"logger.output_dir"}
-  assert flags[0]["eval_dataset.seqio_dataset.batch_size"] is None  # as for training
+  assert flags[0]["eval_dataset.seqio_dataset.batch_size"] is None  # taken from train_dataset
 
 
 def load_tool(name: str):
@@ -92,7 +92,7 @@ def load_tool(name: str):
 
 
 @pytest.mark.parametrize("name", [*VERBS, *TOOLS])
-def test_a_wrong_flag_is_one_sentence_and_two(capsys, name):
+def test_wrong_flag_is_one_sentence_and_exit_code_2(capsys, name):
   before = surroundings()
   module = importlib.import_module(f"ll3m.{name}") if name in VERBS else load_tool(name)
   assert module.main(["--nosuch=1"]) == 2
@@ -102,7 +102,7 @@ def test_a_wrong_flag_is_one_sentence_and_two(capsys, name):
   assert surroundings() == before
 
 
-def test_a_wrong_key_in_a_file_is_named_with_its_line(tmp_path):
+def test_wrong_key_in_a_file_is_named_with_its_line(tmp_path):
   file = tmp_path / "run.yaml"
   file.write_text("total_steps: 3\noptimizer:\n  type: adamw\n  adamw_optimiser:\n    lr: 1e-4\n")
   done = call("train", f"--config={file}", f"--logger.output_dir={tmp_path / 'run'}")
@@ -114,8 +114,8 @@ def test_a_wrong_key_in_a_file_is_named_with_its_line(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_files_and_flags_make_one_run(byte_tokenizer, text, tmp_path):
-  """The same run from a nested file, with a flag that overrides it, and from flags alone."""
+def test_files_and_flags_give_the_same_run(byte_tokenizer, text, tmp_path):
+  """A nested file with an overriding flag gives the same run as flags alone."""
   model = "vocab_size=258,d_model=16,d_ff=24,num_layers=1,num_heads=2,num_kv_heads=1,head_dim=8"
   base = tmp_path / "base.yaml"
   base.write_text(f"""
@@ -150,8 +150,8 @@ def test_files_and_flags_make_one_run(byte_tokenizer, text, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_process_of_its_own(verb):
-  """As it is typed: an error ends the process at once, with its code and nothing but a sentence."""
+def test_error_ends_a_process_with_one_sentence(verb):
+  """The command runs as typed; an error ends the process at once, with exit code 2."""
   done = subprocess.run(
     [sys.executable, "-m", f"ll3m.{verb}", "--nosuch=1"],
     env=os.environ | quickly(),

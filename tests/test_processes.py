@@ -1,4 +1,4 @@
-"""A run of two processes with four devices each, against one process with eight."""
+"""Runs of two processes with four devices each, compared with one process with eight."""
 
 import gzip
 import json
@@ -20,13 +20,13 @@ from tests.preloaded import Command
 from tests.waiting import wait_for
 
 STEPS = 10
-# Until a process is given up, in seconds; and what all may take to end after that.
+# Seconds until an unresponsive process is reported, and seconds for all to exit after that.
 TIMEOUT, PATIENCE = 15, 60
 
 
 @pytest.fixture(scope="module")
 def arguments(byte_tokenizer) -> list[str]:
-  """A tiny model in float32 on a real mixture, two micro-steps, one checkpoint on the way."""
+  """A tiny float32 model on a real mixture, with two micro-steps and an intermediate checkpoint."""
   return [
     *tiny_runs.flags(byte_tokenizer, rows=8, shards=4, heads=4),
     "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
@@ -40,7 +40,7 @@ def arguments(byte_tokenizer) -> list[str]:
 
 @pytest.fixture(scope="module")
 def streamed(arguments, tmp_path_factory) -> list[str]:
-  """The same without an end, on rows that are streamed."""
+  """The same model in an endless run on streamed rows."""
   data = tiny_runs.streamed(tmp_path_factory.mktemp("rows"))
   others = [flag for flag in arguments if "mixture_or_task_name" not in flag]
   return [*others, *data, "--mesh_dim=2,2,2", "--total_steps=100000"]
@@ -62,7 +62,7 @@ def start_two(free_port):
     folders: list[Path] | None = None,
     command: str = "train",
   ) -> list[Command]:
-    """Args: flags; those that the second process has besides; where each is started; which."""
+    """Starts both; `others` are flags of the second alone, `folders` their working directories."""
     joined = [
       f"--jax_distributed.coordinator_address=localhost:{free_port()}",
       "--jax_distributed.num_processes=2",
@@ -85,7 +85,7 @@ def start_two(free_port):
 
 
 def finish(*processes: Command, seconds: float = 240) -> list[tuple[int, str]]:
-  """Waits for all; returns exit codes and last lines of stderr."""
+  """Waits for all processes; returns their exit codes and stderr."""
   results = []
   try:
     for process in processes:
@@ -103,7 +103,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(arguments, tmp_path_factory) -> Path:
-  """The output_dir of ten steps of one process with eight devices."""
+  """The output_dir of ten steps by one process with eight devices."""
   output = tmp_path_factory.mktemp("alone")
   mesh = "--mesh_dim=2,2,2"
   run = start(
@@ -125,16 +125,16 @@ def together(arguments, start_two, tmp_path_factory) -> Path:
   return output
 
 
-def test_two_processes_have_the_losses_of_one(alone, together):
+def test_two_processes_have_the_same_losses_as_one(alone, together):
   expected = losses(alone)
   assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1
   assert losses(together) == pytest.approx(expected, abs=1e-6)
 
 
-def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+def test_run_of_two_processes_resumes_in_one_and_vice_versa(
   arguments, start_two, alone, together, tmp_path
 ):
-  """Two processes with 8 devices, one with 2 and other axes, one with 1, and both again."""
+  """The run uses two processes with 8 devices, one with 2 and other axes, one with 1, then two."""
   output = tmp_path / "half"
   shutil.copytree(together, output)
   shutil.rmtree(output / checkpoint.STEPS / str(STEPS))
@@ -152,15 +152,15 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
 
 
 def printed(*processes: Command) -> list[list[dict]]:
-  """Returns the lines of JSON that each wrote to standard output, once all have ended well."""
+  """Returns the JSON lines that each process wrote to standard output, once all have succeeded."""
   results = [process.communicate(timeout=240) for process in processes]
   assert not any(process.returncode for process in processes), results
-  # Between CPUs, jax's transport writes to standard output too, several threads at once.
+  # Between CPUs, jax's transport also writes to standard output, from several threads.
   return [[json.loads(record) for record in re.findall(r"{.*}", out)] for out, _ in results]
 
 
-def test_two_processes_generate_what_one_does(together, start_two):
-  """Float32 sums of other orders: the random model's most likely tokens are far apart."""
+def test_two_processes_generate_the_same_text_as_one(together, start_two):
+  """Sums have another order in float32, but the random model's most likely tokens are far apart."""
   asked = [f"--checkpoint={together}", "--prompt=def f", "--max_new_tokens=12", "--json"]
   ((expected,),) = printed(start(*asked, command="generate", devices=1))
   assert expected["tokens"]
@@ -168,7 +168,7 @@ def test_two_processes_generate_what_one_does(together, start_two):
   assert found == [[expected], []]
 
 
-def test_two_processes_evaluate_what_one_does(streamed, together, start_two):
+def test_two_processes_have_the_same_evaluation_as_one(streamed, together, start_two):
   data = [flag.replace("train_", "eval_") for flag in streamed if flag.startswith("--train_data")]
   data.append("--eval_dataset.huggingface_dataset.split=train")
   asked = [f"--checkpoint={together}", *data, "--eval_steps=3", "--json"]
@@ -178,7 +178,7 @@ def test_two_processes_evaluate_what_one_does(streamed, together, start_two):
   assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
-def test_other_flags_are_told_to_both(arguments, start_two, tmp_path):
+def test_difference_in_flags_is_reported_by_both(arguments, start_two, tmp_path):
   run = start_two(
     *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2", others=["--seed=7"]
   )
@@ -188,7 +188,7 @@ def test_other_flags_are_told_to_both(arguments, start_two, tmp_path):
     assert "error: process 1 on " in stderr.splitlines()[-1]
 
 
-def test_a_process_that_does_not_come_is_named(arguments, free_port, tmp_path):
+def test_process_that_does_not_connect_is_named(arguments, free_port, tmp_path):
   port = free_port()
   run = start(
     *arguments, f"--logger.output_dir={tmp_path}", "--total_steps=2",
@@ -197,17 +197,17 @@ def test_a_process_that_does_not_come_is_named(arguments, free_port, tmp_path):
   )  # fmt: skip
   ((code, stderr),) = finish(run, seconds=PATIENCE)
   assert code == 1
-  assert stderr.splitlines()[-1] == "error: of 2 processes, process 1 did not come within 2 s"
+  assert stderr.splitlines()[-1] == "error: process 1 of 2 did not connect within 2 s"
 
 
 @pytest.mark.parametrize(
   ("victim", "number", "reason"),
   [
     (0, signal.SIGKILL, "has died"),
-    (1, signal.SIGSTOP, f"has given no sign of life for {TIMEOUT} s"),
+    (1, signal.SIGSTOP, f"has not responded for {TIMEOUT} s"),
   ],
 )
-def test_a_process_that_dies_is_named_by_the_other(
+def test_process_that_dies_is_named_by_the_other(
   streamed, start_two, tmp_path, victim, number, reason
 ):
   run = start_two(*streamed, f"--logger.output_dir={tmp_path}")
@@ -227,8 +227,8 @@ def test_a_process_that_dies_is_named_by_the_other(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_path, victim):
-  """One finds a damaged file when it reads the data; the other waits for it in a collective."""
+def test_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_path, victim):
+  """One process reads a damaged file, while the other waits for it in a collective."""
   folders = [tmp_path / str(process) for process in (0, 1)]
   for folder in folders:
     folder.mkdir()
@@ -243,7 +243,7 @@ def test_a_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_pa
     folders=folders,
   )
   results = finish(*run, seconds=PATIENCE)
-  reason = "rows.jsonl.gz is not a complete gzip file: "
+  reason = "rows.jsonl.gz is not a complete gzip file"
   for process, (code, stderr) in enumerate(results):
     assert code == 1, stderr
     (sentence,) = (line for line in stderr.splitlines() if line.startswith("error: "))
@@ -252,8 +252,8 @@ def test_a_process_that_fails_is_named_by_both(byte_tokenizer, start_two, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_that_are_asked_stop_at_the_same_step(streamed, start_two, tmp_path, number):
-  """SIGINT as a terminal sends it, to all of them; before, both have saved by process 0's clock."""
+def test_two_processes_stop_at_the_same_step_on_a_signal(streamed, start_two, tmp_path, number):
+  """SIGINT goes to all, as from a terminal. Earlier, both have saved by process 0's clock."""
   rarely = ("--save_model_freq=0", "--save_model_minutes=0.001")
   before = signal.signal(signal.SIGINT, signal.default_int_handler)  # see test_killed_runs
   try:

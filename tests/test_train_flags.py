@@ -46,7 +46,7 @@ CASES = {
     },
     "data_dir /nowhere does not exist",
   ),
-  "mesh form": ({"mesh_dim": "1,2"}, "--mesh_dim expects dp,fsdp,mp, e.g. -1,2,4"),
+  "mesh form": ({"mesh_dim": "1,2"}, "--mesh_dim must be dp,fsdp,mp"),
   "mesh size": ({"mesh_dim": "1,3,1"}, "needs 3 devices, there are 1"),
   "batch": (
     {"train_dataset.seqio_dataset.batch_size": "0"},

@@ -1,4 +1,4 @@
-"""What the tests of training share: the flags of a tiny run, its rows, and what is in its steps."""
+"""Helpers shared by the tests of training: flags and rows of a tiny run, and its steps' arrays."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from ll3m.core import checkpoint
 
 
 def flags(tokenizer: Path, *, rows: int, shards: int, heads: int = 2) -> list[str]:
-  """A random model of two layers over the byte tokenizer, rows of 32 tokens, fast learning.
+  """Returns the flags of a random two-layer model: byte tokens, rows of 32, high learning rate.
 
   Args:
-    tokenizer: see `byte_tokenizer`.
-    rows: of a micro-step.
-    shards: that the stream is split into.
-    heads: of 8 dimensions, in pairs that share keys; D is 8 for each.
+    tokenizer: Folder of the tokenizer; see `byte_tokenizer`.
+    rows: Number of rows in a micro-step.
+    shards: Number of shards that the stream is split into.
+    heads: Number of heads, each of 8 dimensions. Two heads share a key head; D is 8 * heads.
   """
   model = {
     "vocab_size": 258,
@@ -41,10 +41,12 @@ def flags(tokenizer: Path, *, rows: int, shards: int, heads: int = 2) -> list[st
 
 
 def streamed(folder: Path) -> list[str]:
-  """Rows that `datasets` streams, no two alike: without TensorFlow, a run soon starts.
+  """Writes distinct rows and returns flags to stream them with `datasets`.
+
+  Without TensorFlow, a run starts sooner.
 
   Args:
-    folder: where they are written.
+    folder: The folder for the rows.
   """
   folder.mkdir(exist_ok=True)
   rows = (
@@ -59,7 +61,7 @@ def streamed(folder: Path) -> list[str]:
 
 
 def arrays(step: Path) -> dict[str, bytes]:
-  """Every array of a step folder, to the bit, as Orbax reads it, not we."""
+  """Returns the bytes of every array in a step folder, as read by Orbax rather than by us."""
   found = {}
   for item in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
     reader = ocp.PyTreeCheckpointHandler()

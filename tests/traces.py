@@ -1,4 +1,4 @@
-"""Reads the traces that `--profile_steps` writes."""
+"""Reader of the traces that `--profile_steps` writes."""
 
 import glob
 import warnings
@@ -8,12 +8,12 @@ import jax
 
 
 def traced_steps(folder: Path) -> list[int]:
-  """The numbers of the steps in the one trace below a folder, as jax's own reader finds them."""
+  """Returns the step numbers in the only trace below a folder, using jax's own reader."""
   (file,) = glob.glob(f"{folder}/profile/plugins/profile/*/*.xplane.pb")
   data = jax.profiler.ProfileData.from_file(file)
   with warnings.catch_warnings():
-    # Reading stats for the first time makes a C++ type; if Python's warning of that is an error,
-    # the process aborts.
+    # The first read of stats creates a C++ type; if Python's warning about it is an error, the
+    # process aborts.
     warnings.simplefilter("ignore", DeprecationWarning)
     return sorted(
       dict(event.stats)["step_num"]

@@ -1,1 +1,1 @@
-"""What every other room stands on: configuration, flags, sharding and checkpoints."""
+"""The package that all others build on: configuration, flags, sharding and checkpoints."""

@@ -1,8 +1,9 @@
-"""A lock for object stores, which have none: an object that its holder keeps writing anew.
+"""A lease that serves as a lock in object stores: its holder keeps rewriting one object.
 
-Writing only if an object is still the one that was read is all that these stores offer, and enough:
-who holds the lease writes it every few seconds; whoever finds one that stays as it is for a minute
-takes it over. That the holder is dead is seen at once where it ran on this machine.
+Object stores have no locks, but they have conditional writes, which succeed only if the object has
+not changed since it was read. These suffice: the holder rewrites the object every few seconds, and
+anyone who sees it unchanged for a minute may take it over. If the holder ran on this machine, its
+death is detected at once.
 """
 
 import contextlib
@@ -18,16 +19,16 @@ from pathlib import Path
 import tensorstore as ts
 from absl import logging
 
-# In seconds: how often a holder shows that it lives, and for how long it may fail to.
+# Seconds between renewals, and seconds without a renewal after which a lease may be taken over.
 BEAT = 10.0
 PATIENCE = 60.0
 
-_ABSENT = b"\x02"  # TensorStore's generation of a key that does not exist
+_ABSENT = b"\x02"  # TensorStore's generation for a key that does not exist
 _BOOT, _PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class HeldError(Exception):
-  """Another job holds the lease; the message is who."""
+  """Another job holds the lease; the message names the holder."""
 
 
 @contextlib.contextmanager
@@ -39,17 +40,17 @@ def lease(
   beat: float = BEAT,
   patience: float = PATIENCE,
 ) -> Iterator[None]:
-  """Holds a lease, and shows in the background that its holder lives.
+  """Holds a lease and renews it in the background.
 
   Args:
-    store: where; it must write conditionally.
-    key: of the object.
-    lost: called, on another thread, when somebody else has taken the lease over.
-    beat: seconds between signs of life.
-    patience: seconds without any after which a holder counts as dead.
+    store: Key-value store of the lease; it must support conditional writes.
+    key: Key of the lease.
+    lost: Function that is called, on another thread, when another job has taken over the lease.
+    beat: Seconds between renewals.
+    patience: Seconds without a renewal after which a holder counts as dead.
 
   Raises:
-    HeldError: another job holds it.
+    HeldError: Another job holds the lease.
   """
   mine = {"who": f"process {os.getpid()} on {socket.gethostname()}", "pid": os.getpid()}
   mine |= {"machine": _machine(), "token": uuid.uuid4().hex}
@@ -61,7 +62,7 @@ def lease(
     number = 0
     while not over.wait(beat):
       number += 1
-      # A store that does not answer is asked again; who has taken over meanwhile is seen then.
+      # If the store does not answer, the next iteration tries again, and detects a takeover.
       with contextlib.suppress(ValueError):
         found = _write(store, key, mine | {"beat": number}, generation)
         if found is None:
@@ -69,7 +70,7 @@ def lease(
           if holder.get("token") != mine["token"]:
             lost()
             return
-          found = current  # a write of ours whose answer did not arrive
+          found = current  # our own write, whose response was lost
         generation = found
 
   thread = threading.Thread(target=live, daemon=True)
@@ -79,12 +80,12 @@ def lease(
   finally:
     over.set()
     thread.join(beat)
-    with contextlib.suppress(ValueError):  # it ends by itself where it cannot be deleted
+    with contextlib.suppress(ValueError):  # a lease that cannot be deleted expires
       store.write(key, None, if_equal=generation).result()
 
 
 def _take(store: ts.KvStore, key: str, mine: dict, patience: float) -> bytes:
-  """Returns the generation under which the lease is ours."""
+  """Acquires the lease once it is free or has expired; returns its generation."""
   holder, seen = _read(store, key)
   waited, since = False, time.monotonic()
   while True:
@@ -94,12 +95,12 @@ def _take(store: ts.KvStore, key: str, mine: dict, patience: float) -> bytes:
     elif not waited:
       waited = True
       logging.warning(
-        "%s holds %s%s, or did: waiting for up to %.0f s for a sign of life",
+        "%s may still hold %s%s; waiting up to %.0f s for a renewal",
         _name(holder), store.url, key, patience,
       )  # fmt: skip
     time.sleep(patience / 60)
     now, generation = _read(store, key)
-    if now.get("token") == mine["token"]:  # a write of ours whose answer did not arrive
+    if now.get("token") == mine["token"]:  # our own write, whose response was lost
       return generation
     if generation not in (seen, _ABSENT):
       raise HeldError(_name(now))
@@ -107,11 +108,11 @@ def _take(store: ts.KvStore, key: str, mine: dict, patience: float) -> bytes:
 
 
 def _name(holder: dict) -> str:
-  return str(holder.get("who", "somebody"))
+  return str(holder.get("who", "an unknown job"))
 
 
 def _is_dead(holder: dict) -> bool:
-  """Says whether a holder ran on this machine, since it was started, and does no more."""
+  """Returns whether a holder ran on this machine, since its last boot, and has exited."""
   if not _machine() or holder.get("machine") != _machine():
     return False
   try:
@@ -124,7 +125,7 @@ def _is_dead(holder: dict) -> bool:
 
 
 def _machine() -> str:
-  """Returns what names the processes whose numbers this one sees; "" if nothing does."""
+  """Returns an identifier of this boot and PID namespace; "" if there is none."""
   try:
     return f"{socket.gethostname()} {_BOOT.read_text().strip()} {os.readlink(_PROCESSES)}"
   except OSError:  # only Linux has these files
@@ -132,7 +133,7 @@ def _machine() -> str:
 
 
 def _read(store: ts.KvStore, key: str) -> tuple[dict, bytes]:
-  """Returns what a lease says, and its generation."""
+  """Returns the contents of a lease and its generation."""
   found = store.read(key).result()
   try:
     holder = json.loads(found.value)
@@ -142,6 +143,6 @@ def _read(store: ts.KvStore, key: str) -> tuple[dict, bytes]:
 
 
 def _write(store: ts.KvStore, key: str, holder: dict, generation: bytes) -> bytes | None:
-  """Writes a lease if it is still of this generation; returns the new one, or None if it is not."""
+  """Writes a lease if it still has this generation; returns the new generation, or None."""
   text = json.dumps(holder).encode()
   return store.write(key, text, if_equal=generation).result().generation or None

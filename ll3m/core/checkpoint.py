@@ -1,16 +1,16 @@
-"""Where parameters lie on disk, and how they are read back.
+"""The layout of checkpoints on disk, and how they are read.
 
 Three kinds of folder hold a model:
 
 * a converted folder (`ll3m.convert`): `params/`, `tokenizer/`, `hf/` (the source's config.json)
-  and, written last, `ll3m.json`, without which the folder is not complete;
-* a step folder of a training run: Orbax items `params/`, `meta/`, and for resuming `optimizer/`
-  and `dataset/`;
-* a run's output_dir: `checkpoints/<step>/` beside `tokenizer/` and `hf/`; its latest finished step
-  stands for it.
+  and `ll3m.json`, which is written last and without which the folder is incomplete;
+* a step folder of a training run: the Orbax items `params/` and `meta/`, and for resuming
+  `optimizer/` and `dataset/`;
+* a run's output_dir: `checkpoints/<step>/` beside `tokenizer/` and `hf/`. Opening it opens its
+  latest finished step.
 
 A converted folder and a step folder also hold `digests.json`, the checksums of their files.
-Paths may be remote (gs://); Orbax and etils read and write them alike.
+Paths may be local or remote (gs://); Orbax and etils handle both.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ SOURCE = "hf"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A complete model on disk, opened once: what is known of it without reading its arrays.
+  """A complete model on disk, described without reading its arrays.
 
   Attributes:
     path: The folder that holds `params/`.
@@ -52,10 +52,10 @@ class Checkpoint:
     tokenizer_dir: The folder of the tokenizer's files; None if there are none.
     source_dir: The folder of the config.json and generation_config.json that the model was
       published with; None if there are none.
-    step: The optimizer steps done; None if it is no step of a training run.
+    step: The number of completed optimizer steps; None if this is not a step of a training run.
     meta: The contents of the manifest.
-    check_params: A function that raises ValueError if the parameters, described by "module/name",
-      are not those of the config. `load_params` calls it before it reads them.
+    check_params: A function that takes descriptions of the parameters by "module/name" and raises
+      ValueError if they do not match the config. `load_params` calls it before it reads them.
   """
 
   path: epath.Path
@@ -83,17 +83,17 @@ class Checkpoint:
     return _read_files(self.tokenizer_dir)
 
   def load_params(self, *, dtype: Any = None, shardings: Params | None = None) -> Params:
-    """Reads the parameters, each device its own shards.
+    """Reads the parameters; each device receives only its own shards.
 
     Args:
-      dtype: The dtype to cast to while reading; as saved by default.
-      shardings: The parameters' shardings, in their structure; the first device by default.
+      dtype: The dtype to cast to while reading; the saved dtype by default.
+      shardings: The parameters' shardings, in the same structure; the first device by default.
 
     Returns:
       Haiku parameters.
 
     Raises:
-      ValueError: The arrays are not those of the config, or cannot be read.
+      ValueError: The arrays do not match the config, or cannot be read.
     """
     found = flatten(checkpoint_items.describe_arrays(self.params_path))
     self.check_params(
@@ -114,10 +114,10 @@ class Checkpoint:
     return flatten(checkpoint_items.restore_arrays(self.params_path, nest(like)))
 
   def require_resumable(self) -> None:
-    """Checks that more than the parameters was saved.
+    """Checks that the optimizer's state was saved.
 
     Raises:
-      ValueError: It was not.
+      ValueError: Only the parameters were saved.
     """
     if not (self.path / OPTIMIZER).is_dir():
       raise ValueError(
@@ -127,20 +127,20 @@ class Checkpoint:
       )
 
   def restore_state[State: tuple](self, like: State) -> State:
-    """Restores the train state of a step, to the bit.
+    """Restores the train state of a step, bit for bit.
 
     Args:
-      like: A named tuple of `jax.ShapeDtypeStruct`s with shardings, as the run wants them: step,
-        params, opt_state and rng.
+      like: A named tuple that describes the run's state (step, params, opt_state and rng) by
+        `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
-      ValueError: The step was saved without what resuming needs or for another model or optimizer,
-        or its arrays are damaged.
+      ValueError: The step was saved without the optimizer's state or for another model or
+        optimizer, or its arrays are damaged.
     """
     self.require_resumable()
     items = {
       PARAMS: ("parameters", nest(like.params)),
-      OPTIMIZER: ("optimizer's state", name_leaves(like.opt_state)),
+      OPTIMIZER: ("optimizer's arrays", name_leaves(like.opt_state)),
     }
     for item, (what, wanted) in items.items():
       if found := checkpoint_items.describe_differences(self.path / item, wanted):
@@ -162,7 +162,7 @@ class Checkpoint:
     """Reads the position in the data.
 
     Raises:
-      ValueError: It was not saved there.
+      ValueError: The position was not saved.
     """
     if not (self.path / DATASET).is_dir():
       raise ValueError(f"no data position was saved at {self.path}")
@@ -171,7 +171,7 @@ class Checkpoint:
     )
 
   def save_companions(self, output: epath.Path) -> None:
-    """Writes the tokenizer and the config files into `tokenizer/` and `hf/` of a folder."""
+    """Writes the tokenizer and the config files into a folder's `tokenizer/` and `hf/`."""
     for name, files in ((TOKENIZER, self.tokenizer_files), (SOURCE, self.config_files)):
       for file, content in files.items():
         (output / name).mkdir(parents=True, exist_ok=True)
@@ -179,18 +179,18 @@ class Checkpoint:
 
 
 def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
-  """Finds the model in a converted folder, a run's output_dir or one step folder.
+  """Opens the model in a converted folder, a run's output_dir or one step folder.
 
   Args:
-    path: The folder. Of a run, the latest good step is opened; skipped steps are reported.
-    verify: Whether to compare all its files with their checksums.
+    path: The folder. For a run, the latest good step is opened, and skipped steps are logged.
+    verify: Whether to compare all files with their checksums.
 
   Raises:
-    FileNotFoundError: There is no such folder.
+    FileNotFoundError: The folder does not exist.
     ValueError: The folder holds no complete model, or a damaged one.
   """
   path = absolute(path)
-  # TensorFlow's is_dir takes it for a no when access is refused; exists says so.
+  # If access is denied, TensorFlow's is_dir returns False; exists raises an error.
   if not (path.exists() and path.is_dir()):
     raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
   if (path / MANIFEST).exists() or not (path / STEPS).is_dir():
@@ -199,13 +199,13 @@ def open_checkpoint(path: epath.PathLike, *, verify: bool = True) -> Checkpoint:
 
 
 class Steps(NamedTuple):
-  """The steps of a run, as they were when its folder was listed.
+  """The steps of a run at the time its folder was listed.
 
   Attributes:
-    folder: The folder that holds them.
-    finished: The steps that were saved completely, in order.
-    unfinished: The steps whose save has not come to its end; in an object store they have their own
-      names from the beginning.
+    folder: The folder that holds the steps.
+    finished: The completely saved steps, in ascending order.
+    unfinished: The steps whose save has not finished; in an object store, a step has its final name
+      from the start.
   """
 
   folder: epath.Path
@@ -213,19 +213,19 @@ class Steps(NamedTuple):
   unfinished: list[int]
 
   def open_latest(self, *, verify: bool = True) -> Checkpoint:
-    """Opens the latest good step; skipped ones are reported.
+    """Opens the latest good step and logs the steps that it skips.
 
     Raises:
-      ValueError: There is none.
+      ValueError: No step is good.
     """
     run, reasons = self.folder.parent, []
     for step in reversed(self.finished):
       try:
         return _open(self.folder / str(step), verify)
       except ValueError as error:
-        logging.warning("step %d of %s is passed over: %s", step, run, error)
+        logging.warning("skipping step %d of %s: %s", step, run, error)
         reasons.append(str(error))
-    latest = f"; the latest: {reasons[0]}" if reasons else ""
+    latest = f"; latest step: {reasons[0]}" if reasons else ""
     raise ValueError(f"not a complete checkpoint: {run} holds no good step{latest}")
 
 
@@ -233,22 +233,22 @@ def list_steps(output_dir: epath.PathLike) -> Steps:
   """Lists the steps of a run.
 
   Raises:
-    ValueError: A converted folder lies among them under the name of a step.
+    ValueError: A folder that is named like a step holds a converted model.
   """
   found = Steps(absolute(output_dir) / STEPS, [], [])
   if found.folder.is_dir():
     names = [path.name for path in found.folder.iterdir()]
     for step in sorted(int(n) for n in names if n.isdecimal() and n == str(int(n))):
       path = found.folder / str(step)
-      if (path / MANIFEST).exists():  # a run would number, and delete, it among its own
-        raise ValueError(f"{path} is a converted model under the name of a step: rename it")
+      if (path / MANIFEST).exists():  # a run would count it as a step of its own, and delete it
+        raise ValueError(f"{path} is a converted model, but is named like a step; rename it")
       finished = ocp.utils.is_checkpoint_finalized(path)
       (found.finished if finished else found.unfinished).append(step)
   return found
 
 
 def finished_steps(output_dir: epath.PathLike) -> list[int]:
-  """Returns the steps of a run that were saved completely, in order; see `list_steps`."""
+  """Returns the completely saved steps of a run, in ascending order; see `list_steps`."""
   return list_steps(output_dir).finished
 
 
@@ -285,26 +285,26 @@ def _open(path: epath.Path, verify: bool) -> Checkpoint:
 
 
 def _run_of(step: epath.Path) -> epath.Path | None:
-  """Returns the run's output_dir that a step folder lies in; None for a copy kept elsewhere."""
-  # A link such as latest -> checkpoints/40, or a path such as ../40, names another parent.
+  """Returns the output_dir of a step folder's run; None for a copy elsewhere."""
+  # A link (latest -> checkpoints/40) or a relative path (../40) names another parent folder.
   steps = (step if is_remote(step) else epath.Path(os.path.realpath(step))).parent
   return steps.parent if steps.name == STEPS else None
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns a path as Orbax wants it: remote as it is, local from the root."""
+  """Returns the absolute path that Orbax requires; a remote path is returned unchanged."""
   path = epath.Path(path)
   return path if is_remote(path) else path.expanduser().absolute()
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
-  """Names the optimizer's arrays by their path, which a restore can compare and explain."""
+  """Names the optimizer's arrays by their tree paths, which a restore compares and reports."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {f"{i:03d}{jax.tree_util.keystr(path)}": leaf for i, (path, leaf) in enumerate(leaves)}
 
 
 def model_meta(family: str, config: ModelConfig) -> dict[str, Any]:
-  """Returns the part of a manifest that every folder with a model has."""
+  """Returns the manifest entries that every folder with a model has."""
   return {"format": FORMAT, "family": family, "config": config.to_dict()}
 
 

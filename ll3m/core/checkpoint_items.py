@@ -1,4 +1,4 @@
-"""The items of a checkpoint as Orbax keeps them: trees of arrays, and dicts of bytes."""
+"""The items of an Orbax checkpoint: trees of arrays, and dicts of bytes."""
 
 import contextlib
 import dataclasses
@@ -13,11 +13,11 @@ from etils import epath
 
 Params = dict[str, dict[str, Any]]
 
-_LISTED = 5  # differences in one message
+_LISTED = 5  # maximum number of differences in one message
 
 
 def describe_arrays(path: epath.Path) -> dict[str, Any]:
-  """Returns the nested dict of an item's arrays, each with `shape` and `dtype`, without values.
+  """Returns a nested dict that describes an item's arrays by `shape` and `dtype`.
 
   Raises:
     ValueError: The item cannot be read.
@@ -27,11 +27,11 @@ def describe_arrays(path: epath.Path) -> dict[str, Any]:
 
 
 def restore_arrays(path: epath.Path, like: Any) -> Any:
-  """Reads an item's arrays, each device its own shards.
+  """Reads an item's arrays; each device receives only its own shards.
 
   Args:
-    path: The item.
-    like: The nested dict of `jax.ShapeDtypeStruct`s with shardings; dtypes are cast to.
+    path: The item's folder.
+    like: The nested dict of `jax.ShapeDtypeStruct`s with shardings. Arrays are cast to its dtypes.
 
   Raises:
     ValueError: The arrays cannot be read.
@@ -46,14 +46,14 @@ def restore_arrays(path: epath.Path, like: Any) -> Any:
 
 
 def describe_differences(path: epath.Path, like: Any) -> str:
-  """Returns where the names, shapes and dtypes of an item's arrays differ from those of a run.
+  """Describes how the names, shapes and dtypes of an item's arrays differ from a run's.
 
   Args:
-    path: The item.
-    like: The nested dict of arrays, or of their descriptions, that the run has.
+    path: The item's folder.
+    like: The nested dict of the run's arrays, or of their descriptions.
 
   Returns:
-    The first differences, or "".
+    The first differences; "" if there are none.
 
   Raises:
     ValueError: The item cannot be read.
@@ -81,23 +81,23 @@ def describe_differences(path: epath.Path, like: Any) -> str:
 
 @contextlib.contextmanager
 def reading(path: epath.Path) -> Iterator[None]:
-  """Turns what goes wrong while Orbax reads a folder into one short sentence.
+  """Turns errors that Orbax raises while it reads a folder into one short sentence.
 
   Raises:
-    ValueError: instead of Orbax's own, among which are bare `Exception`s of a hundred lines.
+    ValueError: Replaces any error of Orbax, including bare `Exception`s of a hundred lines.
   """
   try:
     yield
   except Exception as error:
-    # Orbax puts TensorStore's whole specification around its reason, which is the cause; that
-    # ends, in brackets, with the specification again and places in TensorStore's source.
+    # The reason is in the cause: Orbax's own message quotes TensorStore's whole specification. The
+    # cause ends, in brackets, with that specification and locations in TensorStore's source.
     reason = str(error.__cause__ or error).strip().replace(f"{path}/", "")
     reason = re.split(r"\n| \[(?=tensorstore_spec|source)", reason)[0]
     raise ValueError(f"cannot read {path}: {reason or type(error).__name__}") from error
 
 
 def nest(params: Params) -> dict[str, Any]:
-  """Splits Haiku's module names at the slashes: what Orbax stores."""
+  """Splits Haiku's module names at the slashes, into the nested dict that Orbax stores."""
   tree: dict[str, Any] = {}
   for module, arrays in params.items():
     node = tree
@@ -108,7 +108,7 @@ def nest(params: Params) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Params:
-  """Joins nested names into Haiku's two levels: the inverse of `nest`."""
+  """Joins nested names into Haiku's two levels; the inverse of `nest`."""
   params: Params = {}
   for name, value in tree.items():
     if isinstance(value, Mapping):
@@ -122,7 +122,7 @@ _SUFFIX = ".state"
 
 
 class BytesHandler(ocp.CheckpointHandler):
-  """Saves a dict of byte strings as one file each: the position in the data."""
+  """Handler for a dict of byte strings, one file per entry: the position in the data."""
 
   def save(self, directory: epath.Path, args: "BytesSave") -> None:
     """Writes every entry."""
@@ -132,14 +132,14 @@ class BytesHandler(ocp.CheckpointHandler):
   def restore(self, directory: epath.Path, args: "BytesRestore") -> dict[str, bytes]:
     """Reads every entry."""
     del args
-    files = directory.glob(f"*{_SUFFIX}")  # Orbax puts a file of its own beside ours
+    files = directory.glob(f"*{_SUFFIX}")  # Orbax adds a file of its own
     return {file.name.removesuffix(_SUFFIX): file.read_bytes() for file in files}
 
 
 @ocp.args.register_with_handler(BytesHandler, for_save=True)
 @dataclasses.dataclass
 class BytesSave(ocp.args.CheckpointArgs):
-  """What to save with `BytesHandler`."""
+  """The arguments for saving with `BytesHandler`."""
 
   items: Mapping[str, bytes]
 
@@ -147,4 +147,4 @@ class BytesSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(BytesHandler, for_restore=True)
 @dataclasses.dataclass
 class BytesRestore(ocp.args.CheckpointArgs):
-  """Restores what `BytesSave` saved."""
+  """The arguments for restoring with `BytesHandler`."""

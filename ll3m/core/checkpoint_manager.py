@@ -17,8 +17,8 @@ from ll3m.core import checksums, options
 from ll3m.core.checkpoint_items import BytesHandler, BytesSave, nest
 from ll3m.core.object_store import is_remote
 
-_TIMES = "_CHECKPOINT_METADATA"  # Orbax's, which it writes once more when all else is done
-DAMAGED = "damaged"  # where steps go that cannot be gone on from, beside `checkpoints/`
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's file, which it rewrites after all others
+DAMAGED = "damaged"  # folder, beside `checkpoints/`, of steps that cannot be resumed from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,10 @@ class CheckpointerConfig:
   """The options of checkpointing."""
 
   save_optimizer_state: bool = options.option(
-    True, "Save what resuming needs; False saves the parameters alone."
+    True, "Save everything that resuming needs. False saves only the parameters."
   )
   max_to_keep: int = options.option(
-    2, "How many of the latest checkpoints are kept, beside the milestones."
+    2, "Number of latest checkpoints to keep, in addition to the milestones."
   )
 
   def __post_init__(self):
@@ -38,7 +38,7 @@ class CheckpointerConfig:
 
 
 class RunCheckpoints:
-  """Saves and restores the steps of one output_dir; use as a context manager."""
+  """The checkpoints of one output_dir, saved in the background; use as a context manager."""
 
   def __init__(
     self,
@@ -48,16 +48,17 @@ class RunCheckpoints:
     milestone_steps: int = 0,
     unfinished: Sequence[int] = (),
   ):
-    """Opens, and creates, output_dir/checkpoints.
+    """Opens output_dir/checkpoints and creates it if necessary.
 
     Args:
       output_dir: The folder of the run.
-      config: How to save, and how many to keep.
-      milestone_steps: Checkpoints at multiples of this are never deleted; 0 for none.
-      unfinished: The steps whose save an earlier job began only, as `list_steps` found them.
+      config: The options of checkpointing.
+      milestone_steps: Interval in steps; checkpoints at its multiples are never deleted. 0 for
+        none.
+      unfinished: The steps that an earlier job did not finish saving, as found by `list_steps`.
     """
     self._config = config
-    self._saving = 0  # the step that is, or was last, being saved
+    self._saving = 0  # the step of the current or latest save
     steps = folders.absolute(output_dir) / folders.STEPS
     if is_remote(steps):
       _clear_unfinished(steps, unfinished)
@@ -89,10 +90,10 @@ class RunCheckpoints:
     self._manager.close()
 
   def check(self) -> None:
-    """Demands that what is saved in the background goes well so far.
+    """Raises if a save in the background has failed.
 
     Raises:
-      OSError: it does not.
+      OSError: A save has failed.
     """
     with self._explaining():
       self._manager.check_for_errors()
@@ -106,10 +107,10 @@ class RunCheckpoints:
     meta: Mapping[str, Any],
     dataset: Mapping[str, bytes],
   ) -> None:
-    """Starts saving a step; returns once the arrays are copied out.
+    """Starts saving a step; returns once its arrays have been copied.
 
     Raises:
-      OSError: it cannot be saved, or the save before, which ran in the background, went wrong.
+      OSError: The step cannot be saved, or the previous save failed in the background.
     """
     items = {
       folders.PARAMS: ocp.args.PyTreeSave(nest(params)),
@@ -119,61 +120,61 @@ class RunCheckpoints:
       items[folders.OPTIMIZER] = ocp.args.PyTreeSave(folders.name_leaves(opt_state))
       items[folders.DATASET] = BytesSave(dict(dataset))
     with self._explaining():
-      self._manager.wait_until_finished()  # with the save before, so that its error is its own
+      self._manager.wait_until_finished()  # attributes errors of the previous save to its step
     self._saving = step
     with self._explaining():
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   @contextlib.contextmanager
   def _explaining(self) -> Iterator[None]:
-    """Says of an error which step it cost.
+    """Adds to any error the number of the step that could not be saved.
 
     Raises:
-      OSError: instead of whatever was raised.
+      OSError: Replaces whatever was raised.
     """
     try:
       yield
     except Exception as error:
       said = str(error).strip().partition("\n")[0].partition(" [")[0]
-      # What a disk says is enough; a mistake of ours is only understood with its kind.
+      # The message of a disk error is enough; a bug is only understood with its type.
       kind = "" if said and isinstance(error, OSError | ValueError) else type(error).__name__
       reason = ": ".join(part for part in (kind, said) if part)
       raise OSError(
-        f"step {self._saving} could not be saved in {self._manager.directory}: {reason}; the steps "
-        f"before it are untouched"
+        f"step {self._saving} could not be saved in {self._manager.directory}: {reason}; earlier "
+        f"steps are unaffected"
       ) from error
 
   def _seal(self) -> None:
-    """Adds the digests to the step that was saved; Orbax calls this before the step counts."""
+    """Adds the digests to the saved step; Orbax calls this before the step counts as complete."""
     if jax.process_index():
       return
     step = self._manager.directory / str(self._saving)
-    # Object stores cannot rename: there, a step has its own name from the beginning.
+    # Object stores cannot rename folders, so a step has its final name there from the start.
     for folder in (step, step.with_name(f"{step.name}{ocp.utils.TMP_DIR_SUFFIX}")):
       if folder.exists():
         checksums.write(folder, leave_out=[_TIMES])
 
   def set_aside_after(self, step: int) -> None:
-    """Moves the steps after this one, from which a run does not go on, to output_dir/damaged.
+    """Moves the steps after `step`, which cannot be resumed from, to output_dir/damaged.
 
-    They will be made again, and Orbax saves no step twice.
+    The run will reach these steps again, and Orbax saves no step twice.
 
     Raises:
-      FileExistsError: one of them is good: another job has just saved it.
+      FileExistsError: One of these steps is good: another job has just saved it.
     """
     later = [found for found in self._manager.all_steps() if found > step]
     for damaged in later:
       with contextlib.suppress(ValueError):
         folders.open_checkpoint(self._manager.directory / str(damaged))
         raise FileExistsError(
-          f"step {damaged} was saved by another job after this one had looked for it; start again"
+          f"step {damaged} was saved by another job after this one listed the steps; start again"
         )
     if later:
-      _meet("all processes have looked at the damaged steps")
+      _meet("all processes have checked the damaged steps")
       if not jax.process_index():
         for damaged in later:
           self._set_aside(damaged)
-      _meet("damaged steps are set aside")
+      _meet("damaged steps have been moved")
       self._manager.reload()
 
   def _set_aside(self, step: int) -> None:
@@ -182,21 +183,21 @@ class RunCheckpoints:
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(1)))
     place = next(home / name for name in names if not (home / name).exists())
     (self._manager.directory / str(step)).rename(place)
-    logging.warning("the damaged step %d was moved to %s", step, place)
+    logging.warning("moved the damaged step %d to %s", step, place)
 
 
 def _clear_unfinished(steps: epath.Path, unfinished: Sequence[int]) -> None:
-  """Deletes the steps in an object store that were not saved to their end.
+  """Deletes the steps in an object store whose save did not finish.
 
-  Orbax takes every folder for one that it did not finish: a foreign one too. Another job may have
-  finished one since the folder was listed. One that was begun since stays: Orbax replaces it when
-  that step is saved.
+  Orbax's own cleanup is disabled, because it would delete foreign folders, too. A step that another
+  job has finished since the listing is kept. A step begun since the listing also stays; Orbax
+  replaces it when that step is saved.
   """
   if jax.process_index() == 0:
     for folder in (steps / str(step) for step in unfinished):
       if folder.exists() and not ocp.utils.is_checkpoint_finalized(folder):
         folder.rmtree()
-  _meet("unfinished steps are cleared")
+  _meet("unfinished steps have been deleted")
 
 
 def _meet(where: str) -> None:

@@ -1,9 +1,9 @@
-"""Checksums of the files of a checkpoint: what changed on disk is found before it is believed.
+"""Checksums of a checkpoint's files, which detect changes on disk before the data is used.
 
-Storage may lose the end of a file or flip a bit, and arrays of plain values look well either way.
-So a checkpoint's folder holds `digests.json`, written before the folder counts as complete: the
-size and the XXH3 checksum (https://xxhash.com) of every file in it. Hashing runs at the speed of
-memory: a few percent of the time that loading takes.
+Storage may truncate a file or flip a bit, and arrays of plain values look valid either way. So a
+checkpoint's folder holds `digests.json`, which is written before the folder counts as complete: the
+size and the XXH3 checksum (https://xxhash.com) of every file. Hashing runs at memory speed and
+takes a few percent of the loading time.
 """
 
 import json
@@ -22,14 +22,14 @@ from jax.experimental import multihost_utils
 FILE = "digests.json"
 
 _BLOCK_BYTES = 2**20
-_THREADS = 4  # reading from afar waits, and hashing lets go of the interpreter
-_LISTED = 5  # files in one message
+_THREADS = 4  # remote reads block, and hashing releases the GIL
+_LISTED = 5  # maximum number of files in one message
 
 Digest = dict[str, Any]  # {"bytes": size, "xxh3": 16 hexadecimal digits}
 
 
 def of(pieces: Iterable[Any]) -> Digest:
-  """Returns the digest of a file that consists of these pieces, each a buffer of bytes."""
+  """Returns the digest of a file, given as consecutive buffers of bytes."""
   state, size = xxhash.xxh3_64(), 0
   for piece in pieces:
     state.update(piece)
@@ -38,7 +38,7 @@ def of(pieces: Iterable[Any]) -> Digest:
 
 
 def of_file(path: epath.Path) -> Digest:
-  """Returns the digest of a file, with one block of it in memory."""
+  """Returns the digest of a file, which is read block by block."""
   with path.open("rb") as file:
     return of(iter(lambda: file.read(_BLOCK_BYTES), b""))
 
@@ -49,9 +49,9 @@ def write(
   """Writes the digests of a folder that is otherwise complete.
 
   Args:
-    folder: all its files are read, but for those that are known.
-    known: digests of files by their path in the folder; they need not be there yet.
-    leave_out: files that will not stay.
+    folder: The folder; all its files are read except those in `known`.
+    known: Digests of files by their paths in the folder; the files need not exist yet.
+    leave_out: Paths of temporary files, which get no digest.
   """
   known = dict(known or {})
   present = {os.path.relpath(file, folder): file for file in _files(folder)}
@@ -62,19 +62,19 @@ def write(
 
 
 def check(folder: epath.Path) -> None:
-  """Demands that every file is what it was when the folder was written.
+  """Checks that every file is unchanged since the folder was written.
 
-  Of several processes, each reads its share of the files, and all come to the same end. Of copies
-  that the hosts have for themselves, each host therefore checks only its share.
+  Several processes each read a share of the files and reach the same result. If every host has a
+  copy of its own, each host therefore checks only its share of that copy.
 
   Raises:
-    ValueError: files are missing, cut or changed; it names them.
+    ValueError: Files are missing, truncated or changed; the message names them.
   """
-  # Asked first: to count the processes starts jax's devices, which not every command needs.
+  # Checked first, because process_count initialises the devices, which not every command needs.
   several = jax.distributed.is_initialized() and jax.process_count() > 1
   index, count = (jax.process_index(), jax.process_count()) if several else (0, 1)
   wrong = _wrong(folder, index, count)
-  if several:  # whatever was found: who is missing here is waited for
+  if several:  # whatever was found, because the other processes wait here
     everywhere = multihost_utils.process_allgather(np.int32(len(wrong)))
     if not wrong and np.sum(everywhere):
       wrong = ["process " + str(int(np.argmax(everywhere))) + " found files that changed"]
@@ -84,10 +84,10 @@ def check(folder: epath.Path) -> None:
 
 
 def _wrong(folder: epath.Path, index: int, count: int) -> list[str]:
-  """Says what is wrong with every count-th file, from the index-th on."""
+  """Returns what is wrong with every `count`-th file, starting with file `index`."""
   path = folder / FILE
   if not path.exists():
-    logging.warning("%s has no %s: it is taken as it is", folder, FILE)
+    logging.warning("%s has no %s; its files are not verified", folder, FILE)
     return []
   try:
     expected = {name: dict(digest) for name, digest in json.loads(path.read_text()).items()}
@@ -99,7 +99,7 @@ def _wrong(folder: epath.Path, index: int, count: int) -> list[str]:
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-  for entry in folder.iterdir():  # etils globs no deeper than this
+  for entry in folder.iterdir():  # etils cannot glob recursively
     if entry.is_dir():
       yield from _files(entry)
     else:
@@ -110,11 +110,11 @@ def _problem(file: epath.Path, expected: Digest) -> str | None:
   try:
     size = file.stat().length
     if size != expected.get("bytes"):
-      return f"has {size} bytes, it was saved with {expected.get('bytes')}"
-    return None if of_file(file) == expected else "has another checksum than when it was saved"
+      return f"has {size} bytes, expected {expected.get('bytes')}"
+    return None if of_file(file) == expected else "does not match its checksum"
   except FileNotFoundError:
     return "is missing"
-  except (OSError, ValueError) as error:  # ValueError: no name of a file
+  except (OSError, ValueError) as error:  # ValueError: not a valid file name
     return f"cannot be read: {error}"
 
 

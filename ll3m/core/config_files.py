@@ -1,11 +1,11 @@
-"""Reads the files of --config: YAML, whose keys are options, nested or with dotted names.
+"""Reader of --config files: YAML whose keys are options, nested or with dotted names.
 
   optimizer:
     type: adamw
     adamw_optimizer.lr: 1e-4
 
-JSON is YAML, so a run's flags.json is such a file too. Values keep the text they have in the file:
-whoever knows the option's type parses it, not YAML, to which `no` is a boolean and `1:30` is 90.
+JSON is YAML, so a run's flags.json is such a file, too. Values are returned as the text in the
+file, to be parsed by the option's type: YAML would read `no` as a boolean and `1:30` as 90.
 """
 
 from collections.abc import Collection, Iterator
@@ -27,11 +27,13 @@ def read(file: epath.PathLike, known: Collection[str]) -> dict[str, tuple[Any, s
     known: The dotted names of all options.
 
   Returns:
-    By dotted name: the value, a text, a list of texts or None for null, and its place "FILE:LINE".
+    For each option, by dotted name: its value (a string, a list of strings, or None for null) and
+    its location "FILE:LINE".
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is not YAML, not a mapping of options, or has an unknown or repeated key.
+    FileNotFoundError: The file does not exist.
+    ValueError: The file is not YAML, is not a mapping of options, or has an unknown or repeated
+      key.
   """
   path = epath.Path(file)
   if not path.exists() or path.is_dir():
@@ -47,7 +49,7 @@ def read(file: epath.PathLike, known: Collection[str]) -> dict[str, tuple[Any, s
   if root is None:
     return {}
   if not isinstance(root, yaml.MappingNode):
-    raise ValueError(f"`config`: {file} must be a mapping of options, as `total_steps: 100`")
+    raise ValueError(f"`config`: {file} must be a mapping of options, such as `total_steps: 100`")
   found: dict[str, tuple[Any, str]] = {}
   for name, line, node in _leaves(root, ""):
     place = f"{file}:{line}"
@@ -60,7 +62,7 @@ def read(file: epath.PathLike, known: Collection[str]) -> dict[str, tuple[Any, s
 
 
 def _leaves(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int, yaml.Node]]:
-  """Yields the dotted name of every value, the line of its key, and the value."""
+  """Yields the dotted name of every value, the line of its key, and its node."""
   for key, value in node.value:
     name = f"{prefix}{key.value}"
     if isinstance(value, yaml.MappingNode):
@@ -80,5 +82,5 @@ def _value(node: yaml.Node, place: str, name: str) -> str | list[str] | None:
 def _hint(name: str, known: Collection[str]) -> str:
   inside = [option for option in known if option.startswith(f"{name}.")]
   if inside:
-    return f", which is a group: {inside[0]}, ..."
+    return f", which is a group of keys: {inside[0]}, ..."
   return did_you_mean(name, known)

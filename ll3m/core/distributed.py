@@ -1,8 +1,9 @@
-"""The processes of one run on several hosts: they come together, and end together.
+"""Start-up and shutdown of a run's processes on several hosts.
 
-jax.distributed connects the devices. What it does not do is say who is missing: a process that does
-not come, or dies, makes the others abort with a C++ stack trace or wait for ever in a collective.
-So every process also has a line to process 0, on which they watch each other (see `peer_watch`).
+jax.distributed connects the devices, but does not report which process is missing: if a process
+never starts, or dies, the others abort with a C++ stack trace or wait forever in a collective. So
+every process also keeps a connection to process 0, over which they monitor each other (see
+`peer_watch`).
 """
 
 import contextlib
@@ -18,43 +19,44 @@ import jax
 from ll3m.core import options
 from ll3m.core.peer_watch import connect, open_port
 
-# Options that have to differ between processes.
+# Options that must differ between processes.
 _OWN = ("jax_distributed.process_id",)
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-  """How the processes of a run find each other."""
+  """The options of a run with several processes."""
 
   coordinator_address: str | None = options.option(
     None,
-    "HOST:PORT at which process 0 listens, for a run of several processes; it uses the next port "
-    "too.",
+    "HOST:PORT on which process 0 listens, for a run of several processes. PORT + 1 is used, too.",
   )
-  num_processes: int | None = options.option(None, "How many processes the run has.")
-  process_id: int | None = options.option(None, "Which of them this is, from 0.")
+  num_processes: int | None = options.option(None, "Number of processes in the run.")
+  process_id: int | None = options.option(None, "Index of this process, from 0.")
   auto: bool = options.option(
-    False, "Find these three out from the TPU's or the cluster's environment."
+    False,
+    "Detect the address, the number of processes and the index from the environment of the TPU or "
+    "cluster.",
   )
   timeout: int = options.option(
-    300, "Seconds after which a process that does not come, or does not answer, is given up."
+    300, "Seconds to wait for a process to start or to respond before the run fails."
   )
 
   def __post_init__(self):
     given = [n for n in ("coordinator_address", "num_processes", "process_id")
              if getattr(self, n) is not None]  # fmt: skip
     if self.auto and given:
-      raise ValueError(f"`auto` finds `{given[0]}` out by itself: give one or the other")
+      raise ValueError(f"`auto` detects `{given[0]}`; give only one of them")
     if given and len(given) < 3:
       raise ValueError(
-        f"`{given[0]}` is given: `coordinator_address`, `num_processes` and `process_id` go "
-        f"together"
+        f"`{given[0]}` is given, but `coordinator_address`, `num_processes` and `process_id` must "
+        f"be given together"
       )
     if self.timeout < 1:
       raise ValueError(f"`timeout` must be at least 1, got {self.timeout}")
     if given:
       host, _, port = self.coordinator_address.rpartition(":")
-      # isdecimal alone takes digits of any script; the port after it has to exist too.
+      # isdecimal alone accepts digits of any script. The next port must exist, too.
       if not host or not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65534):
         raise ValueError(
           f"`coordinator_address` must be HOST:PORT with a port within 1..65534, got "
@@ -74,20 +76,20 @@ def joined(
   describe: Callable[[Exception], str],
   end: Callable[[Exception], Any],
 ) -> Iterator[None]:
-  """Joins the run's processes while it is open; does nothing for a run of one.
+  """Connects the processes of a run while the context is open; a no-op for a single process.
 
-  It closes when all processes have come to its end. If one fails or dies before, every one, that
-  one included, ends soon with a sentence that names it and exit code 1: nothing that would wait
-  for the others, as jax does at exit, is run any more. Only process 0 writes to standard output.
+  The context closes once all processes have reached its end. If a process fails or dies earlier,
+  all processes soon exit with code 1 and a message that names it, and skip everything that would
+  wait for other processes, such as jax's exit handlers. Only process 0 writes to standard output.
 
   Args:
-    config: How the processes find each other.
-    settings: The options of the run by name, which all processes must have alike.
-    describe: Returns the sentence about an error that the other processes print.
-    end: Ends this process for an error of its own.
+    config: The addresses and numbers of the processes.
+    settings: The options of the run by name, which must be the same in all processes.
+    describe: A function that returns the message about an error for the other processes to print.
+    end: A function that ends this process after an error of its own.
 
   Raises:
-    ValueError: a process does not come in time, or was started with other options.
+    ValueError: A process does not connect in time, or was started with other options.
   """
   if config.coordinator_address is None and not config.auto:
     yield
@@ -95,19 +97,19 @@ def joined(
   address, process, count = config.coordinator_address, config.process_id, config.num_processes
   timeouts = {
     "initialization_timeout": config.timeout,
-    # Ours comes first, and says more.
+    # Our own timeout expires first, with a better message.
     "heartbeat_timeout_seconds": 10 + 2 * config.timeout,
   }
   if config.auto:
     jax.distributed.initialize(**timeouts)
-    # jax tells what it found out nowhere else.
+    # jax exposes the detected address nowhere else.
     from jax._src.distributed import global_state
 
     address, process, count = (
       global_state.coordinator_address, jax.process_index(), jax.process_count()
     )  # fmt: skip
   elif process == 0:
-    # jax would share a port that is in use, and wait there for ever.
+    # jax would share a port that is already in use, and wait forever.
     open_port(int(address.rpartition(":")[2])).close()
   same = {name: value for name, value in settings.items() if name not in _OWN}
   watch = connect(address, process, count, config.timeout, same)

@@ -1,4 +1,4 @@
-"""The names that flags have for floating-point types."""
+"""The names of floating-point types in flags."""
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,6 @@ DTYPES = {
   for name in names
 }
 
-# In which models are computed, and in which they are stored.
+# The names of dtypes for computing and for storing models.
 COMPUTED = tuple(n for n, dtype in DTYPES.items() if dtype.name in ("float32", "bfloat16"))
 STORED = tuple(n for n, dtype in DTYPES.items() if dtype.itemsize < 8)

@@ -1,4 +1,4 @@
-"""One absl flag for every option of a dataclass, of the option's type."""
+"""Typed absl flags for the options of a dataclass."""
 
 import ast
 import dataclasses
@@ -33,7 +33,7 @@ class TupleParser(absl.flags.ArgumentParser):
       except (ValueError, SyntaxError) as error:
         raise ValueError(f"expected {self.syntactic_help}, got {argument!r}") from error
     value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if isinstance(argument, list) and self._item_type is int:  # the texts in a file
+    if isinstance(argument, list) and self._item_type is int:  # strings from a file
       value = tuple(int(item) if re.fullmatch(r"[+-]?\d+", item) else item for item in value)
     for item in value:
       if not isinstance(item, self._item_type) or isinstance(item, bool):
@@ -84,7 +84,7 @@ def _define_one(
   elif base is bool:
     absl.flags.DEFINE_bool(name, default, text, **own)
   elif base is int:
-    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # more fits no counter of jax's
+    bounds = {"lower_bound": -(2**31), "upper_bound": 2**31 - 1}  # jax's counters are int32
     absl.flags.DEFINE_integer(name, default, text, **bounds, **own)
   elif base is float:
     absl.flags.DEFINE_float(name, default, text, **own)

@@ -1,16 +1,16 @@
-"""The flags of a command, made from its tables of options, and the boundary around what it does.
+"""The flags of a command, built from dataclasses of options, and the handling of its errors.
 
-A command is a function `main(argv=None) -> int`. Its flags are its own: absl's parser reads them,
-but nothing is defined in absl's global flags, so that any number of commands can be imported into
-one process and called there one after another:
+A command is a function `main(argv=None) -> int`. absl parses its flags, but none is defined in
+absl's global FLAGS, so any number of commands can be imported into one process and called there one
+after another:
 
   FLAG_GROUPS = {"": EvaluateOptions, "eval_dataset": DatasetConfig}
 
   def main(argv: Sequence[str] | None = None) -> int:
     return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__)
 
-Values come from the command line, then from the files of --config, then from the defaults. Only
-commands and tools import this module.
+Values come from the command line, then from --config files, then from the defaults. Only commands
+and tools import this module.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from ll3m.core.options import HELP, REPEATED, Fallback, option
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
 _BACKTICKED = re.compile(r"`([\w.]+)`")
 
-# Errors whose message is all that the person who typed needs.
+# Errors whose message is all that the user needs.
 _EXPLAINED = (
   ValueError,
   NotImplementedError,
@@ -44,7 +44,7 @@ _EXPLAINED = (
 
 
 class UsageError(ValueError):
-  """A flag, or a value of one, is wrong."""
+  """A flag or its value is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,11 @@ class CommonOptions:
 
   config: tuple[str, ...] = option(
     (),
-    "YAML file of flags, nested or with dotted names, or a run's flags.json; may be repeated. A "
-    "later file overrides an earlier one, and flags override files.",
+    "YAML file of flags, nested or with dotted names, or a run's flags.json. May be repeated: "
+    "later files override earlier ones, and flags override files.",
     repeated=True,
   )
-  debug: bool = option(False, "Show the full traceback of an error, and what libraries log.")
+  debug: bool = option(False, "Show full tracebacks and all log messages of libraries.")
 
 
 def help_sections(groups: Mapping[str, type]) -> list[tuple[str, str, type]]:
@@ -71,7 +71,7 @@ def help_sections(groups: Mapping[str, type]) -> list[tuple[str, str, type]]:
 
 
 class Flags:
-  """The flags of one call of a command, and their values."""
+  """The flags of one call to a command, and their values."""
 
   def __init__(
     self,
@@ -86,12 +86,12 @@ class Flags:
     Args:
       groups: The dataclass of options of each prefix ("" for none).
       arguments: The command line, without the command's name.
-      fallbacks: Where groups take values from that were not given, by their prefixes.
-      doc: What --help prints before the flags.
+      fallbacks: Sources of values that were not given, by the prefix of the group.
+      doc: Text that --help prints before the flags.
 
     Raises:
-      UsageError: an unknown flag, a value of the wrong type, or an unusable file of --config.
-      FileNotFoundError: a file of --config does not exist.
+      UsageError: A flag is unknown, a value has the wrong type, or a --config file is invalid.
+      FileNotFoundError: A --config file does not exist.
     """
     self._groups = dict(groups)
     self._fallbacks = dict(fallbacks or {})
@@ -131,7 +131,7 @@ class Flags:
       if value is None or name in typed:
         continue
       flag = self._values[name]
-      flag.present = 0  # a file before this one may have set it
+      flag.present = 0  # an earlier file may have set it
       takes_list = isinstance(flag, absl.flags.MultiFlag) or isinstance(flag.parser, TupleParser)
       if isinstance(value, list) and not takes_list:
         raise UsageError(f"`config`: {place}: {name} must be one value, got the list {value}")
@@ -147,7 +147,7 @@ class Flags:
     """Returns the dataclass of a group, filled in and validated.
 
     Raises:
-      UsageError: a value makes no sense, or a flag that was given has no effect.
+      UsageError: A value is invalid, or a flag that was given has no effect.
     """
     return self._read(prefix, self._groups[prefix], self._fallbacks.get(prefix))
 
@@ -172,20 +172,21 @@ class Flags:
     return config
 
   def given(self, name: str) -> bool:
-    """Whether a flag was set, on the command line or in a file, even to its default."""
+    """Returns whether a flag was set, on the command line or in a file, even to its default."""
     return self._values[name].present > 0
 
   def refuse(self, reasons: Mapping[str, str], prefix: str = "") -> None:
     """Raises if a flag was given that has no effect.
 
-    In a file, a value that is the default counts as not given: a run's flags.json has every flag.
+    A default value in a file does not count as given, because a run's flags.json has every flag.
 
     Args:
-      reasons: How the sentence ends, as "without `eval_steps`", by the names of flags and groups.
+      reasons: The end of the message, such as "without `eval_steps`", for each flag or group of
+        flags without effect.
       prefix: The prefix of these names.
 
     Raises:
-      UsageError: one was given, or one of a group.
+      UsageError: One of these flags, or a flag of one of these groups, was given.
     """
     for name, why in reasons.items():
       refused = f"{prefix}.{name}" if prefix else name
@@ -198,13 +199,13 @@ class Flags:
     return self.given(name) and not (name in self._from_file and flag.value == flag.default)
 
   def settings(self, *, leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the value of every flag; given back as a file of --config, they repeat the call.
+    """Returns the values of all flags; as a --config file, they repeat the call.
 
     Args:
       leave_out: Prefixes of groups to omit.
 
     Returns:
-      Values by flag; None for a flag that was not given and takes another one's value.
+      Values by flag; None for a flag that was not given and takes the value of another flag.
     """
     settings = {}
     for prefix, cls in self._groups.items():
@@ -219,10 +220,11 @@ class Flags:
 
   @contextmanager
   def within(self, prefix: str) -> Iterator[None]:
-    """Completes the names of options in errors of a library that was given one group.
+    """Adds a group's prefix to the option names in the errors of a library.
 
     Raises:
-      Exception: the library's, with "`path`" as "`eval_dataset.path`" if the prefix is that.
+      Exception: The library's error. For the prefix "eval_dataset", `path` in its message becomes
+        `eval_dataset.path`.
     """
     try:
       yield
@@ -233,7 +235,7 @@ class Flags:
       raise type(error)(text) from error
 
   def _qualified(self, text: str, prefix: str) -> str:
-    """Completes the backticked names of options that belong to a group."""
+    """Adds a group's prefix to the backticked names of its options."""
 
     def complete(match: re.Match) -> str:
       name = f"{prefix}.{match[1]}"
@@ -242,7 +244,7 @@ class Flags:
     return _BACKTICKED.sub(complete, text)
 
   def sentence(self, error: Exception) -> str:
-    """Returns what an error says to the person who typed, on one line, with the flags' names."""
+    """Returns the one-line message of an error for the user, with options written as flags."""
     if answer := object_store.explain(str(error)):
       return answer
     text = " ".join(str(error).split()) or type(error).__name__
@@ -251,13 +253,13 @@ class Flags:
     return self.spell(text)
 
   def spell(self, text: str) -> str:
-    """Writes the options that a text names in backticks as flags."""
+    """Returns a text with its backticked options written as flags."""
     return _BACKTICKED.sub(
       lambda match: f"--{match[1]}" if match[1] in self._values else match[0], text
     )
 
   def exit_code(self, error: Exception) -> int:
-    """Returns 2 if an error is about a flag, which its sentence begins with; else 1."""
+    """Returns 2 if an error is about a flag (its message begins with one), else 1."""
     about_a_flag = isinstance(error, _EXPLAINED) and self.sentence(error).startswith("--")
     return 2 if about_a_flag or isinstance(error, UsageError) else 1
 
@@ -270,23 +272,24 @@ def call(
   doc: str | None = "",
   fallbacks: Mapping[str, Fallback] | None = None,
 ) -> int:
-  """Runs a command: reads its flags, joins its processes, and reports an error as one sentence.
+  """Runs a command: parses its flags, connects its processes, and reports errors in one sentence.
 
   Args:
-    run: What the command does; returns its exit code, None for 0.
-    groups: The dataclass of options of each prefix; "jax_distributed" is joined.
-    argv: The command line, without the command's name. None for that of this process: an error
-      then ends the process at once, whatever threads of libraries still run.
-    doc: The documentation of the command.
-    fallbacks: Where groups take values from that were not given, by their prefixes.
+    run: The body of the command; returns its exit code, or None for 0.
+    groups: The dataclass of options for each prefix. If "jax_distributed" is among them, the
+      processes that it describes are connected.
+    argv: The command line, without the command's name. None for this process's own; an error then
+      ends the process at once, even if threads of libraries are still running.
+    doc: Text that --help prints before the flags.
+    fallbacks: Sources of values that were not given, by the prefix of the group.
 
   Returns:
-    The exit code: what `run` returned; 0 for --help; 2 if a flag is wrong; 1 for any other error,
-    130 if it was interrupted. With --debug the traceback is printed before the sentence.
+    The exit code: that of `run`; 0 for --help; 2 if a flag is wrong; 130 if the command was
+    interrupted; 1 for any other error. With --debug the traceback precedes the message.
   """
   arguments = sys.argv[1:] if argv is None else list(argv)
   if not absl.flags.FLAGS.is_parsed():
-    absl.flags.FLAGS.mark_as_parsed()  # which libraries read some of theirs from
+    absl.flags.FLAGS.mark_as_parsed()  # libraries read flags of their own from it
   flags = Flags(groups, (), doc=doc or "")
   debug = "--debug" in arguments
   try:
@@ -295,19 +298,19 @@ def call(
       print(flags.help())
       return 0
     debug = flags.debug
-    configs = {prefix: flags[prefix] for prefix in groups}  # which validates every flag at once
+    configs = {prefix: flags[prefix] for prefix in groups}  # validates all flags
     with library_logs.shown(debug=debug):
       object_store.prepare(map(str, flags.settings().values()))
       with _processes(configs, flags, debug=debug):
         return run(flags) or 0
-  except Exception as error:  # the boundary between library errors and the person who typed
+  except Exception as error:  # the boundary between library errors and the user
     return _report(error, flags, debug=debug, ends=argv is None)
   except KeyboardInterrupt:
     return _report(InterruptedError("interrupted"), flags, debug=False, ends=argv is None, code=130)
 
 
 def _processes(configs: Mapping[str, Any], flags: Flags, *, debug: bool) -> Any:
-  """Joins the processes of a command that can run on several hosts."""
+  """Connects the processes of a command that can run on several hosts."""
   if "jax_distributed" not in configs:
     return nullcontext()
   from ll3m.core import distributed
@@ -323,14 +326,14 @@ def _processes(configs: Mapping[str, Any], flags: Flags, *, debug: bool) -> Any:
 def _report(
   error: Exception, flags: Flags, *, debug: bool, ends: bool, code: int | None = None
 ) -> int:
-  """Prints the sentence of an error, ends the process if that is wanted, or returns the code."""
+  """Prints the message of an error; then ends the process if `ends`, else returns the code."""
   if debug:
     traceback.print_exception(error)
   sys.stdout.flush()
   print(f"error: {flags.sentence(error)}", file=sys.stderr, flush=True)
   code = flags.exit_code(error) if code is None else code
   if ends:
-    # A library's background threads (TensorFlow's, Orbax's) must not hold the exit back, nor
-    # write after the sentence that says what went wrong.
+    # Background threads of libraries (TensorFlow, Orbax) must not delay the exit, nor print
+    # anything after the error message.
     os._exit(code)
   return code

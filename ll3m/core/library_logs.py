@@ -1,4 +1,4 @@
-"""What libraries log while a command runs, as the person who typed should see it."""
+"""The output of libraries' log messages while a command runs."""
 
 import logging as standard_logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _PRINTERS = (standard_logging.StreamHandler, absl.logging.ABSLHandler)
 
 @contextmanager
 def shown(*, debug: bool) -> Iterator[None]:
-  """Shows what libraries log: warnings as sentences, or with `debug` everything with its place."""
+  """Prints libraries' warnings as sentences, or with `debug` all messages with their loggers."""
   handler = standard_logging.StreamHandler()
   if debug:
     handler.setFormatter(standard_logging.Formatter(standard_logging.BASIC_FORMAT))
@@ -20,8 +20,8 @@ def shown(*, debug: bool) -> Iterator[None]:
     handler.addFilter(_is_unseen)
   root, verbosity = standard_logging.getLogger(), absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.INFO if debug else absl.logging.WARNING)
-  # The handlers of absl.app and of logging.basicConfig, which some library calls while it is
-  # imported, would print everything once more.
+  # The handlers of absl.app and of logging.basicConfig, which some libraries call on import, would
+  # print every message a second time.
   others = [other for other in root.handlers if type(other) in _PRINTERS]
   root.handlers = [handler, *(other for other in root.handlers if other not in others)]
   try:
@@ -32,9 +32,9 @@ def shown(*, debug: bool) -> Iterator[None]:
 
 
 class _Sentence(standard_logging.Formatter):
-  """Formats a record as errors are printed, on one line and without its place, time or traceback.
+  """Formatter that prints a record on one line, without location, time or traceback.
 
-  What a library logs as an error is a warning: an error of ours ends the command.
+  An error that a library logs is printed as a warning, because it does not end the command.
   """
 
   def format(self, record: standard_logging.LogRecord) -> str:
@@ -43,7 +43,7 @@ class _Sentence(standard_logging.Formatter):
 
 
 def _is_unseen(record: standard_logging.LogRecord) -> bool:
-  """Whether no handler of the library itself prints the record too."""
+  """Returns whether no handler of the library itself prints the record, too."""
   logger = standard_logging.getLogger(record.name)
   while logger.parent is not None and not logger.handlers:
     logger = logger.parent

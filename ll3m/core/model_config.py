@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is: the switches in which the families differ."""
+"""The architecture of a decoder-only transformer: sizes, and switches in which families differ."""
 
 import ast
 import dataclasses
@@ -9,8 +9,8 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
-_MOST_COUNTED = 2**31 - 1  # sizes are counted in int32
-_MOST_LAYERS = 2**12  # each has names of its own; a damaged number must not fill the memory
+_MOST_COUNTED = 2**31 - 1  # sizes are int32
+_MOST_LAYERS = 2**12  # every layer has tensor names; a damaged number must not exhaust memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,28 +18,29 @@ class ModelConfig:
   """Architecture of a decoder; a field exists only where two families differ or a user sets it.
 
   Attributes:
-    vocab_size: V, rows of the embedding (with its padding rows).
+    vocab_size: V, number of rows of the embedding, including padding rows.
     d_model: D, width of the residual stream.
     d_ff: F, width of the feed-forward layer.
-    num_layers: L.
-    num_heads: N, query heads.
-    num_kv_heads: K, key and value heads; divides N (Ainslie et al., 2023, GQA).
-    head_dim: H; not always D / N.
-    max_positions: the longest context that the model was trained for, in tokens.
+    num_layers: L, number of layers.
+    num_heads: N, number of query heads.
+    num_kv_heads: K, number of key and value heads; divides N (Ainslie et al., 2023, GQA).
+    head_dim: H, size of a head; not always D / N.
+    max_positions: Longest context that the model was trained for, in tokens.
     norm: "rms" (Zhang & Sennrich, 2019) or "layer" (Ba et al., 2016).
-    norm_epsilon: added to the mean square or variance.
-    norm_scale_offset: added to the norm's weight before it is applied; 1.0 for Gemma.
-    activation: of the feed-forward layer.
-    gated_mlp: down(activation(gate(x)) * up(x)) (Shazeer, 2020) instead of
-      down(activation(up(x))).
-    parallel_block: x + attention(norm(x)) + mlp(norm(x)) with one norm (GPT-J, Phi).
-    use_bias: every projection has a bias, the head included.
-    rope_theta: base of the rotary frequencies (Su et al., 2021).
-    rope_scaling_factor: positions are divided by it (Chen et al., 2023, position interpolation).
-    rotary_fraction: share of head_dim that is rotated.
-    sliding_window: how many keys a query sees, itself included; None sees all before it.
-    tie_embeddings: the head is the transposed embedding.
-    scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the compute dtype.
+    norm_epsilon: Number added to the mean square or variance.
+    norm_scale_offset: Number added to the norm's weight before it is applied; 1.0 for Gemma.
+    activation: Activation function of the feed-forward layer.
+    gated_mlp: Whether the feed-forward layer is down(activation(gate(x)) * up(x)) (Shazeer, 2020)
+      instead of down(activation(up(x))).
+    parallel_block: Whether a block is x + attention(norm(x)) + mlp(norm(x)) with one norm (GPT-J,
+      Phi).
+    use_bias: Whether every projection, including the head, has a bias.
+    rope_theta: Base of the rotary frequencies (Su et al., 2021).
+    rope_scaling_factor: Divisor of the positions (Chen et al., 2023, position interpolation).
+    rotary_fraction: Fraction of head_dim that is rotated.
+    sliding_window: Number of keys that a query sees, including its own; None for all up to it.
+    tie_embeddings: Whether the head is the transposed embedding.
+    scale_embeddings: Whether embeddings are multiplied by sqrt(D), rounded to the compute dtype.
   """
 
   vocab_size: int
@@ -68,7 +69,7 @@ class ModelConfig:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       check_type(field.name, value)
-      if field.type is float and not abs(value) < float("inf"):  # which NaN is not either
+      if field.type is float and not abs(value) < float("inf"):  # also true for NaN
         raise ValueError(f"{field.name} must be finite, got {value}")
     for name in (
       "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -101,11 +102,11 @@ class ModelConfig:
 
   @property
   def rotary_dim(self) -> int:
-    """How many of a head's dimensions are rotated."""
+    """The number of rotated dimensions of a head."""
     return int(self.head_dim * self.rotary_fraction)
 
   def replace(self, **changes: Any) -> "ModelConfig":
-    """Returns a copy with some fields changed, validated anew."""
+    """Returns a validated copy with some fields changed."""
     return dataclasses.replace(self, **_whole_numbers_as_floats(changes))
 
   def to_dict(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class ModelConfig:
     """Builds a config from `to_dict`'s output.
 
     Raises:
-      ValueError: for unknown or missing fields, or values that do not fit.
+      ValueError: A field is unknown or missing, or a value is invalid.
     """
     _check_names(fields)
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
@@ -132,7 +133,7 @@ def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
   Values are Python literals (`None`, `True`, `1e4`) or bare words; nothing is evaluated.
 
   Raises:
-    ValueError: for an unknown field or a value that does not fit it.
+    ValueError: A field is unknown, or a value is invalid.
   """
   changes = {}
   for item in filter(None, (part.strip() for part in updates.split(","))):
@@ -148,18 +149,18 @@ def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:
 
 
 def check_type(field: str, value: Any, name: str | None = None) -> None:
-  """Demands that a value has the type of a field of `ModelConfig`.
+  """Checks that a value has the type of a field of `ModelConfig`.
 
   Args:
-    field: of the config.
-    value: for it.
-    name: what the message calls it; the field's own name by default.
+    field: Name of the field.
+    value: Value for the field.
+    name: Name of the value in the error message; the field's name by default.
 
   Raises:
-    ValueError: it has another type.
+    ValueError: The value has another type.
   """
   (expected,) = (f.type for f in dataclasses.fields(ModelConfig) if f.name == field)
-  # JSON and users write 10000 where a float is due.
+  # JSON files and users write 10000 for a float.
   if not _has_type(value, expected) and not (expected is float and type(value) is int):
     raise ValueError(f"{name or field} must be {_type_name(expected)}, got {value!r}")
 
@@ -178,7 +179,7 @@ def _check_names(fields: dict[str, Any]) -> None:
 
 
 def _whole_numbers_as_floats(fields: dict[str, Any]) -> dict[str, Any]:
-  """Turns 10000 into 10000.0 where a float is due: JSON and users write both."""
+  """Turns 10000 into 10000.0 for float fields: JSON files and users write both."""
   floats = {f.name for f in dataclasses.fields(ModelConfig) if f.type is float}
   converted = {}
   for name, value in fields.items():
@@ -204,6 +205,6 @@ def _type_name(expected: Any) -> str:
 
 
 def _shown(number: float) -> str:
-  """Returns a number for a sentence, in a few digits if it has hundreds."""
+  """Formats a number for a message; hundreds of digits are abbreviated."""
   digits = str(number)
   return digits if len(digits) <= 20 else f"{digits[:6]}... ({len(digits)} digits)"

@@ -1,4 +1,4 @@
-"""Writes a model as a converted folder, which counts only when everything is in it."""
+"""Writer of converted folders, which count as complete only once all files are written."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ll3m.core.checkpoint_items import Params, nest
 from ll3m.core.model_config import ModelConfig
 from ll3m.core.object_store import is_remote, require_bucket
 
-# Says that a folder is ours and was not finished, so that a second attempt may replace it.
+# Marks a folder as ours and unfinished, so that a second attempt may replace it.
 UNFINISHED = "ll3m.unfinished"
 
 
@@ -27,17 +27,17 @@ def save_model(
   config: ModelConfig,
   files: Mapping[str, Mapping[str, bytes]],
 ) -> None:
-  """Writes a model that is in memory, on this host alone or together with others.
+  """Writes a model from memory, from one host or several.
 
   Args:
     folder: A new or empty folder, local or gs://.
-    params: The parameters, on the devices they lie on.
+    params: The parameters, on any devices.
     family: The name of the family.
     config: The architecture.
     files: The contents of the files in each sub-folder (`tokenizer/`, `hf/`), by their names.
 
   Raises:
-    ValueError: the folder already holds something, or there is too little space.
+    ValueError: The folder is not empty, or there is too little disk space.
   """
   output, is_first = checkpoint.absolute(folder), jax.process_index() == 0
   if is_first:
@@ -60,21 +60,21 @@ def write_files(output: epath.Path, files: Mapping[str, Mapping[str, bytes]]) ->
 
 
 def prepare_output(output: epath.Path, nbytes: int) -> None:
-  """Makes a new folder, or empties one that an earlier attempt left unfinished.
+  """Creates a folder, or empties one that an earlier attempt left unfinished.
 
   Args:
     output: The folder.
-    nbytes: How much will be written.
+    nbytes: Number of bytes that will be written.
 
   Raises:
-    ValueError: there is something else, or too little space.
+    ValueError: The folder holds anything else, or there is too little disk space.
   """
   require_bucket(output)
   if output.exists() and not output.is_dir():
     raise ValueError(f"the output folder {output} is a file")
   unfinished = (output / UNFINISHED).exists()
   if output.exists() and any(output.iterdir()) and not unfinished:
-    raise ValueError(f"the output folder {output} already holds something; give a new one")
+    raise ValueError(f"the output folder {output} is not empty; choose a new one")
   if unfinished:
     output.rmtree()
   output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def prepare_output(output: epath.Path, nbytes: int) -> None:
     free = shutil.disk_usage(output).free
     if free < nbytes:
       raise ValueError(
-        f"{output} needs {nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left"
+        f"{output} needs {nbytes / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
       )
   (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
 
@@ -99,12 +99,12 @@ def finish_output(
     output: The folder.
     family: The name of the family.
     config: The architecture.
-    known: The checksums of what was meant to be written, by path, where they are known.
+    known: Known checksums of the intended contents, by path; files without one are read.
   """
   manifest = json.dumps(checkpoint.model_meta(family, config), indent=1) + "\n"
   known = dict(known or {}) | {checkpoint.MANIFEST: checksums.of([manifest.encode()])}
   checksums.write(output, known, leave_out=[UNFINISHED])
-  # Renaming is atomic: there is no moment at which half a manifest could be read.
+  # Renaming is atomic, so half a manifest can never be read.
   (output / UNFINISHED).write_text(manifest)
   (output / UNFINISHED).rename(output / checkpoint.MANIFEST)
 

@@ -1,8 +1,8 @@
-"""Where things are written, object stores (gs://) above all: what is needed, and what went wrong.
+"""Access to object stores (gs://), and errors of writing to them and to disks.
 
-etils reads and writes them through TensorFlow's file system, Orbax and `parameter_store` through
-TensorStore. An object appears whole or not at all; what object stores lack are renaming of a
-folder at once, appending, and locks (see `bucket_lease`).
+etils reads and writes objects through TensorFlow's file system, Orbax and `parameter_store` through
+TensorStore. An object appears whole or not at all. Object stores cannot rename a folder atomically,
+append, or lock (see `bucket_lease`).
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from etils.epath import backend
 from ll3m.core import stderr
 
 _SCHEME = "gs://"
-# What TensorFlow makes of an answer that is no success: the answer's JSON is in the middle of it.
+# TensorFlow's message for a failed request, with the response's JSON in its middle.
 _ANSWER = re.compile(r"HTTP response code (\d+) with body '(.*)'(?:\s+when (.*))?", re.DOTALL)
-# Of what the operating system fails with, that which is the folder's fault.
+# OS errors caused by the destination rather than by us.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MESSAGE = re.compile(r'"message":\s*"([^"]*)"')
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  """Says whether a path is in an object store."""
+  """Returns whether a path is in an object store."""
   return "://" in os.fspath(path)
 
 
 def prepare(arguments: Iterable[str]) -> None:
-  """Loads TensorFlow if an argument, or the data's default folder, lies in an object store.
+  """Imports TensorFlow if an argument, or the data's default folder, is in an object store.
 
-  The first path that is looked at would load it too, but not without its chatter.
+  The first access to a remote path would import it anyway, but print its start-up messages.
   """
   if any(_SCHEME in text for text in (*arguments, os.environ.get("LL3M_DATA_DIR", ""))):
     with stderr.tensorflow_import():
@@ -40,10 +40,10 @@ def prepare(arguments: Iterable[str]) -> None:
 
 
 def require_bucket(path: epath.PathLike) -> None:
-  """Demands that the bucket of a path exists: without it, TensorFlow's makedirs does not return.
+  """Checks that the bucket of a path exists; without it, TensorFlow's makedirs never returns.
 
   Raises:
-    FileNotFoundError: it does not exist.
+    FileNotFoundError: The bucket does not exist.
   """
   if is_remote(path):
     bucket = "/".join(os.fspath(path).split("/")[:3])
@@ -53,12 +53,12 @@ def require_bucket(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(folder: epath.PathLike) -> Iterator[None]:
-  """Names the folder to which no more could be written, which the operating system does not.
+  """Adds the folder's name to errors of a full disk.
 
-  It names a file only when that is opened: a disk that is full shows later.
+  The operating system names a file only if opening it fails; a full disk fails later.
 
   Raises:
-    OSError: with the folder's name.
+    OSError: The operating system's error, with the folder's name.
   """
   try:
     yield
@@ -69,10 +69,10 @@ def writing(folder: epath.PathLike) -> Iterator[None]:
 
 
 def explain(text: str) -> str | None:
-  """Returns what an error of TensorFlow's file system says; None if the text is none.
+  """Returns a sentence for an error of TensorFlow's file system; None for any other error.
 
   Args:
-    text: the error's.
+    text: The message of the error.
   """
   if not (answer := _ANSWER.search(text)):
     return None

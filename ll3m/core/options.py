@@ -1,8 +1,9 @@
 """Options of commands and libraries: frozen dataclasses, one field per option.
 
-A field has a name, a type, a default and a help text. `ll3m.core.flags` makes a flag of each for a
-command; a Python program fills the dataclass in itself. Their errors, and those of all libraries,
-name an option in backticks: "`batch_size` must be at least 1, got 0"; a command writes its flag.
+A field has a name, a type, a default and a help text. For commands, `ll3m.core.flags` turns each
+field into a flag; Python programs construct the dataclass directly. Error messages, including those
+of libraries, name an option in backticks ("`batch_size` must be at least 1, got 0"), and commands
+print it as a flag.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ def option(
   """Declares a dataclass field that is also a flag.
 
   Args:
-    default: The field's default; None where the field's type allows it.
-    help: What the option sets, with its unit.
-    choices: The strings that are allowed, if they are few.
+    default: The field's default; None if the field's type allows it.
+    help: Description of what the option sets, with its unit.
+    choices: The allowed strings, if they are few.
     repeated: Whether the flag may be given several times; the field is then a tuple of strings.
 
   Returns:
@@ -61,7 +62,7 @@ def require(config: Any, *names: str) -> None:
     *names: The names of its fields.
 
   Raises:
-    ValueError: one of them is None or empty.
+    ValueError: One of the options is None or empty.
   """
   for name in names:
     if getattr(config, name) in (None, "", ()):
@@ -70,11 +71,11 @@ def require(config: Any, *names: str) -> None:
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-  """Puts the name of an option before errors about its value.
+  """Prefixes errors about an option's value with the option's name.
 
   Raises:
-    ValueError: the error of the block, with the name.
-    FileNotFoundError: the same.
+    ValueError: The error of the block, with the name.
+    FileNotFoundError: The error of the block, with the name.
   """
   try:
     yield
@@ -84,10 +85,10 @@ def naming(name: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-  """Where a group of options takes values from that were not given.
+  """The source of values for a group's options that were not given.
 
   Attributes:
-    group: The prefix of another group of the same dataclass.
+    group: The prefix of the other group, which has the same dataclass.
     own: The options, or nested groups, that keep their own defaults.
   """
 
@@ -95,7 +96,7 @@ class Fallback:
   own: tuple[str, ...] = ()
 
   def source_of(self, name: str) -> str | None:
-    """Returns the option that stands in for the option `name`; None for its own default."""
+    """Returns the option that supplies the value of option `name`; None for its own default."""
     if any(name == own or name.startswith(f"{own}.") for own in self.own):
       return None
     return f"{self.group}.{name}"
@@ -105,6 +106,4 @@ class Fallback:
 class VerifyConfig:
   """The option of every command that reads checkpoints."""
 
-  verify: bool = option(
-    True, "Compare a checkpoint's files with the checksums that were saved with it."
-  )
+  verify: bool = option(True, "Compare a checkpoint's files with the checksums saved beside them.")

@@ -1,4 +1,4 @@
-"""One job per output folder."""
+"""A lock that admits one job per output folder."""
 
 import contextlib
 import errno
@@ -17,20 +17,20 @@ from ll3m.core.bucket_lease import PATIENCE, HeldError, lease
 from ll3m.core.object_store import is_remote
 
 _FILE = ".claim"
-# What network file systems answer that are mounted without locks.
+# Errors of network file systems that are mounted without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def claim(output_dir: epath.PathLike) -> Iterator[None]:
-  """Holds a folder, which is made if it has to be, against every other job.
+  """Locks a folder against other jobs; creates it if necessary.
 
-  The operating system lets go of it when the process ends, in whatever way; the file may stay. Of
-  several processes the first holds it for all. Object stores know no locks: there, a lease is held
-  instead. Nor do some file systems: there, nothing is held, and that is told.
+  The operating system releases the lock when the process ends, in whatever way; the lock's file may
+  stay. Process 0 holds the lock for all processes of a run. Object stores have no locks, so a lease
+  is held instead. On a file system without locks, nothing is held and a warning is logged.
 
   Raises:
-    ValueError: another job holds it.
+    ValueError: Another job holds the lock.
   """
   if jax.process_index():
     yield
@@ -51,7 +51,7 @@ def claim(output_dir: epath.PathLike) -> Iterator[None]:
       if error.errno not in _NO_LOCKS:
         raise
       logging.warning(
-        "%s is on a file system without locks (%s): another job in it would not be noticed",
+        "%s is on a file system without locks (%s); a second job here would not be detected",
         output_dir,
         error.strerror,
       )
@@ -63,11 +63,11 @@ def claim(output_dir: epath.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim_remote(output_dir: str) -> Iterator[None]:
-  """Holds a folder of an object store; ends the process when another job has taken it over."""
+  """Holds the lease of a remote folder; ends the process if another job takes it over."""
 
   def lost() -> None:
     reason = (
-      f"another job has taken {output_dir} over, for which this one gave no sign of life for "
+      f"another job has taken over {output_dir}, because this one did not renew its lease for "
       f"{PATIENCE:.0f} s"
     )
     stderr.leave(f"error: {reason}", 1)
@@ -83,5 +83,5 @@ def _claim_remote(output_dir: str) -> Iterator[None]:
 
 def _refusal(output_dir: epath.PathLike, holder: str) -> ValueError:
   return ValueError(
-    f"another job writes to {output_dir} ({holder}); give this one a folder of its own"
+    f"another job writes to {output_dir} ({holder}); choose another folder for this one"
   )

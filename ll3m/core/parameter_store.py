@@ -1,8 +1,8 @@
-"""Parameters on disk as Orbax lays them out, written and read a slice at a time.
+"""Parameters on disk in Orbax's layout, written and read in slices.
 
-Orbax saves whole arrays; a model that is larger than the host's memory has to be written in
+Orbax saves whole arrays, but a model that is larger than the host's memory must be written in
 slices. So this module writes the files that Orbax's PyTree handler restores (zarr without OCDBT,
-`_METADATA` beside), and opens either layout of Orbax for reading.
+beside `_METADATA`), and reads both of Orbax's layouts.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from etils import epath
 from ll3m.core import checksums
 from ll3m.core.object_store import is_remote
 
-# A large layer is cut into chunks of about this size, so that converting needs little memory.
+# Large layers are split into chunks of about this size, so that converting needs little memory.
 CHUNK_BYTES = 64 * 2**20
 
 _METADATA = "_METADATA"  # Orbax's name for the file that lists a checkpoint's arrays
@@ -28,10 +28,10 @@ _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 
 
 class ParameterWriter:
-  """Writes the parameters of a model, each slice as one or more chunks of a zarr array.
+  """Writer of a model's parameters, each slice as one or more chunks of a zarr array.
 
   Attributes:
-    digests: of every chunk written so far, by its path in the folder.
+    digests: The digest of every chunk written so far, by its path in the folder.
   """
 
   def __init__(
@@ -41,13 +41,13 @@ class ParameterWriter:
     dtypes: Mapping[str, np.dtype],
     stacked: Mapping[str, bool],
   ):
-    """Creates the arrays, empty.
+    """Creates empty arrays.
 
     Args:
-      directory: a new folder; local or gs://.
-      shapes: of every parameter, by "module/name".
-      dtypes: of every parameter.
-      stacked: whether a parameter has a leading axis of layers.
+      directory: A new folder, local or gs://.
+      shapes: The shape of every parameter, by "module/name".
+      dtypes: The dtype of every parameter.
+      stacked: Whether each parameter has a leading axis of layers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     self._directory = directory
@@ -76,7 +76,7 @@ class ParameterWriter:
           "shape": shape,
           "chunks": chunks,
           "dtype": _zarr_dtype(dtype),
-          "compressor": None,  # weights do not compress, and plain bytes are read straight
+          "compressor": None,  # weights do not compress, and plain bytes need no decoding
           "order": "C",
           "fill_value": None,
           "filters": None,
@@ -90,31 +90,31 @@ class ParameterWriter:
     return self._directory / ".".join(path.split("/"))
 
   def row_ranges(self, path: str) -> Iterator[slice]:
-    """Yields the rows of one layer in the pieces that `write` wants, in order."""
+    """Yields the row ranges of one layer, in order, for which `write` is called."""
     shape = self._arrays[path].shape[self._stacked[path] :]
     for start in range(0, shape[0], self._rows[path]):
       yield slice(start, min(start + self._rows[path], shape[0]))
 
   def write(self, path: str, layer: int | None, rows: slice, values: np.ndarray) -> None:
-    """Writes one piece.
+    """Writes a range of rows of one layer.
 
-    A chunk without compression is the values' own bytes, and is written as such: TensorStore would
-    copy every value once more.
+    An uncompressed chunk consists of the values' own bytes, which are written directly: TensorStore
+    would copy every value once more.
 
     Args:
-      path: "module/name".
-      layer: index along the leading axis; None if the parameter is not stacked.
-      rows: one of `row_ranges`.
-      values: the piece, C-contiguous, in the parameter's dtype.
+      path: The parameter, as "module/name".
+      layer: Index along the leading axis; None if the parameter is not stacked.
+      rows: One of `row_ranges`.
+      values: The values of these rows, C-contiguous, in the parameter's dtype.
     """
     height = self._rows[path]
     place = [layer] * (layer is not None) + [rows.start // height] + [0] * (values.ndim - 1)
     data = values.reshape(-1).view(np.uint8).data
-    # zarr's chunks all have the same size; the last one reaches beyond the array.
+    # All chunks of a zarr array have the same size; the last one extends beyond the array.
     padding = bytes(values[:1].nbytes * (height - len(values)))
     chunk = self._folder(path) / ".".join(map(str, place))
     with chunk.open("wb") as file:
-      file.write(bytes(data) if self._remote else data)  # remote files take nothing but bytes
+      file.write(bytes(data) if self._remote else data)  # remote files accept only bytes
       file.write(padding)
     self.digests[f"{chunk.parent.name}/{chunk.name}"] = checksums.of((data, padding))
 
@@ -124,7 +124,7 @@ class ParameterWriter:
     for path in self._paths:
       keys = tuple(path.split("/"))
       tree[str(keys)] = {
-        "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
+        "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
         "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
       }
     metadata = {
@@ -135,18 +135,18 @@ class ParameterWriter:
       "custom_metadata": None,
     }
     (self._directory / _METADATA).write_text(json.dumps(metadata))
-    # Orbax asks for this file too, and does without anything in it.
+    # Orbax requires this file, too, but none of its entries.
     (self._directory / _CHECKPOINT_METADATA).write_text("{}")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-  """An array on disk, of which slices are read.
+  """An array on disk, read in slices.
 
   Attributes:
     directory: The folder of the parameters.
-    name: The name in messages.
-    store: The array. A missing chunk is an error when it is read.
+    name: The array's name in messages.
+    store: The array. Reading a missing chunk is an error.
   """
 
   directory: epath.Path
@@ -155,16 +155,16 @@ class StoredArray:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape."""
+    """The shape of the array."""
     return self.store.shape
 
   @property
   def dtype(self) -> np.dtype:
-    """The dtype of what is read."""
+    """The dtype of the array in NumPy."""
     return self.store.dtype.numpy_dtype
 
   def __getitem__(self, index: Any) -> np.ndarray:
-    """Reads a part.
+    """Reads a slice.
 
     Raises:
       ValueError: The files are damaged.
@@ -174,16 +174,16 @@ class StoredArray:
 
 
 def open_parameters(directory: epath.Path) -> dict[str, StoredArray]:
-  """Opens the arrays of a checkpoint that Orbax or `ParameterWriter` wrote.
+  """Opens the arrays of a checkpoint written by Orbax or `ParameterWriter`.
 
   Args:
-    directory: the folder with `_METADATA`.
+    directory: The folder with `_METADATA`.
 
   Returns:
     The arrays by "module/name".
 
   Raises:
-    ValueError: the folder is not a checkpoint of parameters.
+    ValueError: The folder is not a checkpoint of parameters.
   """
   directory = epath.Path(directory)
   try:
@@ -213,7 +213,7 @@ def open_parameters(directory: epath.Path) -> dict[str, StoredArray]:
 
 
 def read_slices(array: StoredArray | jax.Array) -> Iterator[tuple[int, np.ndarray]]:
-  """Reads an array in blocks along its leading axis that do not cut its chunks.
+  """Reads an array along its leading axis, in blocks of whole chunks.
 
   Yields:
     The index of the block's first row, and the rows.
@@ -226,10 +226,10 @@ def read_slices(array: StoredArray | jax.Array) -> Iterator[tuple[int, np.ndarra
 
 @contextlib.contextmanager
 def _naming(directory: epath.Path, name: str) -> Iterator[None]:
-  """Names the array in TensorStore's errors, which are ValueErrors of many lines.
+  """Turns TensorStore's errors, ValueErrors of many lines, into a sentence that names the array.
 
   Raises:
-    ValueError: instead of TensorStore's own.
+    ValueError: Replaces TensorStore's own error.
   """
   try:
     yield

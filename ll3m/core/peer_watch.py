@@ -1,10 +1,10 @@
-"""The line between the processes of a run: a plain TCP connection of each to process 0.
+"""Monitoring of a run's processes, each of which has a TCP connection to process 0.
 
-It is one port above jax's service. There the flags are compared before anything is computed, and
-its end is how the others learn at once that a process has died, and which.
+The connections use the port after that of jax's coordination service. Processes compare their flags
+over them before computing anything; when one closes, the others know at once which process died.
 
-jax's service runs in process 0, and aborts whoever is still there when it goes. So processes leave
-together when the work is done, and when it is not, process 0 is the last to go.
+jax's coordination service lives in process 0 and aborts any process still connected when process 0
+exits. So on success all processes exit together, and on failure process 0 exits last.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from typing import Any
 
 from ll3m.core import stderr
 
-# What the others have to read why a process ends, and to end before process 0 does, in seconds.
+# Seconds for the other processes to read why a process fails, and to exit before process 0 does.
 _LAST_WORD = 1.0
-# Within which the end of a peer is heard of, when a collective has failed for it, in seconds.
+# Seconds within which a peer's death is detected, after a collective has failed because of it.
 _ECHO = 1.0
-# What somebody who connects has to say who it is, in seconds.
+# Seconds within which a new connection must identify itself.
 _INTRODUCTION = 5.0
 
 
 class _Peer:
-  """One end of a connection: JSON objects, one a line; empty lines are signs of life."""
+  """One end of a connection. Each line is a JSON object, or empty as a keep-alive message."""
 
   def __init__(self, connection: socket.socket, timeout: float):
     connection.settimeout(timeout)
@@ -38,21 +38,21 @@ class _Peer:
     self._lock = threading.Lock()
 
   def send(self, message: Mapping[str, Any] | None) -> None:
-    """Sends an object, or a sign of life; a peer that is gone is noticed by who reads."""
+    """Sends an object or, for None, a keep-alive; only `receive` detects a closed connection."""
     text = "\n" if message is None else json.dumps(message) + "\n"
     with self._lock, contextlib.suppress(OSError):
       self._connection.sendall(text.encode())
 
   def close(self) -> None:
-    """Ends the connection."""
+    """Closes the connection."""
     self._file.close()
     self._connection.close()
 
   def receive(self) -> dict[str, Any] | None:
-    """Returns the next object; None if the connection has ended, or what comes is none.
+    """Returns the next object; None if the connection has closed, or a line is not an object.
 
     Raises:
-      TimeoutError: no sign of life for too long.
+      TimeoutError: Nothing was received within the timeout.
     """
     try:
       for line in self._file:
@@ -67,7 +67,7 @@ class _Peer:
 
 
 class PeerWatch:
-  """The connections of one process: process 0 has one to every other, these have one to it."""
+  """The connections of one process: from process 0 to every other, from the others to process 0."""
 
   def __init__(self, peers: list[_Peer], timeout: float, *, leads: bool):
     self._peers, self._timeout, self._leads = peers, timeout, leads
@@ -76,13 +76,13 @@ class PeerWatch:
     self._ending = threading.Lock()
 
   def watch(self) -> None:
-    """Starts to listen, and to give signs of life, in the background."""
+    """Starts to receive messages and to send keep-alive messages in the background."""
     for listener in self._listeners:
       listener.start()
     threading.Thread(target=self._live, daemon=True).start()
 
   def leave(self) -> None:
-    """Waits until all have come to the end; process 0, which hears all, says when."""
+    """Waits until all processes have finished, which process 0 announces."""
     if not self._leads:
       self._say({"bye": True})
     for listener in self._listeners:
@@ -92,9 +92,10 @@ class PeerWatch:
     self._over = True
 
   def fail(self, reason: str, leave: Callable[[], typing.NoReturn]) -> typing.NoReturn:
-    """Ends the process with `leave` for an error of its own, and tells all peers.
+    """Notifies all peers of an error of this process, and ends it with `leave`.
 
-    If a peer ends now, the error is what that left behind, in a collective: the peer is named then.
+    If a peer has just died, the error is only a consequence of that, in a collective. The process
+    then ends with a message that names the peer.
     """
     time.sleep(_ECHO)
     self._end({"failed": reason}, leave)
@@ -102,15 +103,15 @@ class PeerWatch:
   def _end(
     self, message: Mapping[str, Any], leave: Callable[[], typing.NoReturn]
   ) -> typing.NoReturn:
-    """Tells all peers why, and ends the process with `leave` when they have had time to end."""
-    # Never released: while this process ends, its other threads fail too, for they miss the peers.
+    """Sends all peers a message, gives them time to exit, and ends the process with `leave`."""
+    # Never released: while this process exits, its other threads fail, too, without their peers.
     self._ending.acquire()
     self._over = True
     self._say(message)
     if self._leads:
       time.sleep(_LAST_WORD)
     elif threading.current_thread() not in self._listeners:
-      self._listeners[0].join(_LAST_WORD)  # until process 0 has answered
+      self._listeners[0].join(_LAST_WORD)  # until process 0 answers
     leave()
 
   def _say(self, message: Mapping[str, Any] | None) -> None:
@@ -126,7 +127,7 @@ class PeerWatch:
     try:
       message = peer.receive()
     except TimeoutError:
-      reason = f"{peer.name} has given no sign of life for {self._timeout:.0f} s"
+      reason = f"{peer.name} has not responded for {self._timeout:.0f} s"
     else:
       if message is not None and "bye" in message:
         return
@@ -137,7 +138,7 @@ class PeerWatch:
       else:
         reason = message["error"]
     if not self._over:
-      # The main thread may wait in a collective, where no exception reaches it.
+      # The main thread may be blocked in a collective, where no exception reaches it.
       self._end({"error": reason}, functools.partial(stderr.leave, f"error: {reason}", 1))
 
 
@@ -147,15 +148,15 @@ def connect(
   """Connects all processes of a run and compares their flags.
 
   Args:
-    address: HOST:PORT of jax's service; the line uses the port after it.
-    process: which of them this is, from 0.
-    count: how many there are.
-    timeout: in seconds, for one that does not come, and later for one that gives no sign of life.
-    settings: flags, which all must have alike.
+    address: HOST:PORT of jax's coordination service; the connections use the port after it.
+    process: Index of this process, from 0.
+    count: Number of processes.
+    timeout: Seconds to wait for a process to connect and, later, for its keep-alive messages.
+    settings: Flags, which must be the same in all processes.
 
   Raises:
-    ValueError: a process does not come in time, or was started with other flags, or the port is
-      in use.
+    ValueError: A process does not connect in time, a process was started with other flags, or the
+      port is in use.
   """
   host, _, port = address.rpartition(":")
   mine = {
@@ -172,14 +173,14 @@ def open_port(port: int) -> socket.socket:
   """Listens on a port of this machine.
 
   Raises:
-    ValueError: it is in use.
+    ValueError: The port is in use.
   """
   try:
     return socket.create_server(("", port))
   except OSError as error:
     raise ValueError(
       f"process 0 cannot listen on port {port}, which `jax_distributed.coordinator_address` "
-      f"asks for: {error.strerror}"
+      f"requires: {error.strerror}"
     ) from error
 
 
@@ -204,15 +205,14 @@ def _receive_all(port: int, count: int, timeout: float, mine: Mapping[str, Any])
       except TimeoutError:
         missing = sorted(set(range(1, count)) - set(peers))
         refuse(
-          f"of {count} processes, process {', '.join(map(str, missing))} did not come within "
-          f"{timeout} s"
+          f"process {', '.join(map(str, missing))} of {count} did not connect within {timeout} s"
         )
       peer = _Peer(connection, min(_INTRODUCTION, remaining()))
       theirs = None
       with contextlib.suppress(TimeoutError):
         theirs = peer.receive()
       if theirs is None or not _is_introduction(theirs, count):
-        peer.close()  # a stranger
+        peer.close()  # not a process of this run
         continue
       connection.settimeout(timeout)
       number = theirs["process"]
@@ -259,7 +259,7 @@ def _call(host: str, port: int, timeout: float, mine: Mapping[str, Any]) -> Peer
           f"process 0 did not answer at {host}:{port} within {timeout} s: {error}"
         ) from error
       time.sleep(0.1)
-  # Process 0 waits for the last one, and then tells what it is waiting for.
+  # Process 0 waits for the last process and, if that does not connect, reports it to the others.
   peer = _Peer(connection, 2 * timeout)
   peer.send(mine)
   try:
@@ -268,7 +268,7 @@ def _call(host: str, port: int, timeout: float, mine: Mapping[str, Any]) -> Peer
     answer = None
   if answer is None or "name" not in answer:
     peer.close()
-    ended = f"process 0 at {host}:{port} ended while the processes met"
+    ended = f"process 0 at {host}:{port} exited during startup"
     raise ValueError((answer or {}).get("error", ended))
   peer.name = answer["name"]
   connection.settimeout(timeout)

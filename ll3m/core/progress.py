@@ -1,4 +1,4 @@
-"""Progress of work that is measured in bytes."""
+"""Progress bars for work measured in bytes."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def byte_bar(total: int, description: str) -> tqdm:
-  """Returns a bar with bytes and rate; where nobody watches, it is redrawn every ten seconds."""
+  """Returns a bar of bytes and rate; outside a terminal, it is redrawn every ten seconds."""
   return tqdm(
     total=total,
     unit="B",

@@ -1,6 +1,6 @@
-"""The device mesh, and which dimension of which parameter is split over it.
+"""The device mesh, and how parameters and batches are split over it.
 
-Axes: dp copies the parameters and splits the batch; fsdp splits both (Zhao et al., 2023); mp
+Axes: dp replicates the parameters and splits the batch; fsdp splits both (Zhao et al., 2023); mp
 splits heads, feed-forward and vocabulary (Shoeybi et al., 2019).
 """
 
@@ -18,7 +18,7 @@ AXES = ("dp", "fsdp", "mp")
 BATCH_AXES = ("dp", "fsdp")
 HEAD_AXIS = "mp"
 
-# Parameter path -> the mesh axis of each dimension. Layers are stacked along the first one.
+# Parameter path -> the mesh axis of each dimension. Layers are stacked along dimension 0.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"embed/embedding", PartitionSpec("mp", "fsdp")),
   (r"layers/attention/(query|key|value)/w", PartitionSpec(None, "fsdp", "mp")),
@@ -37,12 +37,12 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def parse_mesh_dim(text: str) -> tuple[int, int, int]:
-  """Parses `mesh_dim`: 'dp,fsdp,mp' or 'dp:1,fsdp:-1,mp:4'; -1 stands for what is left.
+  """Parses `mesh_dim`: 'dp,fsdp,mp' or 'dp:1,fsdp:-1,mp:4'; -1 stands for all other devices.
 
   Raises:
-    ValueError: not of that form.
+    ValueError: The text has neither form.
   """
-  form = "`mesh_dim` expects dp,fsdp,mp, e.g. -1,2,4 or dp:1,fsdp:-1,mp:4"
+  form = "`mesh_dim` must be dp,fsdp,mp, e.g. -1,2,4 or dp:1,fsdp:-1,mp:4"
   parts = [part.strip() for part in text.split(",")]
   try:
     if ":" in text:
@@ -62,11 +62,11 @@ def parse_mesh_dim(text: str) -> tuple[int, int, int]:
 
 
 def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges the devices in the mesh that `mesh_dim` asks for.
+  """Arranges the devices in a mesh of the sizes in `mesh_dim`.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or dp does not divide over the
-      slices.
+    ValueError: The product of the sizes is not the number of devices, or dp is not a multiple of
+      the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = parse_mesh_dim(mesh_dim)
@@ -81,15 +81,15 @@ def make_mesh(mesh_dim: str, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
-  """Returns how many slices of TPUs devices belong to; 1 for devices that know none."""
+  """Returns the number of TPU slices that devices belong to; 1 for devices without slices."""
   return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Lays neighbours on the mesh where they are neighbours in the machine.
+  """Arranges devices so that neighbours in the mesh are neighbours in the machine.
 
-  Slices of TPUs are joined by a network that is a hundred times slower than the links within
-  them: only dp, whose devices exchange nothing but gradients, may reach over it.
+  The network between TPU slices is a hundred times slower than the links within them. Only dp,
+  whose devices exchange nothing but gradients, may span slices.
   """
   slices = num_slices(devices)
   if slices == 1:
@@ -103,15 +103,15 @@ def _arrange(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.n
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns how a parameter is split: by the table, less what does not divide (see `unsplit`).
+  """Returns a parameter's sharding; indivisible dimensions are not split (see `unsplit`).
 
   Args:
-    path: "module/name".
-    shape: with the leading L of stacked parameters.
-    mesh: the mesh.
+    path: The parameter, as "module/name".
+    shape: Shape of the parameter, with the leading L if it is stacked.
+    mesh: The mesh.
 
   Raises:
-    ValueError: not exactly one rule of the table matches.
+    ValueError: The number of matching rules in the table is not one.
   """
   axes = _axes_of(path, shape)
   return PartitionSpec(
@@ -123,11 +123,11 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 
 
 def unsplit(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> list[str]:
-  """Says in words what the table would split and every device holds whole instead.
+  """Describes the dimensions that the table would split but every device holds whole.
 
   Args:
-    params: arrays or shapes of a Haiku tree.
-    mesh: the mesh.
+    params: A Haiku tree of arrays or shapes.
+    mesh: The mesh.
   """
   return [
     f"{module}/{name}: {size} is not divisible by {axis}={mesh.shape[axis]}"
@@ -157,25 +157,25 @@ def parameter_shardings(params: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> 
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-  """Returns the sharding of [B, ...] arrays: rows over dp and fsdp.
+  """Returns the sharding of [B, ...] arrays, whose rows are split over dp and fsdp.
 
   Args:
-    mesh: the mesh.
-    leading: how many unsplit dimensions stand before B.
+    mesh: The mesh.
+    leading: Number of unsplit dimensions before B.
   """
   return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what every device holds whole."""
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-  """Returns which rows of a global batch this process has to read.
+  """Returns the rows of a global batch that this process must read.
 
   Raises:
-    ValueError: the rows do not divide over dp x fsdp.
+    ValueError: The number of rows is not a multiple of dp x fsdp.
   """
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if batch_size % shards:

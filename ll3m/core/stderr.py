@@ -1,4 +1,4 @@
-"""What stands on stderr: not TensorFlow's start-up chatter, but always a process's last words."""
+"""Control of stderr: hides TensorFlow's start-up messages, always prints the final message."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import threading
 import typing
 from collections.abc import Iterator
 
-# What TensorFlow 2.21 prints from C++ while it is imported, whatever TF_CPP_MIN_LOG_LEVEL says.
+# Messages that TensorFlow 2.21 prints from C++ on import, regardless of TF_CPP_MIN_LOG_LEVEL.
 _CHATTER = (
   b"WARNING: All log messages before absl::InitializeLog()",
   b"port.cc:",
@@ -16,14 +16,14 @@ _CHATTER = (
   b"cuda_platform.cc:",
 )
 
-# Where what is written to file descriptor 2 should end up; another one while that is held back.
+# The descriptor of the real stderr; not 2 while the output of descriptor 2 is held back.
 _stderr = 2
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def tensorflow_import() -> Iterator[None]:
-  """Holds back what is written to stderr meanwhile, and passes on all but the chatter."""
+  """Holds back output to stderr, then prints it without TensorFlow's start-up messages."""
   global _stderr
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   sys.stderr.flush()
@@ -44,19 +44,19 @@ def tensorflow_import() -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-  """Writes a line at once from any thread; see `leave`."""
+  """Writes a line at once, from any thread; see `leave`."""
   with _lock:
-    # A bar stands at the end of its line, and so does the ^C that a terminal shows.
+    # On a terminal, a progress bar or ^C may occupy the current line.
     os.write(_stderr, f"{chr(10) if os.isatty(_stderr) else ''}{text}\n".encode())
 
 
 def leave(last_words: str, code: int) -> typing.NoReturn:
-  """Ends the process at once from any thread, with a line on stderr.
+  """Ends the process at once, from any thread, with a line on stderr.
 
   Args:
-    last_words: the line, without its end. It is written past `sys.stderr`, which a thread may hold
-      that waits for ever, and past what is held back.
-    code: the process's exit code.
+    last_words: The line, without its line break. It bypasses `sys.stderr`, whose lock a blocked
+      thread may hold, and output that is held back.
+    code: The process's exit code.
   """
   with _lock:
     os.write(_stderr, f"{last_words}\n".encode())

@@ -1,4 +1,4 @@
-"""What the TPUs can do, by generation: for utilisation, and for estimates of a step's time."""
+"""Specifications of TPU generations, for utilisation and for estimates of a step's time."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,13 @@ class Chip:
   """The published figures of one chip.
 
   Attributes:
-    cores: TensorCores. A jax device is one core on some generations and a chip on others.
-    peak_flops: bfloat16 FLOP/s of all cores.
-    hbm_bytes: what the compiler lets programs have of the memory, which is a little less than all.
-    hbm_bandwidth: bytes/s of the memory.
-    link_bandwidth: bytes/s, one way, of one link to a neighbouring chip.
-    network_bandwidth: bytes/s to other slices: the chip's share of its host's network cards.
+    cores: Number of TensorCores. A jax device is one core on some generations, one chip on others.
+    peak_flops: Peak bfloat16 FLOP/s of all cores.
+    hbm_bytes: Memory that the compiler lets programs use, slightly less than the total.
+    hbm_bandwidth: Memory bandwidth in bytes/s.
+    link_bandwidth: One-way bandwidth of one link to a neighbouring chip, in bytes/s.
+    network_bandwidth: Bandwidth to other slices in bytes/s: the chip's share of its host's network
+      cards.
   """
 
   cores: int
@@ -27,9 +28,9 @@ class Chip:
   network_bandwidth: float
 
 
-# By jax's device_kind. From the pages of each generation in Google Cloud's documentation, and for
-# v2 and v3 Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks",
-# 2020; hbm_bytes is what the compiler of libtpu 0.0.52 says it has when a program is too large.
+# By jax's device_kind. Sources: each generation's page in Google Cloud's documentation and, for v2
+# and v3, Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks", 2020.
+# hbm_bytes is the capacity that libtpu 0.0.52's compiler reports when a program is too large.
 CHIPS = {
   "TPU v2": Chip(2, 45e12, int(14.96 * GIB), 700e9, 62e9, 3.125e9),
   "TPU v3": Chip(2, 123e12, int(30.96 * GIB), 900e9, 82e9, 3.125e9),
@@ -42,7 +43,7 @@ CHIPS = {
 
 
 def of_device(device: Any) -> Chip | None:
-  """Returns the share of a chip that one jax device is; None if it is no TPU that we know."""
+  """Returns the figures of one jax device, a share of a chip; None for unknown devices."""
   chip = CHIPS.get(device.device_kind)
   if chip is None:
     return None

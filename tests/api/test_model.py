@@ -100,7 +100,7 @@ def test_export_restores_the_published_files(published, model, tmp_path):
 def test_save_never_overwrites_files(model, tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "notes.txt").write_text("keep")
-  with pytest.raises(ValueError, match="output folder .*/mine"):
+  with pytest.raises(ValueError, match="the output folder"):
     model.save(tmp_path / "mine")
   assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
   model.save(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A Google Cloud Storage of the tests' own, what lies in it, and commands that talk to it."""
+"""Fixtures: a local Google Cloud Storage, its contents, and commands that access it."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def gcs() -> Iterator[GcsServer]:
   with GcsServer("bucket") as server:
     yield server
-  assert not server.refused  # nobody else was asked, and nothing that it does not know
+  assert not server.refused  # no requests to other hosts, and none that the server does not know
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def end() -> Callable[[Command | subprocess.Popen], tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, byte_tokenizer) -> Path:
-  """A tiny random Llama, as it is published."""
+  """A tiny random Llama in the format of published models."""
   folder = tmp_path_factory.mktemp("published")
   shutil.copytree(byte_tokenizer, folder, dirs_exist_ok=True)
   family, config = families.get_preset("llama2_7b")

@@ -1,17 +1,18 @@
-"""Google Cloud Storage on this machine, in memory, for the libraries as they are.
+"""A local, in-memory Google Cloud Storage for unmodified client libraries.
 
-Nothing in the libraries is replaced: TensorFlow's file system (which etils takes for gs://),
-TensorStore and google-cloud-storage send what they would send to Google. TensorFlow's endpoint is
-compiled in, but its curl heeds https_proxy, as TensorStore's does: so this server is that proxy,
-ends TLS itself for Google's hosts, with a certificate whose authority lives as long as the server,
-and answers. Every other host is refused. google-cloud-storage heeds STORAGE_EMULATOR_HOST.
+Nothing in the libraries is replaced: TensorFlow's file system (which etils uses for gs://),
+TensorStore and google-cloud-storage send the requests that they would send to Google. TensorFlow's
+endpoint is compiled in, but its curl respects https_proxy, as does TensorStore's. So this server
+acts as that proxy. It terminates TLS for Google's hosts, with a certificate whose authority lives
+as long as the server, and responds in their place. It refuses every other host.
+google-cloud-storage respects STORAGE_EMULATOR_HOST.
 
-It is the part of the JSON API that these three use
+The server implements the part of the JSON API that these three use
 (https://cloud.google.com/storage/docs/json_api/v1): preconditions, byte ranges, resumable uploads,
-rewriting, and listings that come in pages. PyPI's gcp-storage-emulator lacks what matters here: it
-fails on empty uploads, with which TensorFlow makes folders, ignores ifGenerationMatch, on which
-TensorStore and our lease rely, ignores startOffset, without which TensorStore's listing aborts the
-process, and never cuts a listing into pages.
+rewriting, and listings in pages. PyPI's gcp-storage-emulator does not suffice. It fails on empty
+uploads, with which TensorFlow creates folders. It ignores ifGenerationMatch, on which TensorStore
+and our lease rely, and startOffset, without which TensorStore's listing aborts the process. It
+never splits a listing into pages.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from tests.cloud.gcs_store import Failed, Store
 
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 TOKEN = "a token"
-# Google answers at most 1,000 names at a time; here, pages are so short that long ones have some.
+# Google returns at most 1,000 names at a time; pages are shorter here, so that listings have some.
 PAGE = 10
 
 
@@ -40,9 +41,9 @@ class GcsServer(http.server.ThreadingHTTPServer):
   """The service; use as a context manager.
 
   Attributes:
-    store: what lies in it.
-    requests: every request so far, "POST /upload/storage/v1/b/...".
-    refused: what was asked that this server does not know: hosts and paths.
+    store: The contents of the service.
+    requests: Every request so far, such as "POST /upload/storage/v1/b/...".
+    refused: Requested hosts and paths that this server does not know.
   """
 
   daemon_threads = True
@@ -66,10 +67,10 @@ class GcsServer(http.server.ThreadingHTTPServer):
     self.server_close()
 
   def environment(self, folder: Path) -> dict[str, str]:
-    """Returns what makes a process talk to this server, and to nothing else.
+    """Returns environment variables that direct all of a process's requests to this server.
 
     Args:
-      folder: where the authority's certificate is put.
+      folder: The folder for the authority's certificate.
     """
     authority = folder / "authority.pem"
     self._authority.cert_pem.write_to_path(str(authority))
@@ -80,19 +81,19 @@ class GcsServer(http.server.ThreadingHTTPServer):
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": TOKEN,
       "CURL_CA_BUNDLE": str(authority),  # TensorFlow's
       "TENSORSTORE_CA_BUNDLE": str(authority),
-      "STORAGE_EMULATOR_HOST": here,  # google-cloud-storage's, which then asks for no login
+      "STORAGE_EMULATOR_HOST": here,  # google-cloud-storage's, which then requires no login
     }
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-  """Answers a connection; after CONNECT, what comes within TLS."""
+  """Handler of the requests in a connection and, after CONNECT, within its TLS."""
 
   protocol_version = "HTTP/1.1"
-  disable_nagle_algorithm = True  # headers and body are two writes: 40 ms otherwise
+  disable_nagle_algorithm = True  # with it, the two writes of headers and body take 40 ms
   server: GcsServer
 
   def log_message(self, *_: Any) -> None:
-    """Says nothing."""
+    """Logs nothing."""
 
   def do_CONNECT(self) -> None:
     host = self.path.partition(":")[0]
@@ -105,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.flush()
     try:
       self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
-    except OSError:  # who asked went away, or does not trust us
+    except OSError:  # the client has disconnected, or does not trust this server
       self.close_connection = True
       return
     self.rfile = self.connection.makefile("rb")
@@ -174,18 +175,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._answer(HTTPStatus.OK, json.dumps(value).encode(), Content_Type="application/json")
 
   def get_bucket(self, query: dict[str, str], body: bytes, bucket: str) -> None:
-    """Says that a bucket is there."""
+    """Confirms that a bucket exists."""
     self.server.store.bucket(bucket)
     self._json({"kind": "storage#bucket", "name": bucket, "location": "US"})
 
   def get_layout(self, query: dict[str, str], body: bytes, bucket: str) -> None:
-    """Says that folders of a bucket are only the beginnings of names."""
+    """Reports that a bucket's folders are only prefixes of names."""
     self.server.store.bucket(bucket)
     flat = {"hierarchicalNamespace": {"enabled": False}, "locationType": "multi-region"}
     self._json({"kind": "storage#storageLayout", "bucket": bucket, "location": "US"} | flat)
 
   def list_objects(self, query: dict[str, str], body: bytes, bucket: str) -> None:
-    """Lists names, and what they have in common up to the delimiter, a page at a time."""
+    """Lists names, and their common prefixes up to the delimiter, one page at a time."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
     first, end = query.get("startOffset", ""), query.get("endOffset", chr(0x10FFFF))
     with self.server.store.lock:
@@ -208,7 +209,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._json({name: value for name, value in answer.items() if value})
 
   def get_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
-    """Answers what an object is, or with alt=media what is in it."""
+    """Returns the description of an object, or with alt=media its contents."""
     if query.get("alt") == "media":
       self.read_object(query, body, bucket, name)
       return
@@ -217,7 +218,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._json(self.server.store.resource(bucket, name))
 
   def read_object(self, query: dict[str, str], body: bytes, bucket: str, name: str) -> None:
-    """Answers what is in an object, or in a range of it."""
+    """Returns the contents of an object, or a range of them."""
     found = self.server.store.find(bucket, name)
     self.server.store.check(query, found)
     headers = {"x_goog_generation": str(found.generation)}
@@ -235,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._answer(HTTPStatus.PARTIAL_CONTENT, found.data[first : last + 1], **headers)
 
   def upload(self, query: dict[str, str], body: bytes, bucket: str) -> None:
-    """Writes an object at once, or says where its bytes are to be sent."""
+    """Writes an object at once, or returns the address for its bytes."""
     if query["uploadType"] == "media":
       self._json(self.server.store.put(bucket, query["name"], body, query))
       return
@@ -252,7 +253,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._answer(HTTPStatus.OK, b"", Location=place)
 
   def resume_upload(self, query: dict[str, str], body: bytes, _: str) -> None:
-    """Takes the bytes of an upload: all of them, which is what these libraries send."""
+    """Receives all bytes of an upload at once, as these libraries send them."""
     bucket, name, asked = self.server.uploads[query["upload_id"]]
     content_range = self.headers.get("Content-Range")
     if content_range and content_range != f"bytes 0-{len(body) - 1}/{len(body)}":

@@ -1,4 +1,4 @@
-"""What lies in the tests' Google Cloud Storage, and what it says of that; in memory."""
+"""The contents of the tests' Google Cloud Storage, in memory."""
 
 import itertools
 import threading
@@ -17,7 +17,7 @@ class Object(NamedTuple):
 
 
 class Failed(Exception):
-  """An answer that is no success."""
+  """A response that reports a failure."""
 
   def __init__(self, status: HTTPStatus, message: str):
     super().__init__(message)
@@ -28,8 +28,8 @@ class Store:
   """Buckets of objects.
 
   Attributes:
-    buckets: bucket -> name -> object.
-    lock: held while these change.
+    buckets: The objects by bucket and name.
+    lock: A lock to hold while these change.
   """
 
   def __init__(self, *buckets: str):
@@ -38,18 +38,18 @@ class Store:
     self._generations = itertools.count(1)
 
   def files(self, folder: str) -> dict[str, bytes]:
-    """Returns what lies below a folder of the first bucket, by its path in the folder."""
+    """Returns the contents of all objects below a folder of the first bucket, by relative path."""
     start = folder.rstrip("/") + "/"
     with self.lock:
       found = dict(next(iter(self.buckets.values())))
     return {
       name.removeprefix(start): object.data
       for name, object in found.items()
-      if name.startswith(start) and not name.endswith("/")  # which stands for a folder
+      if name.startswith(start) and not name.endswith("/")  # a final slash denotes a folder
     }
 
   def download(self, folder: str, place: Path) -> Path:
-    """Copies a folder of the first bucket to a disk, and returns where it is."""
+    """Copies a folder of the first bucket to a local folder, and returns that folder."""
     for name, data in self.files(folder).items():
       (place / name).parent.mkdir(parents=True, exist_ok=True)
       (place / name).write_bytes(data)
@@ -59,7 +59,7 @@ class Store:
     """Returns an object.
 
     Raises:
-      Failed: there is none.
+      Failed: The object does not exist.
     """
     if found := self.bucket(bucket).get(name):
       return found
@@ -69,7 +69,7 @@ class Store:
     """Returns the objects of a bucket.
 
     Raises:
-      Failed: there is no such bucket, or it is not the token's.
+      Failed: The bucket does not exist, or the token has no rights to it.
     """
     if name == FORBIDDEN:
       raise Failed(HTTPStatus.FORBIDDEN, f"no access to the Google Cloud Storage bucket {name}")
@@ -85,10 +85,10 @@ class Store:
       return self.resource(bucket, name)
 
   def check(self, query: dict[str, str], found: Object | None) -> None:
-    """Demands the preconditions of a request.
+    """Checks the preconditions of a request.
 
     Raises:
-      Failed: they do not hold.
+      Failed: A precondition does not hold.
     """
     generation = found.generation if found else 0
     if int(query.get("ifGenerationMatch", generation)) != generation:
@@ -97,7 +97,7 @@ class Store:
       raise Failed(HTTPStatus.NOT_MODIFIED, "")
 
   def resource(self, bucket: str, name: str) -> dict[str, Any]:
-    """Returns what the API says of an object."""
+    """Returns the API's description of an object."""
     found = self.find(bucket, name)
     return {
       "kind": "storage#object",

@@ -1,6 +1,7 @@
-"""The journey on gs://: prepare, convert, train, evaluate, generate, export.
+"""All commands on gs://: prepare, convert, train, evaluate, generate, export.
 
-What lies in the store is compared, to the byte, with what the same commands leave on a disk.
+The objects in the store are compared, byte for byte, with the files that the same commands write to
+a disk.
 """
 
 import collections
@@ -47,7 +48,7 @@ def training(model: str | Path, data_dir: str | Path, output: str | Path) -> lis
     f"--load_checkpoint=params::{model}",
     *data("train_dataset", data_dir),
     "--optimizer.adamw_optimizer.lr=0.01",
-    "--optimizer.adamw_optimizer.lr_decay_steps=1000",  # not --total_steps, which will differ
+    "--optimizer.adamw_optimizer.lr_decay_steps=1000",  # the default, --total_steps, varies
     f"--save_model_freq={OFTEN}",
     "--log_freq=50",
     "--eval_steps=2",
@@ -60,7 +61,7 @@ ON_GCS = training("gs://bucket/models/tiny", "gs://bucket/data", RUN)
 
 @pytest.fixture(scope="module")
 def prepared(gcs, start, end, text, tmp_path_factory) -> Path:
-  """The same data in the store and on a disk, which is returned."""
+  """Folder of data on a disk; the store has the same data."""
   local = tmp_path_factory.mktemp("data")
   jobs = [
     start(
@@ -80,22 +81,22 @@ def prepared(gcs, start, end, text, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(gcs, start, end, published, tmp_path_factory) -> Path:
-  """The same model in the store and on a disk, which is returned."""
+  """Folder of a model on a disk; the store has the same model."""
   local = tmp_path_factory.mktemp("models") / "tiny"
   convert_model(open_model(published), local)
   flags = (f"--checkpoint_dir={published}", "--output_dir=gs://bucket/models/tiny")
   code, printed, said = end(start("convert", *flags))
   assert code == 0, said
   assert printed.endswith("to gs://bucket/models/tiny\n")
-  assert "cuda" not in said and "oneDNN" not in said  # TensorFlow's chatter
+  assert "cuda" not in said and "oneDNN" not in said  # TensorFlow's start-up messages
   return local
 
 
-def test_prepared_data_is_what_a_disk_gets(gcs, prepared):
+def test_prepared_data_equals_that_on_a_disk(gcs, prepared):
   assert gcs.store.files("data") == files(prepared)
 
 
-def test_a_converted_model_is_what_a_disk_gets(gcs, converted):
+def test_converted_model_equals_that_on_a_disk(gcs, converted):
   assert gcs.store.files("models/tiny") == files(converted)
 
 
@@ -105,21 +106,21 @@ def finished_steps(gcs) -> list[int]:
 
 
 class Runs(NamedTuple):
-  """What is left of a run in the store, and of the same one on a disk."""
+  """The output of a run in the store, and of the same run on a disk."""
 
   total: int
   resumed_at: int
-  said: str  # by the process that came to the end
+  said: str  # stderr of the process that finished the run
   stored: Path  # a copy
   local: Path
-  asked: list[str]  # of the store, by that process until it saved
+  asked: list[str]  # that process's requests to the store before its first save
 
 
 @pytest.fixture(scope="module")
 def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
-  """Two jobs at once in one folder, of which one is refused and one killed; then one to the end.
+  """A run that two simultaneous jobs begin (one is refused, one killed) and a third one finishes.
 
-  The last step that was saved is damaged meanwhile: it has to be set aside.
+  The latest saved step is damaged before the third job starts, which must set it aside.
   """
   gcs.store.put("bucket", "runs/one/checkpoints/best/note", b"mine", {})
   jobs = [start("train", *ON_GCS, "--total_steps=1000000") for _ in range(2)]
@@ -155,20 +156,20 @@ def runs(gcs, start, end, prepared, converted, tmp_path_factory) -> Runs:
   return Runs(total, before, told, stored, local, list(asked))
 
 
-def test_a_killed_run_comes_to_the_same_end_as_one_on_a_disk(runs):
+def test_killed_run_has_the_same_result_as_one_on_a_disk(runs):
   assert f"resuming from step {runs.resumed_at} in {RUN}\n" in runs.said
   last = Path("checkpoints") / str(runs.total)
   assert arrays(runs.stored / last) == arrays(runs.local / last)
 
 
-def test_of_the_steps_two_are_kept_and_a_foreign_folder_too(runs):
+def test_two_steps_and_a_foreign_folder_are_kept(runs):
   steps = {str(runs.total), str(runs.total - OFTEN), "best"}
   assert {folder.name for folder in (runs.stored / "checkpoints").iterdir()} == steps
   assert (runs.stored / "checkpoints" / "best" / "note").read_text() == "mine"
   assert not (runs.stored / ".claim").exists()
 
 
-def test_metrics_plot_and_trace_are_there(runs):
+def test_metrics_plot_and_trace_are_written(runs):
   def losses(folder):
     records = read_metrics(folder / "metrics.jsonl")
     return [(r["step"], r.get("loss"), r.get("eval_loss")) for r in records]
@@ -176,7 +177,7 @@ def test_metrics_plot_and_trace_are_there(runs):
   assert losses(runs.stored) == losses(runs.local)
   assert (runs.stored / "loss.png").read_bytes().startswith(b"\x89PNG")
   events = b"".join(file.read_bytes() for file in (runs.stored / "tensorboard").iterdir())
-  assert b"gradient_norm" in events and "left out" not in runs.said
+  assert b"gradient_norm" in events and "from here on" not in runs.said
   assert traced_steps(runs.stored) == [runs.total - 1, runs.total]
 
 
@@ -185,25 +186,25 @@ def test_opening_the_run_lists_each_folder_once(runs):
   listed = collections.Counter(
     query["prefix"][0]
     for query in queries
-    # One name is asked for to learn whether there is a folder; a page continues a list.
+    # A request for one name checks whether a folder exists; a page continues a listing.
     if "prefix" in query and not {"maxResults", "pageToken"} & query.keys()
   )
   ours = {prefix: count for prefix, count in listed.items() if prefix.startswith("runs/one/")}
-  # We list the steps once; Orbax's manager does so by itself, and again when one was set aside.
+  # We list the steps once. Orbax's manager also lists them, and again after one is set aside.
   assert ours.pop("runs/one/checkpoints/") == 3
   assert f"runs/one/checkpoints/{runs.resumed_at}/dataset/" in ours
   assert set(ours.values()) == {1}, ours
 
 
-def test_a_step_counts_when_all_its_files_are_there(gcs, runs):
-  """Of the last step, what was written after its digests."""
+def test_step_is_marked_as_complete_after_all_other_files(gcs, runs):
+  """Only Orbax's own two files follow the digests of the last step."""
   start = "/upload/storage/v1/b/bucket/o?uploadType=resumable&name=runs%2Fone%2Fcheckpoints%2F"
   start = f"POST {start}{runs.total}%2F"
   written = [r.removeprefix(start) for r in gcs.requests if r.startswith(start)]
   assert written[-3:] == ["digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"]
 
 
-def test_a_run_is_evaluated_generates_and_is_exported(runs, start, end, tmp_path):
+def test_run_can_be_evaluated_exported_and_used_for_generation(runs, start, end, tmp_path):
   given = f"--checkpoint={RUN}"
   exported = tmp_path / "exported"
   jobs = [
@@ -225,7 +226,7 @@ def test_a_run_is_evaluated_generates_and_is_exported(runs, start, end, tmp_path
   assert files(exported) == files(tmp_path / "expected")
 
 
-def test_what_is_missing_or_refused_is_told_in_a_sentence(start, end, published, converted):
+def test_missing_or_forbidden_paths_are_reported_in_a_sentence(start, end, published, converted):
   refusal = "no access to the Google Cloud Storage bucket forbidden (HTTP 403)"
   jobs = {
     "there is no bucket gs://nobody": start(

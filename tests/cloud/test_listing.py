@@ -1,4 +1,4 @@
-"""How often a store is asked what lies in it."""
+"""The number of listings that opening a data set requests from a store."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.data.opening import open_dataset
 
 @pytest.fixture
 def in_store(gcs, tmp_path, monkeypatch):
-  """Lets this process talk to the server, with two shards of each source of dolma."""
+  """A folder on the server with two shards of each source of dolma, accessible to this process."""
   import tensorflow as tf
 
   for name, value in gcs.environment(tmp_path).items():

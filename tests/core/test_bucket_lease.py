@@ -1,4 +1,4 @@
-"""Who holds a lease, for how long, and who is told."""
+"""Acquiring, renewing and losing a lease."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ PATIENCE = 0.3
 
 @pytest.fixture
 def store() -> ts.KvStore:
-  """TensorStore's own, in memory: it writes conditionally, as Google's does."""
+  """TensorStore's in-memory store, which supports conditional writes as Google's does."""
   return ts.KvStore.open("memory://run/").result()
 
 
@@ -40,19 +40,19 @@ def left_by(store, **holder) -> None:
   store.write(KEY, json.dumps({"who": "process 7 on there"} | holder)).result()
 
 
-def test_while_it_is_held_another_one_is_refused_and_told_by_whom(store, hold, lost, caplog):
+def test_held_lease_is_refused_to_others_with_the_holders_name(store, hold, lost, caplog):
   with hold(store):
-    time.sleep(2 * PATIENCE)  # signs of life keep it
+    time.sleep(2 * PATIENCE)  # renewals keep it
     with pytest.raises(HeldError, match=r"^process \d+ on "), hold(store):
       pass
-    assert "memory://run/.claim" in caplog.text and "waiting for up to" in caplog.text
+    assert "memory://run/.claim" in caplog.text and "waiting" in caplog.text
   assert not lost.is_set()
   assert store.read(KEY).result().state == "missing"
-  with hold(store):  # at once
+  with hold(store):  # without waiting
     pass
 
 
-def test_of_many_at_once_one_gets_it(store, hold):
+def test_only_one_of_many_simultaneous_jobs_acquires_the_lease(store, hold):
   held, refused = [], []
   ready, done = threading.Barrier(5), threading.Barrier(5)
 
@@ -75,9 +75,9 @@ def test_of_many_at_once_one_gets_it(store, hold):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"\xff"])
-def test_a_holder_that_gives_no_sign_of_life_is_replaced_in_time(store, hold, content):
+def test_lease_that_is_not_renewed_is_taken_over(store, hold, content):
   left_by(store, machine="another", pid=1)
-  if content is not None:  # what we would never write
+  if content is not None:  # contents that we never write
     store.write(KEY, content).result()
   start = time.monotonic()
   with hold(store):
@@ -85,7 +85,7 @@ def test_a_holder_that_gives_no_sign_of_life_is_replaced_in_time(store, hold, co
     assert json.loads(store.read(KEY).result().value)["who"] != "process 7 on there"
 
 
-def test_a_process_that_has_ended_on_this_machine_is_replaced_at_once(store, hold):
+def test_lease_of_an_exited_process_on_this_machine_is_taken_over_at_once(store, hold):
   ended = subprocess.Popen([sys.executable, "-c", ""])
   ended.wait()
   left_by(store, machine=lease_module._machine(), pid=ended.pid)
@@ -95,10 +95,10 @@ def test_a_process_that_has_ended_on_this_machine_is_replaced_at_once(store, hol
 
 
 @pytest.mark.parametrize("missing", [("_BOOT", "gone"), None])
-def test_one_that_lives_or_cannot_be_looked_for_is_waited_for(store, hold, monkeypatch, missing):
+def test_lease_of_a_live_or_unknown_process_must_expire(store, hold, monkeypatch, missing):
   with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as lives:
     left_by(store, machine=lease_module._machine(), pid=lives.pid)
-    if missing:  # no machine but Linux says so
+    if missing:  # only Linux has a boot id
       monkeypatch.setattr(lease_module, "_BOOT", lease_module.Path(missing[1]))
       left_by(store, machine="", pid=2**22 + 1)
     start = time.monotonic()
@@ -107,7 +107,7 @@ def test_one_that_lives_or_cannot_be_looked_for_is_waited_for(store, hold, monke
     lives.communicate(b"\n")
 
 
-def test_who_loses_it_is_told_and_does_not_take_it_back(store, hold, lost):
+def test_holder_that_loses_the_lease_is_notified_and_does_not_retake_it(store, hold, lost):
   with hold(store):
     left_by(store, token="another's")
     assert lost.wait(10 * PATIENCE)
@@ -115,7 +115,7 @@ def test_who_loses_it_is_told_and_does_not_take_it_back(store, hold, lost):
 
 
 class Unreliable:
-  """A store whose answers get lost: of every other write, whether it was made or not."""
+  """A store that loses the response to every other write, whether or not it made the write."""
 
   def __init__(self, store: ts.KvStore):
     self._store, self.writes, self.url = store, 0, store.url
@@ -132,7 +132,7 @@ class Unreliable:
     return done
 
 
-def test_answers_that_get_lost_do_not_lose_the_lease(store, hold, lost):
+def test_lost_responses_do_not_lose_the_lease(store, hold, lost):
   unreliable = Unreliable(store)
   with hold(unreliable):
     deadline = time.monotonic() + 20 * PATIENCE
@@ -140,5 +140,5 @@ def test_answers_that_get_lost_do_not_lose_the_lease(store, hold, lost):
       assert time.monotonic() < deadline
       time.sleep(0.01)
     with contextlib.suppress(HeldError), hold(store):
-      pytest.fail("it was free")
+      pytest.fail("the lease was free")
   assert not lost.is_set()

@@ -1,4 +1,4 @@
-"""Digests of the files of a folder."""
+"""Checksums of the files of a folder."""
 
 import json
 
@@ -22,13 +22,13 @@ def folder(tmp_path) -> epath.Path:
   return epath.Path(tmp_path)
 
 
-def test_lists_every_file_but_those_that_do_not_stay(folder):
+def test_all_files_but_temporary_ones_are_listed(folder):
   (folder / "part").write_text("")
   checksums.write(folder, {"later": checksums.of([b"ab", b"", b"c"])}, leave_out=["part"])
   listed = json.loads((folder / "digests.json").read_text())
   assert list(listed) == ["a/b/large", "empty", "later"]
   assert listed["empty"] == {"bytes": 0, "xxh3": EMPTY}
-  whole = (folder / "a" / "b" / "large").read_bytes()  # in one piece, we read it in blocks
+  whole = (folder / "a" / "b" / "large").read_bytes()  # in one piece; `write` reads it in blocks
   assert listed["a/b/large"] == {"bytes": 2**21, "xxh3": xxhash.xxh3_64_hexdigest(whole)}
   with pytest.raises(ValueError, match="damaged checkpoint .*: later is missing$"):
     checksums.check(folder)
@@ -36,9 +36,9 @@ def test_lists_every_file_but_those_that_do_not_stay(folder):
   checksums.check(folder)
 
 
-def test_names_what_changed(folder):
+def test_changed_files_are_named(folder):
   checksums.write(folder)
-  (folder / "more").write_text("files may come beside")
+  (folder / "more").write_text("files may be added")
   checksums.check(folder)
   (folder / "empty").write_text("x")
   large = bytearray((folder / "a" / "b" / "large").read_bytes())
@@ -47,27 +47,27 @@ def test_names_what_changed(folder):
   with pytest.raises(ValueError) as error:
     checksums.check(folder)
   assert str(error.value) == (
-    f"damaged checkpoint {folder}: a/b/large has another checksum than when it was saved; "
-    f"empty has 1 bytes, it was saved with 0"
+    f"damaged checkpoint {folder}: a/b/large does not match its checksum; "
+    f"empty has 1 bytes, expected 0"
   )
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": null}', "\x00"])
-def test_a_list_that_cannot_be_read_is_damage(folder, text):
+def test_unreadable_digests_count_as_damage(folder, text):
   (folder / "digests.json").write_text(text)
   with pytest.raises(ValueError, match="damaged checkpoint .*digests.json cannot be read"):
     checksums.check(folder)
 
 
-def test_a_list_that_is_no_file_is_damage(folder):
+def test_folder_in_place_of_the_digests_counts_as_damage(folder):
   (folder / "digests.json").mkdir()
   with pytest.raises(ValueError, match="damaged checkpoint .*digests.json cannot be read"):
     checksums.check(folder)
 
 
-def test_one_process_alone_starts_no_devices(folder, monkeypatch):
+def test_single_process_does_not_initialise_devices(folder, monkeypatch):
   def started():
-    raise AssertionError("the devices were started")
+    raise AssertionError("the devices were initialised")
 
   checksums.write(folder)
   monkeypatch.setattr(jax, "process_index", started)
@@ -76,12 +76,12 @@ def test_one_process_alone_starts_no_devices(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["none", "file", "cut", "missing", "folder"])
-def test_of_several_processes_each_meets_the_others_whatever_it_finds(folder, monkeypatch, damage):
+def test_processes_exchange_results_whatever_each_finds(folder, monkeypatch, damage):
   gathered = []
 
   def allgather(count):
     gathered.append(int(count))
-    return np.array([count, 1])  # the other one always finds something
+    return np.array([count, 1])  # the other process always finds damage
 
   checksums.write(folder)
   path = folder / "digests.json"
@@ -104,6 +104,6 @@ def test_of_several_processes_each_meets_the_others_whatever_it_finds(folder, mo
   assert ("process 1 found files that changed" in str(error.value)) == (not found)
 
 
-def test_without_a_list_a_folder_is_taken_as_it_is_and_that_is_told(folder, caplog):
+def test_folder_without_digests_is_accepted_with_a_warning(folder, caplog):
   checksums.check(folder)
-  assert f"{folder} has no digests.json: it is taken as it is" in caplog.text
+  assert f"{folder} has no digests.json" in caplog.text

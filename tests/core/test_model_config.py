@@ -19,7 +19,7 @@ TINY = ModelConfig(
 )
 
 
-def test_defaults_are_llamas():
+def test_defaults_are_those_of_llama():
   assert (TINY.norm, TINY.activation, TINY.gated_mlp) == ("rms", "silu", True)
   assert (TINY.rope_theta, TINY.rotary_fraction, TINY.sliding_window) == (1e4, 1.0, None)
   switches = (TINY.parallel_block, TINY.use_bias, TINY.tie_embeddings, TINY.scale_embeddings)
@@ -37,7 +37,7 @@ def test_is_frozen_and_hashable():
   assert hash(TINY) == hash(TINY.replace())
 
 
-def test_whole_numbers_are_floats_where_floats_are_meant():
+def test_integers_become_floats_in_float_fields():
   config = TINY.replace(rope_theta=100_000)
   assert config == TINY.replace(rope_theta=1e5)
   assert type(config.rope_theta) is float
@@ -77,12 +77,12 @@ def test_dict_round_trip_through_json():
     ({"sliding_window": 4.0}, "sliding_window must be int | None, got 4.0"),
   ],
 )
-def test_refuses_what_no_decoder_has(changes, message):
+def test_invalid_values_are_refused(changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     TINY.replace(**changes)
 
 
-def test_from_dict_names_what_is_missing_or_unknown():
+def test_from_dict_names_missing_and_unknown_fields():
   fields = TINY.to_dict()
   with pytest.raises(ValueError, match=r"model config lacks d_ff, head_dim$"):
     ModelConfig.from_dict({k: v for k, v in fields.items() if k not in ("head_dim", "d_ff")})
@@ -123,7 +123,7 @@ def test_apply_updates(updates, changes):
     ("num_kv_heads=3", "num_heads (4) must be a multiple of num_kv_heads (3)"),
   ],
 )
-def test_apply_updates_refuses(updates, message):
+def test_apply_updates_refuses_invalid_updates(updates, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     apply_updates(TINY, updates)
 

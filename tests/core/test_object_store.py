@@ -1,4 +1,4 @@
-"""What errors of Google Cloud Storage say."""
+"""Messages of Google Cloud Storage errors."""
 
 import json
 
@@ -21,17 +21,17 @@ HTTP = "Error executing an HTTP request: HTTP response code"
     (f"{HTTP} 401 with body ''", "failed: no reason was given (HTTP 401)"),
   ],
 )  # fmt: skip
-def test_an_answer_becomes_a_sentence(text, sentence):
+def test_failed_response_becomes_a_sentence(text, sentence):
   assert Flags({}, []).sentence(RuntimeError(text)) == f"Google Cloud Storage {sentence}"
 
 
-def test_other_errors_stay_as_they_are():
+def test_other_errors_keep_their_message():
   assert object_store.explain("HTTP response code 403") is None
   assert Flags({}, []).sentence(ValueError("no  such\nthing")) == "no such thing"
 
 
 @pytest.mark.parametrize("path", ["gs://b/x", "s3://b/x"])
-def test_what_is_remote(path, tmp_path):
+def test_paths_with_a_scheme_are_remote(path, tmp_path):
   assert object_store.is_remote(path)
   assert not object_store.is_remote(tmp_path)
-  object_store.require_bucket(tmp_path)  # there is none to look for
+  object_store.require_bucket(tmp_path)  # a local path has no bucket

@@ -1,4 +1,4 @@
-"""One job per folder, also where the file system does not help."""
+"""One job per folder, even on a file system without locks."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import pytest
 from ll3m.core import output_lock
 
 
-def test_a_second_claim_is_refused_until_the_first_is_over(tmp_path):
+def test_second_claim_is_refused_until_the_first_is_released(tmp_path):
   with (
     output_lock.claim(tmp_path / "run"),
     pytest.raises(ValueError, match=rf"another job writes to .*run \(process {os.getpid()} on "),
@@ -20,12 +20,14 @@ def test_a_second_claim_is_refused_until_the_first_is_over(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
-def test_without_locks_the_job_goes_on_and_that_is_told(tmp_path, monkeypatch, caplog, number):
+def test_file_system_without_locks_is_accepted_with_a_warning(
+  tmp_path, monkeypatch, caplog, number
+):
   def flock(file, operation):
     raise OSError(number, os.strerror(number))
 
   monkeypatch.setattr(output_lock.fcntl, "flock", flock)
-  if number == errno.EIO:  # a fault, and no answer
+  if number == errno.EIO:  # a failure, not a lack of locks
     with pytest.raises(OSError, match="Input/output error"), output_lock.claim(tmp_path):
       pass
     return

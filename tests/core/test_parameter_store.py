@@ -1,4 +1,4 @@
-"""Oracle: Orbax reads what is written here, and writes what is read here."""
+"""Parameters in Orbax's layout. The oracle is Orbax, which reads what we write and vice versa."""
 
 import json
 
@@ -49,7 +49,7 @@ def written(tmp_path, monkeypatch):
   return folder
 
 
-def test_large_layers_are_cut_into_chunks(written):
+def test_large_layers_are_split_into_chunks(written):
   zarray = json.loads((written / "layers.attention.query.w" / ".zarray").read_text())
   assert zarray["chunks"] == [1, 2, 5]
   assert zarray["compressor"] is None
@@ -57,7 +57,7 @@ def test_large_layers_are_cut_into_chunks(written):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_orbax_restores_it(written, same, sharded):
+def test_orbax_restores_written_parameters(written, same, sharded):
   expected = nest(as_haiku(PARAMS))
   expected["final_norm"]["scale"] = expected["final_norm"]["scale"].astype(np.float32)
   if not sharded:
@@ -85,7 +85,7 @@ def same():
   return compare
 
 
-def test_reads_back_what_it_wrote(written, same):
+def test_written_parameters_are_read_back(written, same):
   arrays = parameter_store.open_parameters(written)
   assert arrays.keys() == PARAMS.keys()
   for path, expected in PARAMS.items():
@@ -94,7 +94,7 @@ def test_reads_back_what_it_wrote(written, same):
 
 @pytest.mark.parametrize("ocdbt", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_reads_what_orbax_wrote(tmp_path, same, ocdbt, nested):
+def test_parameters_saved_by_orbax_are_read(tmp_path, same, ocdbt, nested):
   params = {path: values for path, values in PARAMS.items() if values.dtype != np.float64}
   tree = as_haiku(params)
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)
@@ -107,7 +107,7 @@ def test_reads_what_orbax_wrote(tmp_path, same, ocdbt, nested):
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_missing_or_truncated_chunk_is_named(written, damage):
+def test_array_with_a_missing_or_truncated_chunk_is_named(written, damage):
   chunk = written / "embed.embedding" / "1.0"
   if damage == "cut":
     chunk.write_bytes(chunk.read_bytes()[:-3])
@@ -119,7 +119,7 @@ def test_a_missing_or_truncated_chunk_is_named(written, damage):
   assert len(str(error.value)) < 400
 
 
-def test_a_folder_without_metadata_is_not_complete(written):
+def test_folder_without_metadata_is_refused(written):
   (written / "_METADATA").unlink()
   with pytest.raises(ValueError, match="not a complete checkpoint: .* has no valid _METADATA"):
     parameter_store.open_parameters(written)

@@ -1,4 +1,4 @@
-"""How the processes of a run meet; tests/test_processes.py runs some."""
+"""Connections between the processes of a run; tests/test_processes.py starts such runs."""
 
 import contextlib
 import socket
@@ -12,8 +12,8 @@ import pytest
 from ll3m.core import peer_watch
 
 
-def test_two_with_one_number_are_told(free_port):
-  """Of three, two say that they are process 1: all three hear of it."""
+def test_duplicate_process_id_is_reported_to_all(free_port):
+  """Two of three processes have index 1, and all three processes raise the same error."""
   port = free_port()
   heard = []
 
@@ -34,14 +34,14 @@ def test_two_with_one_number_are_told(free_port):
 @pytest.mark.parametrize(
   ("dies", "sentence"), [(True, "error: process 1 on {host} has died"), (False, "error: an echo")]
 )
-def test_what_fails_because_a_peer_died_names_the_peer(free_port, dies, sentence):
-  """The collective fails a moment before the line to the peer is known to be cut."""
+def test_error_caused_by_a_dead_peer_names_the_peer(free_port, dies, sentence):
+  """The collective fails a moment before the closed connection to the peer is detected."""
   script = f"""
 import threading
-from ll3m.core import line, stderr
+from ll3m.core import peer_watch, stderr
 met = {{}}
 def meet(process):
-  met[process] = line.meet("localhost:{free_port()}", process, 2, 20, {{}})
+  met[process] = peer_watch.connect("localhost:{free_port()}", process, 2, 20, {{}})
 threads = [threading.Thread(target=meet, args=(process,)) for process in (0, 1)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -54,7 +54,7 @@ met[0].fail("an echo", lambda: stderr.leave("error: an echo", 1))
   assert (done.returncode, done.stderr) == (1, expected + "\n")
 
 
-def test_who_is_not_there_is_told(free_port):
+def test_missing_process_0_is_reported(free_port):
   port = free_port()
   with pytest.raises(
     ValueError, match=f"process 0 did not answer at localhost:{port + 1} within 1"
@@ -62,8 +62,8 @@ def test_who_is_not_there_is_told(free_port):
     peer_watch.connect(f"localhost:{port}", 1, 2, 1, {})
 
 
-def test_strangers_are_sent_away(free_port):
-  """Those who connect and say nothing, or something else, neither end the meeting nor delay it."""
+def test_foreign_connections_are_closed(free_port):
+  """Connections that send nothing, or anything else, neither end nor delay the start-up."""
   port = free_port()
   started = time.monotonic()
   met = []
@@ -89,7 +89,7 @@ def test_strangers_are_sent_away(free_port):
   assert time.monotonic() - started < 30
 
 
-def test_a_port_that_is_in_use_is_named(free_port):
+def test_port_in_use_is_named(free_port):
   port = free_port()
   with (
     socket.create_server(("", port)),

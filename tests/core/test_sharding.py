@@ -33,7 +33,7 @@ def test_mesh_dim_mistakes(text):
   assert repr(text) in str(error.value)
 
 
-def test_mesh_takes_the_rest_of_the_devices():
+def test_minus_one_takes_the_remaining_devices():
   assert dict(sharding.make_mesh("-1,2,2").shape) == {"dp": 2, "fsdp": 2, "mp": 2}
   with pytest.raises(ValueError, match="needs a multiple of 3 devices, there are 8"):
     sharding.make_mesh("-1,3,1")
@@ -55,7 +55,7 @@ def test_every_rule_is_used():
     assert any(re.fullmatch(rule, path) for path in paths), rule
 
 
-def test_specs_follow_the_table_and_fall_back():
+def test_specs_follow_the_table_where_sizes_are_divisible():
   mesh = sharding.make_mesh("2,2,2")
   spec = sharding.parameter_spec
   assert spec("embed/embedding", (10, 8), mesh) == PartitionSpec("mp", "fsdp")
@@ -66,7 +66,7 @@ def test_specs_follow_the_table_and_fall_back():
     spec("layers/new/w", (8, 8), mesh)
 
 
-def test_what_is_not_split_is_said():
+def test_unsplit_dimensions_are_described():
   mesh = sharding.make_mesh("2,2,2")
   params = {
     "embed": {"embedding": jax.ShapeDtypeStruct((11, 8), "float32")},
@@ -82,7 +82,7 @@ def test_what_is_not_split_is_said():
 
 
 class Slice:
-  """A device as jax's mesh utilities see it: two slices of 2 x 2 chips."""
+  """A device, as jax's mesh utilities see it, of one of two slices of 2 x 2 chips."""
 
   platform, device_kind, core_on_chip, num_cores = "tpu", "TPU v5 lite", 0, 1
 
@@ -91,7 +91,7 @@ class Slice:
     self.coords = (index % 2, index // 2 % 2, 0)
 
 
-def test_only_dp_reaches_over_slices():
+def test_only_dp_spans_slices():
   devices = [Slice(index) for index in range(8)]
   mesh = sharding.make_mesh("-1,2,1", devices)
   assert dict(mesh.shape) == {"dp": 4, "fsdp": 2, "mp": 1}

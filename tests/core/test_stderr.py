@@ -7,7 +7,7 @@ import pytest
 from ll3m.core import stderr
 
 
-def test_chatter_is_left_out_and_all_else_passed_on_in_order(capfd):
+def test_start_up_messages_are_dropped_and_the_rest_printed_in_order(capfd):
   with stderr.tensorflow_import():
     os.write(2, b"first\n2026-01-01 E port.cc:153] oneDNN custom operations are on\nsecond\n")
     os.write(2, b"third\n")
@@ -15,7 +15,7 @@ def test_chatter_is_left_out_and_all_else_passed_on_in_order(capfd):
   assert capfd.readouterr().err == "first\nsecond\nthird\nport.cc: after\n"
 
 
-def test_what_an_error_leaves_is_passed_on(capfd):
+def test_output_is_printed_after_an_error(capfd):
   with pytest.raises(ImportError), stderr.tensorflow_import():
     os.write(2, b"no such library\n")
     raise ImportError
@@ -23,7 +23,7 @@ def test_what_an_error_leaves_is_passed_on(capfd):
 
 
 @pytest.mark.parametrize("held_back", [False, True])
-def test_last_words_arrive_from_any_thread(held_back):
+def test_final_message_is_printed_from_any_thread(held_back):
   script = f"""
 import contextlib, threading
 from ll3m.core import stderr

@@ -1,7 +1,7 @@
-"""Faults as they happen: processes that are killed, bits that flip, disks that are full.
+"""Causes of faults: killed processes, flipped bits, full disks.
 
-Whatever is left to chance is drawn from a seed that pytest shows when a test fails, and which
-LL3M_FAULT_SEED repeats. `make soak` sets LL3M_SOAK and with it the number of repetitions.
+Random choices are drawn from a seed, which pytest shows when a test fails and LL3M_FAULT_SEED
+repeats. `make soak` sets LL3M_SOAK, which determines the number of repetitions.
 """
 
 import os
@@ -20,7 +20,7 @@ PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 
 
 class Job:
-  """A training run in a process of its own, whose every line can be waited for."""
+  """A training run in a process of its own, whose output can be waited for."""
 
   def __init__(
     self,
@@ -31,14 +31,14 @@ class Job:
     memory_limit: int | None = None,
     compiles: bool = False,
   ):
-    """Starts it.
+    """Starts the run.
 
     Args:
-      arguments: its flags.
-      output: its output_dir.
-      file_limit: bytes that no file may exceed: writing more fails as on a full disk.
-      memory_limit: bytes of address space, in which threads and mapped files count too.
-      compiles: even if another run has compiled the same.
+      arguments: The run's flags.
+      output: The run's output_dir.
+      file_limit: Maximum size of a file in bytes; writing more fails as on a full disk.
+      memory_limit: Bytes of address space, including threads and mapped files.
+      compiles: Whether to compile programs even if another run has already compiled them.
     """
     self.output = output
     self._log = output.with_suffix(".log")
@@ -74,10 +74,10 @@ class Job:
     return self._log.read_text()
 
   def wait_for(self, event: Callable[[], object], seconds: float = 120) -> None:
-    """Returns once the event is true.
+    """Waits until `event` returns true.
 
     Raises:
-      AssertionError: the process ended or the time was up before.
+      AssertionError: The process ended, or the time was up.
     """
     deadline = time.monotonic() + seconds
     while not event():
@@ -88,12 +88,12 @@ class Job:
     self._process.send_signal(number)
 
   def end(self, seconds: float = 120) -> int:
-    """Returns the exit code; it is not allowed to take longer."""
+    """Waits for the end of the run and returns its exit code; fails if that takes longer."""
     return self._process.wait(seconds)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-  """Every file below a folder, by its path in it."""
+  """Returns the contents of every file below a folder, by path in the folder."""
   return {
     str(file.relative_to(folder)): file.read_bytes()
     for file in sorted(folder.rglob("*"))
@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def flip(file: Path, chance: random.Random) -> None:
-  """Turns one bit of a file."""
+  """Flips a random bit of a file."""
   data = bytearray(file.read_bytes())
   bit = chance.randrange(8 * len(data))
   data[bit // 8] ^= 1 << bit % 8
@@ -115,6 +115,6 @@ def truncate(file: Path, chance: random.Random) -> None:
 
 
 def delete(file: Path, chance: random.Random) -> None:
-  """Loses a file."""
+  """Deletes a file."""
   del chance
   file.unlink()

@@ -1,4 +1,4 @@
-"""The tiny run that the faults befall."""
+"""Fixtures of the tiny run in which faults are caused."""
 
 import os
 import random
@@ -20,14 +20,14 @@ SEED = os.environ.get("LL3M_FAULT_SEED", str(time.time_ns() % 10**6))
 
 @pytest.fixture
 def chance(request) -> random.Random:
-  """What is left to chance in a test; the same for the same seed, whatever else runs."""
+  """A test's random numbers, which depend only on the seed and the test."""
   print(f"LL3M_FAULT_SEED={SEED}")
   return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-  """A JSONL file of 400 documents of about 100 bytes, none like another."""
+  """A JSONL file of 400 distinct documents of about 100 bytes."""
   draw = random.Random(0)
   path = tmp_path_factory.mktemp("text") / "text.jsonl"
   lines = (" ".join(draw.choices(WORDS, k=20)) for _ in range(400))
@@ -37,7 +37,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def arguments(byte_tokenizer, text) -> list[str]:
-  """A tiny model on the text; 64 tokens a step."""
+  """Flags of a tiny model on the text, with 64 tokens per step."""
   return [
     *tiny_runs.flags(byte_tokenizer, rows=2, shards=2),
     "--train_dataset.type=json",
@@ -48,13 +48,13 @@ def arguments(byte_tokenizer, text) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start(arguments) -> Callable[..., Job]:
-  """Starts a training run: (output, *more arguments, file_limit=None) -> Job."""
+  """Returns a function that starts a run: (output, *more arguments, file_limit=None) -> Job."""
   return lambda output, *more, **options: Job([*arguments, *more], output, **options)
 
 
 @pytest.fixture(scope="session")
 def finished(start, tmp_path_factory) -> Path:
-  """The output_dir of a run of 30 steps with the checkpoints 10, 20 and 30; to be copied."""
+  """The output_dir of a run of 30 steps with checkpoints 10, 20 and 30; tests use copies."""
   output = tmp_path_factory.mktemp("runs") / "finished"
   more = ("--total_steps=30", "--save_model_freq=10", "--checkpointer.max_to_keep=3")
   with start(output, *more) as job:

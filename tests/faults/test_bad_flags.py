@@ -1,6 +1,6 @@
-"""Wrong flags as they are typed: one sentence within 15 seconds, before weights or devices.
+"""Wrong flags give one sentence within 15 seconds, before weights or devices are used.
 
-tests/test_train_flags.py has many more, in one process.
+tests/test_train_flags.py has many more cases, in one process.
 """
 
 import resource
@@ -16,13 +16,13 @@ import pytest
     (["--load_checkpoint=params::gs-bucket/none"], 1, "there is no such folder"),
   ],
 )
-def test_is_told_at_once(arguments, run_command, tmp_path, changes, status, part):
+def test_wrong_flag_is_reported_quickly(arguments, run_command, tmp_path, changes, status, part):
   names = {change.partition("=")[0] for change in changes}
   kept = [flag for flag in arguments if flag.partition("=")[0] not in names]
   began = resource.getrusage(resource.RUSAGE_CHILDREN)
   done = run_command("train", *kept, *changes, f"--logger.output_dir={tmp_path / 'run'}")
   ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-  # Of the processor: on a machine that is busy with other tests, the clock says nothing.
+  # CPU time, because wall time says nothing on a machine that is busy with other tests.
   assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 15
   assert done.returncode == status, done.stderr
   last = done.stderr.splitlines()[-1]

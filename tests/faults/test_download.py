@@ -1,4 +1,4 @@
-"""The download against a server that refuses, is not there, or does not answer."""
+"""Downloads from a server that refuses, does not exist, or never responds."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ TOKEN = "hf_" + "s3cret" * 5
 
 @pytest.fixture
 def server():
-  """Returns a function: status -> address of a server that answers with it; None: never."""
+  """Returns a function that starts a server which sends a status, or for None no response."""
   opened, release = [], threading.Event()
 
   def start(status: int | None) -> str:
@@ -27,7 +27,7 @@ def server():
           return
         self.send_response(status)
         self.end_headers()
-        # A careless server (or proxy) repeats the request in its answer.
+        # A careless server (or proxy) repeats the request in its response.
         self.wfile.write(f"no: {self.headers.get('authorization')}".encode())
 
       do_HEAD = do_GET
@@ -58,7 +58,7 @@ def download(endpoint: str, tmp_path: Path, *more: str) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, "offline", None])
-def test_each_is_one_sentence_without_the_token(server, tmp_path, status):
+def test_failed_download_is_one_sentence_without_the_token(server, tmp_path, status):
   if status == "offline":
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))

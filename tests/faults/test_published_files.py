@@ -1,4 +1,4 @@
-"""Published models that are not what they should be: named, refused, and nothing is written."""
+"""Invalid published models: the fault is named, the model refused, and nothing is written."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def refuse(folder: Path, *parts: str, preset: str | None = None) -> str:
-  """Asserts that a conversion is refused in one sentence with these parts, and writes nothing."""
+  """Asserts that a conversion is refused with these parts in the message, and writes nothing."""
   before, output = files(folder.parent), folder.parent / "output"
   with pytest.raises((ValueError, NotImplementedError, OSError)) as error:
     convert_model(open_model(folder, preset=preset), output)
@@ -65,14 +65,14 @@ def refuse(folder: Path, *parts: str, preset: str | None = None) -> str:
     (None, "is truncated: expected"),
   ],
 )
-def test_a_shard_that_is_something_else(sharded, content, what):
+def test_shard_that_is_no_safetensors_file_is_refused(sharded, content, what):
   shard = sorted(sharded.glob("*.safetensors"))[-1]
   shard.write_bytes(shard.read_bytes()[:-1] if content is None else content)
   refuse(sharded, str(shard), what)
 
 
 @pytest.mark.parametrize("place", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
-def test_an_index_that_leads_out_of_the_folder(sharded, place):
+def test_index_that_leads_out_of_the_folder_is_refused(sharded, place):
   index = json.loads((sharded / INDEX).read_text())
   index["weight_map"]["lm_head.weight"] = place
   (sharded / INDEX).write_text(json.dumps(index))
@@ -80,7 +80,7 @@ def test_an_index_that_leads_out_of_the_folder(sharded, place):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_link_that_leads_out_of_the_folder(published, tmp_path, name):
+def test_link_that_leads_out_of_the_folder_is_refused(published, tmp_path, name):
   (tmp_path / "secret").write_bytes(b"{}")
   (published / name).unlink(missing_ok=True)
   (published / name).symlink_to(tmp_path / "secret")
@@ -98,7 +98,7 @@ def test_the_links_of_the_hubs_cache_are_followed(published, tmp_path):
   assert checkpoint.open_checkpoint(tmp_path / "output").family == "llama"
 
 
-def test_everything_that_is_wrong_is_listed_at_once(sharded):
+def test_all_problems_are_listed_at_once(sharded):
   first, *others = sorted(sharded.glob("*.safetensors"))
   values = load_file(first)
   norm, other, dropped = [n for n in sorted(values) if n.startswith("model.layers")][:3]
@@ -140,7 +140,7 @@ def test_everything_that_is_wrong_is_listed_at_once(sharded):
     ({"model_type": "phi"}, "config.json"),
   ],
 )
-def test_a_config_that_contradicts_the_weights(published, changes, part):
+def test_config_that_contradicts_the_weights_is_refused(published, changes, part):
   config = json.loads((published / "config.json").read_text())
   if "num_key_value_heads" in changes and config["num_key_value_heads"] == 1:
     changes = {"num_key_value_heads": 2}
@@ -157,14 +157,16 @@ def test_a_config_that_contradicts_the_weights(published, changes, part):
     ("llama2", "llama2_7b", {"rms_norm_eps": 1e-6}, "norm_epsilon (expected 1e-05, got 1e-06)"),
   ],
 )
-def test_what_no_weight_shows_is_compared_with_the_preset(tmp_path, fixture, preset, changes, part):
+def test_settings_absent_from_weights_must_match_the_preset(
+  tmp_path, fixture, preset, changes, part
+):
   folder = shutil.copytree(PARITY / fixture, tmp_path / "published")
   edit_json(folder / "config.json", **changes)
   refuse(folder, part, preset=preset)
 
 
 class Payload:
-  """What a malicious checkpoint brings: a call that is made while it is unpickled."""
+  """The payload of a malicious checkpoint: a call that unpickling makes."""
 
   def __init__(self, victim: Path):
     self.victim = victim
@@ -173,10 +175,10 @@ class Payload:
     return (os.system, (f"touch {self.victim}",))
 
 
-def test_a_malicious_pickle_does_not_run(published, tmp_path):
+def test_malicious_pickle_does_not_run(published, tmp_path):
   victim = tmp_path / "owned"
   payload = pickle.dumps({"model.norm.weight": Payload(victim)}, protocol=2)
-  pickle.loads(payload)  # it is real: unpickled, it acts
+  pickle.loads(payload)  # the payload is real: unpickling runs it
   assert victim.exists()
   victim.unlink()
   (published / "model.safetensors").unlink()
@@ -185,14 +187,14 @@ def test_a_malicious_pickle_does_not_run(published, tmp_path):
     archive.writestr("archive/version", "3")
   refuse(published, "posix.system", "only plain tensors")
   assert not victim.exists()
-  (published / "pytorch_model.bin").write_bytes(payload)  # as torch wrote before 1.6
+  (published / "pytorch_model.bin").write_bytes(payload)  # the format of torch before 1.6
   refuse(published, "pytorch_model.bin")
   assert not victim.exists()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite(published, tmp_path, dtype, value):
+def test_nonfinite_weights_are_refused_unless_allowed(published, tmp_path, dtype, value):
   tensors = {
     name: t.astype(dtype) for name, t in load_file(published / "model.safetensors").items()
   }
