@@ -172,7 +172,7 @@ class Logger:
         return
       self._left_out.add(name)
       reason = " ".join(str(error).split()) or type(error).__name__
-      self.say(f"{name} failed and is disabled from here on: {reason}")
+      self.say(f"{name} is disabled from here on: {reason}")
 
   def _open_tensorboard(self, first_step: int) -> None:
     from tensorboardX import SummaryWriter

@@ -156,7 +156,7 @@ def test_ctrl_c_saves_and_twice_ends_at_once(start, uninterrupted, tmp_path, for
     job.wait_for(lambda: "step 10/" in job.said())
     job.signal(signal.SIGINT)
     assert job.end(60) == preemption.INTERRUPTED, job.said()
-  assert "stopping after this step, which is saved; Ctrl-C again ends at once" in job.said()
+  assert "stopping after this step" in job.said()
   assert job.said().splitlines()[-1] == "stopped by Ctrl-C; the same command resumes from here"
   assert "Traceback" not in job.said()
   (first,) = checkpoint.finished_steps(output)
@@ -168,7 +168,7 @@ def test_ctrl_c_saves_and_twice_ends_at_once(start, uninterrupted, tmp_path, for
     job.wait_for(lambda: "Ctrl-C again" in job.said())
     job.signal(signal.SIGINT)
     assert job.end(5) == preemption.INTERRUPTED, job.said()
-  last = "ended by Ctrl-C; the steps that were saved before are complete"
+  last = "stopped by Ctrl-C without saving; earlier checkpoints are intact"
   assert job.said().splitlines()[-1] == last
   assert checkpoint.finished_steps(output) == [first]
 
@@ -190,7 +190,7 @@ def test_asked_to_stop_at_the_last_step_the_run_is_over(start, copy, text):
     job.signal(signal.SIGTERM)
     assert job.end(60) == 0, job.said()
   assert "eval loss" not in job.said() and "resumes from here" not in job.said()
-  assert "the last evaluation is left out; ll3m.evaluate makes it" in job.said()
+  assert "skipped the last evaluation" in job.said()
   assert checkpoint.open_checkpoint(copy).step == 31
 
 
@@ -235,11 +235,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_steps_before(start, copy, tmp_p
   [
     (
       ["--update_model_config=vocab_size=300"],
-      "another model: vocab_size is 258 in the checkpoint",
+      "vocab_size is 258 in the checkpoint",
     ),
     (
       ["--optimizer.adamw_optimizer.lr=0.1", "--param_dtype=bf16"],
-      "it was saved with --param_dtype=float32, asked for bfloat16",
+      "it was saved with --param_dtype=float32",
     ),
   ],
 )

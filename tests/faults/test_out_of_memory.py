@@ -45,8 +45,8 @@ def test_a_step_that_the_compiler_refuses():
   said = done.stderr.splitlines()[-1]
   layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
   held = 3 * 2 * (2 * layer + 2 * 32000 * 4096 + 4096)  # bfloat16, with two moments
-  assert said.startswith("MemoryError: the run does not fit into a device's memory")
-  assert f"parameters and optimizer take {held / GIB:.2f} GiB of each, the training step " in said
+  assert said.startswith("MemoryError: the run does not fit in device memory")
+  assert f"{held / GIB:.2f} GiB per device, the training step " in said
   wanted = ", or ".join(
     [
       "`remat`=dots",
@@ -60,7 +60,7 @@ def test_a_step_that_the_compiler_refuses():
       "`mesh_dim`=1,4,1 `remat`=full",
     ]
   )
-  assert f"less is needed with {wanted} (ll3m.plan tries them); RESOURCE_EXHAUSTED: " in said
+  assert f" {wanted} (ll3m.plan tries them); RESOURCE_EXHAUSTED: " in said
 
 
 def test_a_run_without_the_memory_for_its_parameters(start, arguments, tmp_path):
@@ -70,6 +70,6 @@ def test_a_run_without_the_memory_for_its_parameters(start, arguments, tmp_path)
   with start(tmp_path / "run", *wide, memory_limit=32 * GIB) as job:
     assert job.end() == 1, job.said()
   said = job.said().splitlines()[-1]
-  assert said.startswith("error: the run does not fit into a device's memory: parameters and opt")
-  assert "less is needed with --remat=dots, or " in said
+  assert said.startswith("error: the run does not fit in device memory")
+  assert " --remat=dots, or " in said
   assert said.endswith("RESOURCE_EXHAUSTED: Out of memory allocating 128000000000 bytes.")

@@ -48,7 +48,7 @@ def test_training_goes_on_without_tensorboard_and_weights_and_biases(
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   for name in ("TensorBoard", "Weights & Biases"):
-    assert done.stderr.count(f"{name} is left out from here on: ") == 1, done.stderr
+    assert done.stderr.count(f"{name} is disabled from here on: ") == 1, done.stderr
   assert "Traceback" not in done.stderr and "k" * 40 not in done.stderr
   assert "\x1b" not in done.stderr and "\r" not in done.stderr  # nobody watches: plain lines
   assert [record["step"] for record in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4]
