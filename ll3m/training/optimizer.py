@@ -127,8 +127,8 @@ class OptimizerConfig:
     "Method of updating parameters of param_dtype=bf16. nearest: round to the nearest value, which "
     "loses updates below half a unit in the last place. stochastic: round up or down at random, "
     "with the exact mean; needs no extra memory. master: update a float32 copy, with moments in "
-    "float32; needs 4 more bytes per parameter for the copy, and 2 for each moment. Parameters and "
-    "AdamW's state take 6, 6 and 14 bytes per parameter, respectively; with param_dtype=f32, 12.",
+    "float32; needs 4 bytes per parameter for the copy and 2 more for each moment. Parameters and "
+    "AdamW's state take 6, 6 and 14 bytes per parameter, respectively; 12 with param_dtype=f32.",
     choices=UPDATES,
   )
   adamw_optimizer: AdamWConfig = options.group(AdamWConfig)
