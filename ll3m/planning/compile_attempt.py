@@ -58,7 +58,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
 
 
 def needed_bytes(error: Exception) -> int | None:
-  """Returns the bytes per device that a program needs by a compiler error; None if not given."""
+  """Returns the bytes per device that a compiler error says are needed; None if it says nothing."""
   needed = _NEEDED.search(str(error))
   if needed is None:
     return None

@@ -46,8 +46,8 @@ class Instruction:
   Attributes:
     name: Name, unique in the module.
     arrays: Arrays of the result; several for a tuple.
-    opcode: Kind, such as "fusion"; an asynchronous one is named after the operation that it starts,
-      such as "slice-start".
+    opcode: Kind, such as "fusion"; asynchronous instructions are named after the operation that
+      they start, such as "slice-start".
     operands: Names of the operands.
     runs: Names of the computations that the instruction runs; for a loop, body, then condition.
     proto: Proto with all other fields; see `hlo_proto`.

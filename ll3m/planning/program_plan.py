@@ -30,7 +30,7 @@ class Plan:
     hbm_bytes: Memory of a device that a program may use.
     kernels: Names of the Pallas kernels in the compiled program.
     device_kind: Kind of the devices, as jax names it.
-    collectives: Communication of each device in a step; bytes by the ring algorithms.
+    collectives: Collectives of a step; each device sends their bytes, by the ring algorithms.
     compile_seconds: Compile time on this machine.
     flops: FLOPs of all matrix products of a step, on all devices together.
     step_seconds: Lower bounds on the time of a step, by "compute", "hbm" and "ici", and on several
@@ -93,7 +93,7 @@ class Work:
   Attributes:
     flops: FLOPs of matrix products.
     hbm_bytes: Bytes read from and written to main memory.
-    collectives: Communication.
+    collectives: Collectives, with the bytes that the device sends.
     kernels: Names of the Pallas kernels.
   """
 

@@ -75,7 +75,7 @@ def _changes(job: TrainingJob, *, state_fits: bool) -> Iterator[tuple[str, Train
 
 
 def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
-  """Yields changes that need less memory for activations, from the cheapest in time."""
+  """Yields changes that store fewer activations, with the same result, cheapest in time first."""
   policies = list(REMAT_POLICIES)  # each stores less than the one before
   for remat in policies[policies.index(job.options.remat) + 1 :]:
     yield f"`remat`={remat}", job.replace(options={"remat": remat})

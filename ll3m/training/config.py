@@ -32,7 +32,7 @@ class LoopOptions:
   save_model_minutes: float = options.option(
     15.0,
     "Minutes from one checkpoint to the next; 0 disables saving by time. With several processes, "
-    "process 0's clock decides, every 10 steps.",
+    "process 0's clock decides, checked every 10 steps.",
   )
   save_milestone_freq: int = options.option(
     0,

@@ -25,7 +25,7 @@ CURVE = "loss.png"
 FLAGS = "flags.json"
 EXPERIMENT_ID = "wandb_id"
 
-# Object stores cannot append, so all records are rewritten there, at most once in this time.
+# Minimum time between uploads: object stores cannot append, so an upload rewrites all records.
 _UPLOAD_SECONDS = 10.0
 
 

@@ -90,7 +90,7 @@ _FREE = ("max_positions", "sliding_window", "rope_theta", "rope_scaling_factor",
 def check_same_model(
   config: ModelConfig, saved: ModelConfig, *, may_differ: Collection[str] = ()
 ) -> None:
-  """Checks that a checkpoint was saved with the run's config.
+  """Checks that a checkpoint has the run's model config.
 
   Args:
     config: Config of the run.

@@ -21,7 +21,7 @@ class NonFiniteWatch:
   """
 
   def __init__(self, output_dir: epath.PathLike, tokenizer: Tokenizer | None, limit: int):
-    """Starts with no non-finite step.
+    """Starts a count of consecutive non-finite steps.
 
     Args:
       output_dir: Folder of the run.

@@ -104,7 +104,7 @@ class Run:
     if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":
       return []
     return [
-      "updates     rounded to the nearest bfloat16, losing small ones (see optimizer.bf16_update)"
+      "updates     rounded to the nearest bfloat16, which loses small ones (optimizer.bf16_update)"
     ]
 
   def batch_shapes(self) -> Batch:
