@@ -1,6 +1,6 @@
-"""The plan command against the real TPU compiler, which needs no TPU.
+"""The plan command with the real TPU compiler, which needs no TPU.
 
-What a plan prints is kept from run to run.
+The output of plans is cached between runs.
 """
 
 import json
@@ -13,12 +13,12 @@ from ll3m.core import checksums
 from ll3m.core.checkpoint import MANIFEST, PARAMS, model_meta
 from ll3m.training.metrics import flops_per_token
 
-# The sizes divide by no number that they should not; with D = 256, XLA sums the head's gradients
-# another way than the others.
+# The sizes have no accidental divisors. With D = 256, XLA would sum the head's gradients in a
+# different way from the others.
 SIZES = {
   "d_model": 512, "d_ff": 1024, "num_layers": 3, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64,
 }  # fmt: skip
-# For what any size shows: it compiles in a third of the time.
+# For tests that hold for any size; it compiles in a third of the time.
 SMALLER = {
   "d_model": 256, "d_ff": 640, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64,
   "vocab_size": 4096,
@@ -48,7 +48,7 @@ KEYS = {
 
 
 def matrices(config):
-  """How many parameters there are but for the norms'."""
+  """Returns the number of parameters without those of the norms."""
   heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
   layers = config.num_layers * config.d_model * (heads + 3 * config.d_ff)
   return layers + 2 * config.d_model * config.vocab_size
@@ -61,7 +61,7 @@ def config():
 
 @pytest.fixture
 def plan_of(run_command, kept):
-  """Returns a function that returns what a plan prints: stdout and stderr."""
+  """Returns a function that runs `plan` and returns its stdout and stderr."""
 
   def run(*arguments):
     done = run_command("plan", *arguments)
@@ -71,7 +71,7 @@ def plan_of(run_command, kept):
   return lambda *arguments: kept.get(("plan", *arguments), lambda: run(*arguments))
 
 
-def test_a_training_step(plan_of, config):
+def test_memory_flops_and_traffic_of_a_training_step(plan_of, config):
   stdout, _ = plan_of("--topology=v5e:2x4", "--mesh_dim=-1,2,2", *MODEL, *BATCH, "--json")
   plan = json.loads(stdout)
   assert set(plan) == KEYS
@@ -79,22 +79,24 @@ def test_a_training_step(plan_of, config):
   held = plan["bytes_per_chip"]
   assert set(held) == {"parameters", "optimizer", "temporaries", "headroom"}
   assert sum(held.values()) == plan["hbm_bytes"] == int(15.75 * 2**30)
-  # All matrices are split over fsdp x mp = 4, norms are not; two moments, and counts of steps.
+  # All matrices are split over fsdp x mp = 4, norms are not. The optimizer has two moments and
+  # step counters.
   whole = matrices(config)
   norms = (2 * config.num_layers + 1) * config.d_model
   assert held["parameters"] == 2 * (whole // 4 + norms)
   assert 0 <= held["optimizer"] - 2 * held["parameters"] < 64
-  # Two products of the loss are made twice: its logits, in the backward pass. Nothing else is.
+  # The backward pass recomputes the logits of the loss, and nothing else.
   tokens = ROWS * STEPS * LENGTH
   recomputed = 2 * config.d_model * config.vocab_size * tokens
   backward = 4 * config.num_layers * config.num_heads * config.head_dim * LENGTH / 2 / 2 * tokens
   expected = flops_per_token(config, LENGTH) * tokens + recomputed + backward
   assert plan["flops"] == pytest.approx(expected, rel=0.02)
   sent = {(c["kind"], c["axis"]): c["bytes"] for c in plan["collectives"]}
-  # A device's part of the gradients goes around dp in each micro-step: 2 (n - 1) / n of its bytes.
+  # Each micro-step sums a device's part of the gradients over dp: 2 (n - 1) / n of its bytes.
   assert sent["all-reduce", "dp"] == pytest.approx(STEPS * 2 * whole / 4, rel=0.01)
-  # Each layer's results of two products are summed over mp forwards, and two backwards; so are the
-  # embedded tokens, and the loss's gradient, which is float32. Its sums by token are the rest.
+  # The results of two products per layer are summed over mp in the forward pass and of two in the
+  # backward pass. So are the embedded tokens, and the gradient of the loss, which is float32. The
+  # remainder is the loss's sums by token.
   rows = ROWS // 4 * LENGTH * config.d_model * 2
   summed = STEPS * (4 * config.num_layers + 1 + 2) * rows
   assert sent["all-reduce", "mp"] == pytest.approx(summed, rel=0.01)
@@ -116,16 +118,16 @@ def test_slices_exchange_nothing_but_gradients(plan_of):
   assert "flash_attention_forward" in stdout
 
 
-def test_what_does_not_fit_is_told_what_would_make_it_fit(plan_of):
+def test_a_run_that_does_not_fit_gets_advice_that_was_tried(plan_of):
   batch = "--train_dataset.seqio_dataset.batch_size=7168"
   stdout, stderr = plan_of("--topology=v5e:2x2", "--mesh_dim=-1,1,2", *SMALL_MODEL, batch)
   (headroom,) = (line for line in stdout.splitlines() if "headroom" in line)
   assert float(headroom.split()[1]) < 0
   remat = stdout.partition("does not fit: it fits with --remat=")[2].strip()
-  assert stderr.splitlines()[-1].endswith(f"remat {remat}: fits")  # it was tried
+  assert stderr.splitlines()[-1].endswith(f"remat {remat}: fits")
 
 
-def test_decoding(plan_of):
+def test_memory_and_traffic_of_decoding(plan_of):
   stdout, _ = plan_of(
     "--topology=v5e:2x2", "--mesh_dim=1,1,4", "--load_model_config=llama2_7b",
     "--dtype=bf16", "--train_dataset.seqio_dataset.task_feature_lengths=(2048,)", *BATCH[:1],
@@ -136,11 +138,11 @@ def test_decoding(plan_of):
   config = families.get_preset("llama2_7b").config
   cache = 2 * config.num_layers * ROWS * 2048 * config.num_kv_heads * config.head_dim * 2
   assert plan["bytes_per_chip"]["kv_cache"] == cache // 4
-  # Every weight but the embedding's rows, and every key and value, is read once for a token.
+  # Decoding a token reads all weights except the embedding's rows, and all keys and values, once.
   read = (matrices(config) - config.d_model * config.vocab_size) * 2 + cache
   assert plan["step_seconds"]["hbm"] == pytest.approx(read / 4 / 819e9, rel=0.05)
   assert plan["tokens_per_second"] == pytest.approx(ROWS / plan["step_seconds"]["hbm"])
-  # Two sums of activations per layer, and one of the embedding's; weights and cache stay in place.
+  # Two sums of activations per layer and one of the embeddings; weights and cache are not sent.
   sent = {collective["kind"]: collective["bytes"] for collective in plan["collectives"]}
   ring = 2 * (4 - 1) / 4
   sums = (2 * config.num_layers + 1) * ROWS * config.d_model * 2
@@ -169,14 +171,14 @@ def test_decoding(plan_of):
     ),
   ],
 )
-def test_mistakes_are_told_in_a_sentence(run_command, flags, message):
+def test_wrong_flags_are_reported_in_one_sentence(run_command, flags, message):
   done = run_command("plan", *SMALL_MODEL, *flags)
   assert done.returncode == (1 if message.startswith("dp") else 2)
   assert message in done.stderr.splitlines()[-1]
 
 
-def test_a_converted_models_weights_are_not_read(run_command, tmp_path, config):
-  """Without its weights the model is known: what is wrong is the machine, looked at after it."""
+def test_plan_does_not_read_the_weights_of_a_converted_model(run_command, tmp_path, config):
+  """The model's weights are missing, but the error is about the machine, which is read later."""
   (tmp_path / MANIFEST).write_text(json.dumps(model_meta("llama", config)))
   (tmp_path / PARAMS).mkdir()
   weights = tmp_path / PARAMS / "weights"

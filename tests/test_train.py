@@ -1,4 +1,4 @@
-"""Training as a user runs it: a whole run, a killed and resumed one, and what can be loaded."""
+"""Training as a user runs it: a whole run, a killed and resumed one, and runs from checkpoints."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ TOTAL = 40
 
 @pytest.fixture(scope="session")
 def arguments(byte_tokenizer) -> list[str]:
-  """A tiny model on a real mixture; two micro-steps, evaluation and checkpoints on the way."""
+  """Flags of a tiny model on a real mixture, with two micro-steps, evaluation and checkpoints."""
   return [
     *tiny_runs.flags(byte_tokenizer, rows=2, shards=3),
     "--train_dataset.seqio_dataset.mixture_or_task_name=python_mixture",
@@ -44,7 +44,7 @@ def arguments(byte_tokenizer) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(arguments, run_command, tmp_path_factory) -> Path:
-  """The output_dir of an uninterrupted run, logged to Weights & Biases offline."""
+  """Output_dir of an uninterrupted run, logged to Weights & Biases offline."""
   output = tmp_path_factory.mktemp("runs") / "finished"
   done = run_command(
     "train",
@@ -61,7 +61,7 @@ def finished(arguments, run_command, tmp_path_factory) -> Path:
 
 
 def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
-  """The batches that a run would read after a step."""
+  """Returns the batches that a run would read after a step."""
   from tests.data.opening import open_dataset
 
   dataset = DatasetConfig(
@@ -76,10 +76,10 @@ def next_batches(step: Path, tokenizer: Path, count: int = 20) -> list[Batch]:
 
 
 def assert_same(step: Path, other: Path, tokenizer: Path) -> None:
-  """Same parameters and optimizer to the bit, and the same data to come.
+  """Asserts that two steps have the same parameters and optimizer state, bitwise, and next batches.
 
-  The saved positions themselves may differ: tf.data puts what its threads happened to have read
-  ahead into them.
+  The saved positions themselves may differ, because tf.data includes what its threads happen to
+  have read ahead.
   """
   ours, theirs = tiny_runs.arrays(step), tiny_runs.arrays(other)
   assert ours.keys() == theirs.keys()
@@ -95,7 +95,7 @@ def losses(output: Path) -> dict[int, float]:
   }
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_writes_its_metrics_plots_traces_and_checkpoints(finished):
   records = logger.read_metrics(finished / "metrics.jsonl")
   training = [r for r in records if "loss" in r]
   assert [r["step"] for r in training] == list(range(1, TOTAL + 1))
@@ -105,7 +105,7 @@ def test_a_run_leaves_what_it_promises(finished):
       "tokens_per_second", "step_seconds", "skipped_steps",
     }  # fmt: skip
     assert all(np.isfinite(list(record.values())))
-  assert abs(training[0]["loss"] - np.log(258)) < 0.3  # random parameters know nothing
+  assert abs(training[0]["loss"] - np.log(258)) < 0.3  # random parameters predict uniformly
   held_out = [r for r in records if "eval_loss" in r]
   assert [r["step"] for r in held_out] == [0, TOTAL]
   assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
@@ -121,7 +121,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert "\x1b" not in (finished / "stderr.txt").read_text()  # no control codes in a log
 
 
-def test_checkpoints_hold_model_and_tokenizer(finished):
+def test_checkpoints_have_model_and_tokenizer(finished):
   opened = checkpoint.open_checkpoint(finished)
   assert opened.step == TOTAL and opened.family == "llama"
   assert opened.config.d_model == 16 and isinstance(opened.config, ModelConfig)
@@ -131,7 +131,7 @@ def test_checkpoints_hold_model_and_tokenizer(finished):
 
 @pytest.fixture(scope="session")
 def killed_and_resumed(arguments, run_command, tmp_path_factory) -> Path:
-  """The output_dir of a run that was killed after a checkpoint and started again."""
+  """Output_dir of a run that was killed after a checkpoint and started again."""
   output = tmp_path_factory.mktemp("runs") / "killed"
   command = [sys.executable, "-m", "ll3m.train", *arguments, f"--logger.output_dir={output}"]
   environment = os.environ | quickly()
@@ -141,24 +141,24 @@ def killed_and_resumed(arguments, run_command, tmp_path_factory) -> Path:
       assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
       time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-  assert checkpoint.finished_steps(output)[-1] < TOTAL  # it was killed on the way
+  assert checkpoint.finished_steps(output)[-1] < TOTAL  # it was killed before its end
   done = run_command("train", *arguments, f"--logger.output_dir={output}")
   assert done.returncode == 0, done.stderr
   (output / "resumed.txt").write_text(done.stderr)
   return output
 
 
-def test_a_killed_run_goes_on_to_the_bit(finished, killed_and_resumed, byte_tokenizer):
+def test_resume_is_bitwise_after_sigkill(finished, killed_and_resumed, byte_tokenizer):
   assert "resuming from step" in (killed_and_resumed / "resumed.txt").read_text()
   last = Path("checkpoints") / str(TOTAL)
   assert_same(finished / last, killed_and_resumed / last, byte_tokenizer)
   assert losses(finished) == losses(killed_and_resumed)
 
 
-def test_trainstate_and_dataset_state_go_on_to_the_bit(
+def test_training_from_a_trainstate_and_dataset_state_is_bitwise_equal(
   finished, arguments, run_command, tmp_path, byte_tokenizer
 ):
-  """From another run's step into a new output_dir."""
+  """The state is another run's step, and the output_dir is new."""
   step = finished / "checkpoints" / "30"
   done = run_command(
     "train",
@@ -172,7 +172,7 @@ def test_trainstate_and_dataset_state_go_on_to_the_bit(
   assert_same(finished / last, tmp_path / last, byte_tokenizer)
 
 
-def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
+def test_a_run_from_parameters_without_saved_optimizer_cannot_be_resumed(
   finished, arguments, run_command, tmp_path
 ):
   command = [
@@ -184,17 +184,17 @@ def test_parameters_alone_start_a_new_run_that_cannot_be_resumed(
   done = run_command("train", *command, "--total_steps=1")
   assert done.returncode == 0, done.stderr
   first = losses(tmp_path)[1]
-  assert first < losses(finished)[1] - 0.1  # it started from what the other run had learned
+  assert first < losses(finished)[1] - 0.1  # it started from trained parameters
   again = run_command("train", *command, "--total_steps=1")
   assert again.returncode == 0, again.stderr
   assert again.stdout == f"{tmp_path} is already at step 1 of 1\n"
   again = run_command("train", *command, "--total_steps=2")
   assert again.returncode == 1
-  assert "saved without the optimizer's state" in again.stderr.splitlines()[-1]
+  assert "saved without the optimizer" in again.stderr.splitlines()[-1]
   assert re.search(r"(--load_checkpoint|`load_checkpoint`)=params::", again.stderr.splitlines()[-1])
 
 
-def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tmp_path):
+def test_a_run_resumes_without_the_checkpoint_it_was_loaded_from(finished, run_command, tmp_path):
   source = shutil.copytree(finished / "checkpoints" / "40", tmp_path / "source/checkpoints/40")
   shutil.copytree(finished / "tokenizer", tmp_path / "source" / "tokenizer")
   (tmp_path / "lines.jsonl").write_text('{"text": "some words"}\n' * 9 + '{"txt": ""}\n')
@@ -227,7 +227,7 @@ def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tm
   file = tmp_path / "lines.jsonl"
   skipped = f"{file}: 9 usable lines, skipped 1: no field 'text' (1); the first: {bad}"
   assert done.stderr.splitlines().count(f"warning: {skipped}") == 1
-  assert done.stderr.count(str(bad)) == 1  # it is not repeated at the end
+  assert done.stderr.count(str(bad)) == 1  # not repeated at the end
   shutil.rmtree(tmp_path / "source")
   done = train("--total_steps=2")
   assert done.returncode == 0, done.stderr
@@ -241,15 +241,15 @@ def test_a_run_goes_on_without_what_it_was_loaded_from(finished, run_command, tm
     assert done.returncode == 1
     name, _, asked = flag.replace("bf16", "bfloat16").partition("=")
     assert done.stderr.splitlines()[-1] == (
-      f"error: cannot go on from {output}/checkpoints/2: it was saved with --{name}={was}, asked "
-      f"for {asked}"
+      f"error: cannot resume from {output}/checkpoints/2: it was saved with --{name}={was}, but "
+      f"this run has {asked}"
     )
 
 
-def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_command):
+def test_evaluate_matches_the_runs_own_evaluation(finished, arguments, run_command):
   data = [flag for flag in arguments if flag.startswith("--train_dataset.")]
   flags = [flag.replace("--train_dataset", "--eval_dataset") for flag in data]
-  here = f"--checkpoint={finished.name}"  # a relative path, as people type it
+  here = f"--checkpoint={finished.name}"  # a relative path, as users type it
   done = run_command("evaluate", here, *flags, "--eval_steps=2", "--json", cwd=finished.parent)
   assert done.returncode == 0, done.stderr
   record = json.loads(done.stdout)
@@ -259,7 +259,7 @@ def test_evaluate_repeats_the_runs_own_evaluation(finished, arguments, run_comma
   assert record["targets"] == last["eval_targets"] < record["tokens"]
 
 
-def test_a_dry_run_plans_and_writes_nothing(arguments, run_command, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, run_command, tmp_path):
   done = run_command("train", *arguments, f"--logger.output_dir={tmp_path / 'out'}", "--dry_run")
   assert done.returncode == 0, done.stderr
   assert "128 tokens per optimizer step" in done.stdout

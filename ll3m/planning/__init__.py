@@ -1,1 +1,1 @@
-"""What a program would need of machines that are not here: memory, time and communication."""
+"""Memory, time and communication of programs on machines that are not available here."""

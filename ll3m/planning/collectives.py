@@ -1,4 +1,4 @@
-"""What a compiled module sends between devices, and along which axis of the mesh."""
+"""Communication of a compiled module between devices, by axis of the mesh."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from ll3m.planning.hlo import Instruction, Module
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 UNKNOWN = "unknown"
 
-# The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
+# The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
 _FUSED_SCATTER = "all-reduce-scatter"
 
 
@@ -17,10 +17,10 @@ class Collective(NamedTuple):
   """All collectives of one kind along one axis, in one run of the module.
 
   Attributes:
-    kind: one of KINDS.
-    bytes: that each device sends, by the ring algorithms.
-    axis: of the mesh; several are joined by "+".
-    between_slices: whether it reaches over the network between slices.
+    kind: One of `KINDS`.
+    bytes: Bytes that each device sends, by the ring algorithms.
+    axis: Axis of the mesh; several are joined by "+".
+    between_slices: Whether the collective uses the network between slices.
   """
 
   kind: str
@@ -32,12 +32,12 @@ class Collective(NamedTuple):
 def collectives(
   module: Module, axes: dict[str, int], slice_of: np.ndarray | None = None
 ) -> list[Collective]:
-  """Finds a module's collectives.
+  """Finds the collectives of a module.
 
   Args:
-    module: compiled for a mesh; its partitions are the mesh's devices in order.
-    axes: sizes of the mesh's axes, in order.
-    slice_of: the slice of each device, in order; None if there is one slice.
+    module: Module compiled for a mesh; its partitions are the mesh's devices in order.
+    axes: Sizes of the mesh's axes, in order.
+    slice_of: Slice of each device, in order; None for a single slice.
 
   Returns:
     One entry per kind and axis, largest first.
@@ -45,8 +45,8 @@ def collectives(
   found: dict[Collective, float] = {}
   seen = set()
   for name, instruction in module.instructions():
-    # An asynchronous collective may stand in the fusion that starts it, in those that run beside it
-    # and in the one that waits for it: a chain.
+    # An asynchronous collective may appear several times: in the fusion that starts it, in those
+    # that run concurrently, and in the one that waits for it. These form a chain.
     chain = instruction.frontend_attribute("chain_id")
     if chain is not None:
       if (module.home[name], chain) in seen:
@@ -68,7 +68,7 @@ def _within_slice(
   kind: str, instruction: Instruction, operands: list[Instruction], axes: dict[str, int]
 ) -> Collective:
   groups = device_groups(instruction.proto)
-  devices = 2 if groups is None else groups.shape[1]  # the fewest that exchange anything
+  devices = 2 if groups is None else groups.shape[1]  # 2: the smallest possible group
   sent = sum(operand.bytes for operand in operands) * _share_sent(kind, devices)
   return Collective(kind, sent, _axis_of(groups, axes), between_slices=False)
 
@@ -79,7 +79,7 @@ def _between_slices(
   axes: dict[str, int],
   slice_of: np.ndarray | None,
 ) -> Collective | None:
-  """Reads what is handed to the host for its network: a collective of the slices' own devices."""
+  """Reads a collective between slices, which the device hands to its host to send."""
   kind = instruction.frontend_attribute("_xla_megascale_transfer_type")
   if instruction.opcode != "send" or kind is None:
     return None
@@ -92,7 +92,7 @@ def _between_slices(
 
 
 def _share_sent(kind: str, devices: int) -> float:
-  """Returns what a device sends in a ring, as a multiple of its operand."""
+  """Returns the bytes that a device sends in a ring, as a multiple of its operand."""
   return {
     "all-gather": devices - 1,
     "all-reduce": 2 * (devices - 1) / devices,
@@ -103,13 +103,13 @@ def _share_sent(kind: str, devices: int) -> float:
 
 
 def device_groups(instruction: Any) -> np.ndarray | None:
-  """Reads which devices exchange with each other, in any of the forms that XLA has.
+  """Reads the groups of devices that communicate with each other, in any of XLA's forms.
 
   Args:
-    instruction: The proto of a collective.
+    instruction: Proto of a collective.
 
   Returns:
-    [groups, devices of a group]; None if all devices are one group, or parts of an axis are.
+    [groups, devices per group]; None if all devices form one group, or if groups split an axis.
   """
   if instruction.source_target_pairs:
     pairs = np.array([(pair.source, pair.target) for pair in instruction.source_target_pairs])
@@ -126,7 +126,7 @@ def device_groups(instruction: Any) -> np.ndarray | None:
 
 
 def _iota_groups(groups: Any) -> np.ndarray:
-  """Reads an iota of one shape, transposed, in the shape of the groups."""
+  """Reads groups given as an iota, which is reshaped, transposed and reshaped to the groups."""
   base = tuple(groups.iota_reshape_dims)
   ids = np.arange(np.prod(base)).reshape(base).transpose(tuple(groups.iota_transpose_perm) or None)
   return ids.reshape(groups.num_replica_groups, groups.num_devices_per_group)
@@ -144,7 +144,7 @@ def _mesh_groups(groups: Any) -> np.ndarray | None:
 
 
 def _axis_of(groups: np.ndarray | None, axes: dict[str, int]) -> str:
-  """Names the axes along which the devices of a group differ."""
+  """Returns the names of the axes along which the devices of a group differ."""
   if groups is None:
     return UNKNOWN
   coordinates = np.stack(np.unravel_index(groups, tuple(axes.values())), axis=-1)

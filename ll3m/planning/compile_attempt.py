@@ -1,4 +1,4 @@
-"""One attempt to compile a program: what it takes of a device's memory, or that it is too much."""
+"""One attempt to compile a program, which may exceed the memory of a device."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ import jax
 
 from ll3m.planning import hlo
 
-# What the compiler writes of a program that is too large, early (before it schedules) or late.
+# The compiler's messages about a program that is too large, before and after scheduling.
 _NEEDED = re.compile(
   r"required for HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
 )
@@ -17,13 +17,13 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-  """What came of compiling a program.
+  """Result of compiling a program.
 
   Attributes:
-    seconds: that it took.
-    used_bytes: of one device's main memory: arguments, results, temporaries and code. Where the
-      program does not fit it is the compiler's estimate, rounded.
-    module: the compiled module; None where the program does not fit.
+    seconds: Compile time.
+    used_bytes: Bytes of one device's main memory: arguments, results, temporaries and code. If the
+      program does not fit, this is the compiler's rounded estimate.
+    module: Compiled module; None if the program does not fit.
   """
 
   seconds: float
@@ -32,10 +32,10 @@ class Attempt:
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Attempt:
-  """Compiles a program that was lowered for devices that are not here.
+  """Compiles a program that was lowered for devices that are not available here.
 
   Raises:
-    jax.errors.JaxRuntimeError: the compiler refuses it for another reason than memory.
+    jax.errors.JaxRuntimeError: Compilation failed for a reason other than memory.
   """
   start = time.perf_counter()
   try:
@@ -58,7 +58,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
 
 
 def needed_bytes(error: Exception) -> int | None:
-  """Returns what the compiler says that a program needs of a device; None if it says nothing."""
+  """Returns the bytes per device that a compiler error says are needed; None if it says nothing."""
   needed = _NEEDED.search(str(error))
   if needed is None:
     return None

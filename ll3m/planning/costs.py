@@ -1,4 +1,4 @@
-"""What a compiled module computes and moves on one device, loops counted as often as they run."""
+"""FLOPs and memory traffic of a compiled module on one device, counting every loop iteration."""
 
 import math
 
@@ -6,10 +6,10 @@ import numpy as np
 
 from ll3m.planning.hlo import Computation, Instruction, Module
 
-# How many products of T x S x H a kernel makes, by the beginning of its name.
+# Number of T x S x H products in a kernel, by the beginning of its name.
 _ATTENTION_PRODUCTS = {"flash_attention_forward": 2, "flash_attention_backward": 5}
 
-# Neither reads nor writes memory by itself, or its start has been counted.
+# Instructions that do not access memory themselves, or whose start has been counted.
 _FREE = frozenset(
   (
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
@@ -24,7 +24,7 @@ _READS_A_PART = ("dynamic-slice", "slice", "gather", "slice-start")
 
 
 def kernels(module: Module) -> tuple[str, ...]:
-  """Returns the names of the Pallas kernels that run, without the numbers that XLA gives them."""
+  """Returns the names of the Pallas kernels that run, without the suffixes that XLA adds."""
   called = (i for _, i in module.instructions() if i.proto.custom_call_target == _KERNEL)
   return tuple(sorted({i.name.split(".")[0] for i in called}))
 
@@ -33,9 +33,9 @@ def flops(module: Module, keys_per_query: float) -> float:
   """Returns the floating-point operations of all matrix products on one device.
 
   Args:
-    module: the compiled module.
-    keys_per_query: how many keys an attention kernel meets for a query, on average: what it skips
-      depends on the mask, of which the module says nothing.
+    module: Compiled module.
+    keys_per_query: Average number of keys that an attention kernel processes per query. It depends
+      on the mask, which is not in the module.
   """
   total = 0.0
   for name, instruction in module.instructions():
@@ -59,10 +59,10 @@ def _flops_of(instruction: Instruction, computation: Computation, keys_per_query
 
 
 def _multiplications(instruction: Instruction, computation: Computation) -> int:
-  """Counts a convolution's multiplications, leaving out those with its padding.
+  """Counts the multiplications of a convolution, except those by its padding.
 
-  The TPU's compiler writes every matrix product as one; batch dimensions become spatial ones that
-  are padded so that all but the diagonal falls outside.
+  The TPU compiler writes every matrix product as a convolution. Batch dimensions become spatial
+  dimensions, padded so that all but the diagonal products are with padding.
   """
   left, right = (computation[name].arrays[0].shape for name in instruction.operands[:2])
   out, numbers = instruction.arrays[0].shape, instruction.proto.convolution_dimension_numbers
@@ -92,7 +92,7 @@ def _multiplications(instruction: Instruction, computation: Computation) -> int:
 def hbm_bytes(module: Module) -> float:
   """Returns the bytes that one device reads from and writes to its main memory.
 
-  Within a fusion nothing goes to memory; of an array that is only sliced, what is sliced counts.
+  Values within a fusion do not go to memory. For an array that is only sliced, the slices count.
   """
   total = 0.0
   for name, instruction in module.instructions():
@@ -126,7 +126,7 @@ def _fusion_bytes(instruction: Instruction, operands: list[Instruction], module:
       operand = operands[inner.proto.parameter_number]
       total += min(_read_of(inner, inside, module), operand.hbm_bytes)
     elif inner.opcode == "dynamic-update-slice" and instruction.hbm_bytes:
-      # It writes in place what it is given, not the whole array that is its result.
+      # It writes its update in place, not the whole array that is its result.
       total += inside[inner.operands[1]].bytes - inner.bytes
   return max(0, total)
 
@@ -137,7 +137,7 @@ def _inside(fusion: Instruction, module: Module) -> Computation:
 
 
 def _read_of(value: Instruction, inside: Computation, module: Module) -> int:
-  """Returns how many bytes of a fusion's operand its instructions look at, fusions in it too."""
+  """Returns the bytes of a fusion's operand that its instructions read, nested fusions included."""
   read = 0
   for user in inside.values():
     for position, name in enumerate(user.operands):
@@ -155,14 +155,14 @@ def _read_of(value: Instruction, inside: Computation, module: Module) -> int:
 
 
 def _read_by_nested(fusion: Instruction, position: int, module: Module) -> int:
-  """Returns how many bytes of one operand a fusion within a fusion looks at."""
+  """Returns the bytes of one operand that a nested fusion reads."""
   inside = _inside(fusion, module)
   read = sum(
     _read_of(inner, inside, module)
     for inner in inside.values()
     if inner.opcode == "parameter" and inner.proto.parameter_number == position
   )
-  # Where every element of the result comes from one of the operand's, no more than it are read:
-  # of a slice of something computed, the rest is not.
+  # In an elementwise fusion, each element of the result reads one of the operand: if a computed
+  # value is sliced, only the slice is computed.
   is_elementwise = not any(i.opcode in ("reduce", "convolution", "dot") for i in inside.values())
   return min(read, fusion.bytes) if is_elementwise else read

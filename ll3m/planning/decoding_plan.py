@@ -1,7 +1,7 @@
-"""Plans of generation: the decoding of one token for a batch of texts.
+"""Plans of generation: decoding one token for each text of a batch.
 
-The decoder calls one compiled layer L times. So programs of one layer and of two are compiled:
-what they differ by is a layer's, and the rest is the embedding's, the head's and the sampling's.
+The decoder calls one compiled layer L times, so programs with one and with two layers are compiled.
+Their difference is the cost of a layer; the rest is the cost of embedding, head and sampling.
 """
 
 from typing import Any
@@ -26,13 +26,14 @@ from ll3m.training.train_state import bytes_per_device
 
 
 def plan_decoding(job: TrainingJob) -> Plan:
-  """Compiles the decoding of a token and reads off what it takes.
+  """Compiles the decoding of one token and returns its costs.
 
   Args:
-    job: of its fields, the model, `dtype`, the mesh, the rows and the length of the cache matter.
+    job: Job to plan. Only the model, `dtype`, the mesh, the rows and the length, which is that of
+      the cache, are used.
 
   Raises:
-    ValueError: the mesh does not fit the devices, or the batch the mesh.
+    ValueError: The mesh does not fit the devices, or the batch does not fit the mesh.
   """
   config, devices = job.preset.config, job.devices
   mesh = sharding.make_mesh(job.options.mesh_dim, devices)
@@ -105,7 +106,7 @@ def _attempt(job: TrainingJob, config: ModelConfig, mesh: Mesh, columns: int) ->
 def _shapes(
   job: TrainingJob, config: ModelConfig, mesh: Mesh, columns: int
 ) -> tuple[Weights, list[tuple[jax.ShapeDtypeStruct, ...]]]:
-  """Returns the shapes and shardings of a decoder's weights and of its cache."""
+  """Returns the shapes and shardings of a decoder's weights and cache."""
   dtype = DTYPES[job.options.dtype]
   kernels = Kernels.on(mesh)
 

@@ -1,6 +1,6 @@
-"""A compiled module, read from its proto: instructions, and how often each of them runs.
+"""The instructions of a compiled module, read from its proto, and how often each of them runs.
 
-XLA's own cost analysis counts the body of a loop once, and the layers of a model are a loop.
+XLA's own cost analysis counts the body of a loop only once, but the layers of a model are a loop.
 """
 
 import dataclasses
@@ -13,25 +13,25 @@ import jax
 
 from ll3m.planning import hlo_proto
 
-# Bits of an element, by number in XLA's PrimitiveType. Booleans take a byte; tokens take nothing.
+# PrimitiveType numbers of XLA, by bits per element. Booleans take a byte; tokens take nothing.
 _CODES_BY_BITS = {
   1: (30, 31), 2: (26, 27), 4: (21, 22, 32), 8: (1, 2, 6, 19, 20, 23, 24, 25, 28, 29, 33),
   16: (3, 7, 10, 16), 32: (4, 8, 11), 64: (5, 9, 12, 15), 128: (18,),
 }  # fmt: skip
 _BITS = {code: bits for bits, codes in _CODES_BY_BITS.items() for code in codes}
 _TUPLE = 13
-# What others refer to, such as a reduction's or a sort's function, is not worth counting.
+# Instructions whose computations count; those of a reduction or a sort, for instance, do not.
 _RUNS = ("fusion", "while", "conditional", "call")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of an instruction's operands or results.
+  """One array among the operands or results of an instruction.
 
   Attributes:
-    shape: Its dimensions.
-    bytes: Its size, padding of layouts not counted.
-    in_hbm: Whether it lies in the chip's main memory, not in a core's vector or scalar memory.
+    shape: Dimensions.
+    bytes: Size without the padding of the layout.
+    in_hbm: Whether the array is in the chip's main memory, not in a core's vector or scalar memory.
   """
 
   shape: tuple[int, ...]
@@ -44,13 +44,13 @@ class Instruction:
   """One instruction of a computation.
 
   Attributes:
-    name: Its name, unique in the module.
+    name: Name, unique in the module.
     arrays: Arrays of the result; several for a tuple.
-    opcode: Its kind, such as "fusion"; that of an asynchronous one is what it starts, such as
-      "slice-start".
+    opcode: Kind, such as "fusion"; asynchronous instructions are named after the operation that
+      they start, such as "slice-start".
     operands: Names of the operands.
-    runs: Names of the computations that run with it; a loop's body stands before its condition.
-    proto: All other fields; see `hlo_proto`.
+    runs: Names of the computations that the instruction runs; for a loop, body, then condition.
+    proto: Proto with all other fields; see `hlo_proto`.
   """
 
   name: str
@@ -67,11 +67,11 @@ class Instruction:
 
   @property
   def hbm_bytes(self) -> int:
-    """Size of the part of the result that lies in main memory."""
+    """Size of the part of the result that is in main memory."""
     return sum(array.bytes for array in self.arrays if array.in_hbm)
 
   def frontend_attribute(self, key: str) -> str | None:
-    """Returns an attribute that XLA passes on from the program; None if it is not there."""
+    """Returns an attribute that XLA copies from the source program; None if it is not set."""
     return next((a.value for a in self.proto.frontend_attributes.map if a.key == key), None)
 
 
@@ -83,8 +83,8 @@ class Module:
   """A compiled module.
 
   Attributes:
-    entry: name of the computation that runs first.
-    computations: instructions by name, by the computation's name.
+    entry: Name of the computation that runs first.
+    computations: Computations by name; each maps names to instructions.
   """
 
   entry: str
@@ -92,7 +92,7 @@ class Module:
 
   @functools.cached_property
   def times(self) -> dict[str, int]:
-    """How often each computation runs in one run of the module; loops without a count run once."""
+    """Runs of each computation per run of the module; loops of unknown length count once."""
     counts = dict.fromkeys(self.computations, 0)
 
     def visit(name: str, times: int) -> None:
@@ -107,7 +107,7 @@ class Module:
 
   @functools.cached_property
   def home(self) -> dict[str, str]:
-    """The computation that a fusion belongs to, however deep; every other one's own name."""
+    """Computation that contains each fusion, at any depth; others map to their own name."""
     homes = {name: name for name in self.computations}
     caller = {
       callee: name
@@ -129,7 +129,7 @@ class Module:
           yield name, instruction
 
   def _trips(self, instruction: Instruction) -> int:
-    """Returns a loop's count, which its condition compares with: counts start at 0 and add 1."""
+    """Returns a loop's length: the bound in its condition, since counters go up from 0 by 1."""
     if instruction.opcode != "while":
       return 1
     _, condition = instruction.runs
@@ -151,12 +151,12 @@ def parse(serialized: bytes) -> Module:
   """Reads a serialized `HloModuleProto`.
 
   Raises:
-    ValueError: If the bytes are not a module.
+    ValueError: The bytes are not a module.
   """
   proto = hlo_proto.parse(serialized)
   found = {computation.id: computation for computation in proto.computations}
   if proto.entry_computation_id not in found:
-    raise ValueError("not a compiled module: it has no entry computation")
+    raise ValueError("not a compiled module: no entry computation")
   return Module(
     found[proto.entry_computation_id].name,
     {computation.name: _computation(computation, found) for computation in found.values()},
@@ -175,7 +175,7 @@ def _instruction(
   arrays, operands = tuple(_arrays(proto.shape)), tuple(names[i] for i in proto.operand_ids)
   name = proto.name
   if opcode == "async-start" and (root := _only(called)) is not None:
-    # The attributes are those of the wrapped instruction, whose computation is nothing else.
+    # The attributes are those of the wrapped instruction, the only one in its computation.
     opcode, proto, called = f"{root.opcode}-start", root, []
   runs = opcode in _RUNS or opcode.startswith("async")
   return Instruction(
@@ -184,7 +184,7 @@ def _instruction(
 
 
 def _only(computations: list[Any]) -> Any:
-  """Returns the one instruction beside parameters; None if there are others."""
+  """Returns the only instruction that is not a parameter; None if there are several."""
   found = [i for c in computations for i in c.instructions if i.opcode != "parameter"]
   return found[0] if len(found) == 1 else None
 

@@ -1,7 +1,7 @@
 """The fields of XLA's `HloModuleProto` that plans read, declared for protobuf.
 
-The classes that XLA generates come with TensorFlow only, whose import takes seconds. Protobuf skips
-fields that are not declared, and the numbers of fields never change; names and numbers are those of
+The generated classes come only with TensorFlow, whose import takes seconds. Protobuf skips
+undeclared fields, and field numbers never change. Names and numbers are those of
 xla/service/hlo.proto and xla/xla_data.proto.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-_PACKAGE = "ll3m_hlo"  # the pool may not hold two definitions of XLA's own
+_PACKAGE = "ll3m_hlo"  # a second definition of XLA's own package would conflict in the pool
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
   "int32": _Field.TYPE_INT32,
@@ -19,7 +19,7 @@ _SCALARS = {
   "uint32": _Field.TYPE_UINT32,
   "uint64": _Field.TYPE_UINT64,
 }
-# "name type number" of each field, with a star after the type of repeated ones.
+# Fields as "name type number"; a star after the type marks a repeated field.
 _MESSAGES = {
   "Module": "computations Computation* 3, entry_computation_id int64 6",
   "Computation": "name string 1, instructions Instruction* 2, id int64 5, root_id int64 6",
@@ -66,7 +66,7 @@ def parse(serialized: bytes) -> Any:
   """Parses a serialized `HloModuleProto`.
 
   Raises:
-    ValueError: If the bytes are not a protobuf message.
+    ValueError: The bytes are not a protobuf message.
   """
   try:
     return _module_class().FromString(serialized)

@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A plan as a human-readable table."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ _MOST_COLLECTIVES = 12
 
 
 def table(plan: Plan) -> str:
-  """Returns a plan in lines."""
+  """Returns a plan as lines of text."""
   return "\n".join(_lines(plan))
 
 
@@ -37,7 +37,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     along = collective.axis + (" (network)" if collective.between_slices else "")
     yield f"  {collective.kind:22}{along:18}{collective.bytes / 1e6:>10,.1f}"
   yield ""
-  yield "a step takes at least, seconds"
+  yield "lower bounds on a step, seconds"
   for name, seconds in plan.step_seconds.items():
     yield f"  {name:<22}{seconds:>10.4f}"
   bound = max(plan.step_seconds, key=plan.step_seconds.get)

@@ -1,4 +1,4 @@
-"""The answer to "would it fit, and how fast could it be": one program on one machine."""
+"""The plan of one program on one machine: whether it fits, and how fast it could be."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,32 +13,33 @@ from ll3m.planning.collectives import Collective, collectives
 from ll3m.planning.hlo import Module
 from ll3m_kernels.dispatch import GENERATIONS
 
-# A ring along one dimension of the torus goes both ways round.
+# A ring along one dimension of the torus sends in both directions.
 _LINKS_OF_A_RING = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a program takes of a machine. Bytes are per chip: per jax device (of v3, a core).
+  """Costs of a program on a machine. Bytes per chip are per jax device, which on v3 is a core.
+
+  If the program does not fit, `flops`, `step_seconds`, `tokens_per_second` and `mfu` are None.
 
   Attributes:
-    subject: what was planned, in lines of (name, text).
+    subject: Description of what was planned, as lines of (name, text).
     bytes_per_chip: "parameters", "optimizer" (or "kv_cache"), "temporaries" (activations and all
-      else), and "headroom", which is negative where the program does not fit.
-    hbm_bytes: what a program may have of a device's memory.
-    kernels: names of the Pallas kernels in the compiled program.
-    device_kind: how jax calls the devices.
-    collectives: what each device sends in a step; bytes by the ring algorithms.
-    compile_seconds: of the compiler, on this machine.
-    flops: of all matrix products of a step, all devices together; None where it does not fit, as
-      for all that follows.
-    step_seconds: how long a step takes at least for "compute", "hbm" and "ici", and on several
-      slices "network". What bounds the step is the largest: they can run at the same time.
-    tokens_per_second: at that bound, all devices together.
-    mfu: FLOPs that the model needs (of training, with nothing recomputed; of decoding, `flops`) by
-      those the devices could do meanwhile.
-    largest_batch: that fits, if it was searched for.
-    advice: what to change, if it does not fit.
+      else), and "headroom", which is negative if the program does not fit.
+    hbm_bytes: Memory of a device that a program may use.
+    kernels: Names of the Pallas kernels in the compiled program.
+    device_kind: Kind of the devices, as jax names it.
+    collectives: Collectives of a step; each device sends their bytes, by the ring algorithms.
+    compile_seconds: Compile time on this machine.
+    flops: FLOPs of all matrix products of a step, on all devices together.
+    step_seconds: Lower bounds on the time of a step, by "compute", "hbm" and "ici", and on several
+      slices "network". These can overlap, so the largest one bounds the step.
+    tokens_per_second: Tokens per second at that bound, on all devices together.
+    mfu: FLOPs that the model needs (in training, without recomputation; in decoding, `flops`), as a
+      fraction of those that the devices could do in the time of a step.
+    largest_batch: Largest batch that fits, if searched for.
+    advice: Change that makes the program fit, if it does not.
   """
 
   subject: Sequence[tuple[str, str]]
@@ -57,18 +58,18 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether the compiler made a program of it; of decoding, of two layers, and all have room."""
+    """Whether the program compiled and fits; for decoding, two layers compile and all L fit."""
     return self.flops is not None
 
   @property
   def why_no_kernels(self) -> str:
-    """Says why there is no kernel in the program."""
+    """The reason why the program has no kernel."""
     if any(self.device_kind in g.device_kinds for g in GENERATIONS.values()):
-      return "none serves these shapes, plain XLA runs"
-    return f"there are none for {self.device_kind}, plain XLA runs"
+      return "no kernel supports these shapes, so plain XLA runs"
+    return f"{self.device_kind} has no kernels, so plain XLA runs"
 
   def to_json(self) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints."""
     return {
       "fits": self.fits,
       "hbm_bytes": self.hbm_bytes,
@@ -87,13 +88,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a compiled module does in one run, on one device.
+  """Work of a compiled module in one run on one device.
 
   Attributes:
-    flops: of matrix products.
-    hbm_bytes: read and written.
-    collectives: what it sends.
-    kernels: names of the Pallas kernels in it.
+    flops: FLOPs of matrix products.
+    hbm_bytes: Bytes read from and written to main memory.
+    collectives: Collectives, with the bytes that the device sends.
+    kernels: Names of the Pallas kernels.
   """
 
   flops: float
@@ -103,7 +104,7 @@ class Work:
 
   @classmethod
   def of(cls, module: Module, mesh: Mesh, keys_per_query: float) -> "Work":
-    """Reads it off a module that was compiled for a mesh."""
+    """Returns the work of a module that was compiled for a mesh."""
     slice_of = np.array([getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat])
     return cls(
       flops=costs.flops(module, keys_per_query),
@@ -114,7 +115,7 @@ class Work:
 
   @staticmethod
   def sum(parts: Sequence[tuple[int, "Work"]]) -> "Work":
-    """Adds up (times, work); times may be negative, to take work off another."""
+    """Adds up (times, work) pairs; negative times subtract."""
     sent: dict[Collective, float] = {}
     for times, part in parts:
       for collective in part.collectives:
@@ -129,7 +130,7 @@ class Work:
     )
 
   def seconds(self, chip: tpu_specs.Chip, *, num_slices: int) -> dict[str, float]:
-    """Returns how long each part of a device is busy at least."""
+    """Returns lower bounds on the time that each part of a device is busy."""
     within = sum(c.bytes for c in self.collectives if not c.between_slices)
     between = sum(c.bytes for c in self.collectives if c.between_slices)
     seconds = {

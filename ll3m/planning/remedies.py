@@ -1,4 +1,4 @@
-"""What would make a training run fit: `plan` tries it, `train` names it when memory runs out."""
+"""Changes that make a training run fit; `plan` tries them, and `train` suggests them."""
 
 import contextlib
 import re
@@ -14,20 +14,20 @@ from ll3m.planning.training_plan import TrainingJob
 from ll3m.training.train_state import StatePlan, bytes_per_device
 
 _NOTHING = (
-  "none of full rematerialisation, smaller micro-steps and more fsdp makes it fit: it needs more "
-  "chips, or chips with more memory"
+  "full rematerialisation, smaller micro-steps and more fsdp are not enough: use more chips, or "
+  "chips with more memory"
 )
-# How jax says that memory is exhausted, compiling and running.
+# jax's messages about exhausted memory, at compile time and at run time.
 _EXHAUSTED = re.compile("RESOURCE_EXHAUSTED|Out of memory")
 
 
 def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan]) -> str:
-  """Returns the cheapest change with which a job fits, or says that none was found.
+  """Returns a sentence with the cheapest change that makes a job fit, or that none was found.
 
   Args:
-    job: that does not fit.
-    plan: what was found out about it.
-    try_job: plans a job.
+    job: Job that does not fit.
+    plan: Plan of the job.
+    try_job: Function that plans a job.
   """
   state = plan.bytes_per_chip["parameters"] + plan.bytes_per_chip["optimizer"]
   for text, changed in _changes(job, state_fits=state < plan.hbm_bytes):
@@ -38,14 +38,14 @@ def advise(job: TrainingJob, plan: Plan, try_job: Callable[[TrainingJob], Plan])
 
 @contextlib.contextmanager
 def advising(job: TrainingJob, state: StatePlan) -> Iterator[None]:
-  """When memory runs out inside, says what the job takes of it and what would need less.
+  """Reports the memory that a job needs, and changes that need less, if memory runs out inside.
 
   Args:
-    job: what is compiled and run.
-    state: its parameters and optimizer on the devices.
+    job: Job that is compiled and run.
+    state: Plan of the parameters and optimizer state on the devices.
 
   Raises:
-    MemoryError: it ran out.
+    MemoryError: Memory ran out.
   """
   try:
     yield
@@ -55,28 +55,28 @@ def advising(job: TrainingJob, state: StatePlan) -> Iterator[None]:
     held, needed = bytes_per_device(state.state), needed_bytes(error)
     chip = tpu_specs.of_device(job.devices[0])
     changes = _changes(job, state_fits=chip is None or held < chip.hbm_bytes)
-    # Of the micro-steps, the first: smaller ones are asked for in the same way.
+    # Among the smaller micro-steps, only the first: the flags for even smaller ones are the same.
     texts = [text for text, changed in changes if 2 * changed.rows >= job.rows]
     raise MemoryError(
-      f"the run does not fit into a device's memory: parameters and optimizer take "
-      f"{held / tpu_specs.GIB:.2f} GiB of each"
+      f"the run does not fit in device memory: parameters and optimizer need "
+      f"{held / tpu_specs.GIB:.2f} GiB per device"
       + (f", the training step {needed / tpu_specs.GIB:.2f} GiB" if needed else "")
       + "; "
-      + (f"less is needed with {', or '.join(texts)} (ll3m.plan tries them)" if texts else _NOTHING)
+      + (f"to reduce this, use {', or '.join(texts)} (ll3m.plan tries them)" if texts else _NOTHING)
       + f"; {str(error).splitlines()[0]}"
     ) from error
 
 
 def _changes(job: TrainingJob, *, state_fits: bool) -> Iterator[tuple[str, TrainingJob]]:
-  """Yields changes that need less memory, and how to ask for them, from the cheapest in time."""
+  """Yields changes that need less memory, with their flags, from the cheapest in time."""
   if state_fits:
     yield from _less_activations(job)
   yield from _less_state(job)
 
 
 def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
-  """Yields changes that keep the step's result, from the cheapest in time."""
-  policies = list(REMAT_POLICIES)  # ordered: each keeps less than the one before
+  """Yields changes that store fewer activations, with the same result, cheapest in time first."""
+  policies = list(REMAT_POLICIES)  # each stores less than the one before
   for remat in policies[policies.index(job.options.remat) + 1 :]:
     yield f"`remat`={remat}", job.replace(options={"remat": remat})
   least = job.replace(options={"remat": policies[-1]})
@@ -94,7 +94,7 @@ def _less_activations(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
 
 
 def _less_state(job: TrainingJob) -> Iterator[tuple[str, TrainingJob]]:
-  """Yields meshes that split parameters and optimizer over more devices."""
+  """Yields meshes that shard parameters and optimizer state over more devices."""
   mesh = sharding.make_mesh(job.options.mesh_dim, job.devices)
   dp, fsdp, mp = mesh.shape.values()
   slices = sharding.num_slices(job.devices)

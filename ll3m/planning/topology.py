@@ -1,4 +1,4 @@
-"""The devices of TPU machines that are not here, as libtpu's compiler knows them."""
+"""Devices of TPU machines that are not available here, as libtpu's compiler describes them."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ def devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
   """Returns the devices of a machine.
 
   Args:
-    topology: generation and chips along each dimension, such as "v5e:8x8" or "v5p:4x4x4".
-    num_slices: how many of them, joined by the network of the data center.
+    topology: Generation and chips along each dimension, such as "v5e:8x8" or "v5p:4x4x4".
+    num_slices: Number of such machines, joined by the data center's network.
 
   Raises:
-    ValueError: there is no such machine, or libtpu is not installed.
+    ValueError: The machine is unknown to libtpu, or libtpu is not installed.
   """
   if num_slices < 1:
     raise ValueError(f"`num_slices` must be at least 1, got {num_slices}")

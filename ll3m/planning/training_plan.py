@@ -1,4 +1,4 @@
-"""Plans of training: the very step that `ll3m.train` would run, compiled for another machine."""
+"""Plans of training: the same step that `ll3m.train` runs, compiled for another machine."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ from ll3m.training.train_state import bytes_per_device
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
-  """A training run on a machine, as far as memory and time depend on it.
+  """The parts of a training run that determine its memory and time on a machine.
 
   Attributes:
-    options: flags of the command; of these the model's and the loss's matter.
-    optimizer: `--optimizer.*`.
-    preset: the model.
-    devices: of the machine.
-    rows: B, sequences of a micro-step, over all devices.
+    options: Options of the command; only those of the model and the loss are used.
+    optimizer: Options of the optimizer.
+    preset: The model.
+    devices: Devices of the machine.
+    rows: B, sequences per micro-step, over all devices.
     length: T, tokens per row.
   """
 
@@ -40,11 +40,11 @@ class TrainingJob:
 
   @property
   def steps(self) -> int:
-    """A, micro-steps of an optimizer step."""
+    """A, micro-steps per optimizer step."""
     return self.optimizer.accumulate_gradient_steps
 
   def replace(self, *, options: dict | None = None, steps: int | None = None, **fields):
-    """Returns another job: with other flags, micro-steps or fields."""
+    """Returns the job with other options, micro-steps or fields."""
     job = dataclasses.replace(self, **fields)
     if options:
       job = dataclasses.replace(job, options=dataclasses.replace(job.options, **options))
@@ -55,7 +55,7 @@ class TrainingJob:
 
 
 def job_of(run: Run) -> TrainingJob:
-  """Returns what of a run its memory and time depend on."""
+  """Returns the job of a run."""
   return TrainingJob(
     options=run.options,
     optimizer=run.optimizer,
@@ -67,10 +67,10 @@ def job_of(run: Run) -> TrainingJob:
 
 
 def plan_training(job: TrainingJob) -> Plan:
-  """Compiles the training step and reads off what it takes.
+  """Compiles the training step and returns its costs.
 
   Raises:
-    ValueError: the mesh does not fit the devices, or the batch the mesh.
+    ValueError: The mesh does not fit the devices, or the batch does not fit the mesh.
   """
   config = job.preset.config
   mesh = sharding.make_mesh(job.options.mesh_dim, job.devices)
@@ -133,7 +133,7 @@ def plan_training(job: TrainingJob) -> Plan:
 
 
 def machine(devices: Sequence[jax.Device]) -> str:
-  """Says in words what a machine is made of."""
+  """Returns a description of a machine."""
   slices = sharding.num_slices(devices)
   chips_of = {(tuple(d.coords), getattr(d, "slice_index", 0)) for d in devices}
   text = f"{len(devices)} devices of {devices[0].device_kind} on {len(chips_of)} chips"
@@ -141,11 +141,11 @@ def machine(devices: Sequence[jax.Device]) -> str:
 
 
 def largest_batch(job: TrainingJob, try_job: Callable[[TrainingJob], Plan]) -> int | None:
-  """Searches for the most sequences per micro-step that fit; None if the fewest do not.
+  """Searches for the largest micro-step that fits, in sequences; None if the smallest does not.
 
   Args:
-    job: its rows are where the search begins.
-    try_job: plans a job.
+    job: Job to change; the search starts at its rows.
+    try_job: Function that plans a job.
   """
   mesh = sharding.make_mesh(job.options.mesh_dim, job.devices)
   unit = mesh.shape["dp"] * mesh.shape["fsdp"]
@@ -160,6 +160,6 @@ def largest_batch(job: TrainingJob, try_job: Callable[[TrainingJob], Plan]) -> i
       good = count
     else:
       bad = count
-    # Up by doubling, then between the largest that fits and the smallest that does not.
+    # Doubles until a count does not fit, then bisects.
     count = 2 * good if bad is None else (good + bad) // 2
   return good * unit or None

@@ -1,1 +1,1 @@
-"""What a training run is made of: optimizer, loss, step, metrics, evaluation and logging."""
+"""The parts of a training run: optimizer, loss, step, metrics, evaluation and logging."""

@@ -1,4 +1,4 @@
-"""The options of a training run, and how their flags are named."""
+"""Options of a training run, and the groups that name their flags."""
 
 import dataclasses
 
@@ -20,29 +20,33 @@ LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-  """How many steps a run makes, and how often the rest happens."""
+  """Options of the training loop: its length, and how often it logs, saves and evaluates."""
 
-  total_steps: int = options.option(10_000, "Optimizer steps of the whole run.")
-  log_freq: int = options.option(10, "Optimizer steps between records.")
+  total_steps: int = options.option(10_000, "Total number of optimizer steps in the run.")
+  log_freq: int = options.option(10, "Number of optimizer steps between training records.")
   save_model_freq: int = options.option(
     0,
-    "Optimizer steps between checkpoints, beside those of save_model_minutes; 0 for none. The last "
-    "step is always saved.",
+    "Number of optimizer steps between checkpoints; 0 disables saving by steps. save_model_minutes "
+    "saves by time as well, and the last step is always saved.",
   )
   save_model_minutes: float = options.option(
     15.0,
-    "Minutes from one checkpoint to the next; 0 for none. Several processes compare process 0's "
-    "clock every 10 steps.",
+    "Minutes from one checkpoint to the next; 0 disables saving by time. With several processes, "
+    "process 0's clock decides, checked every 10 steps.",
   )
   save_milestone_freq: int = options.option(
-    0, "Checkpoints at multiples of this are never deleted; 0 for none."
+    0,
+    "Number of optimizer steps between milestones, the checkpoints that are never deleted; 0 for "
+    "no milestones.",
   )
   max_nonfinite_steps: int = options.option(
-    5, "End the run when loss or gradient are not finite in this many steps in a row."
+    5, "Number of consecutive steps with a non-finite loss or gradient after which the run fails."
   )
-  eval_steps: int = options.option(0, "Batches of an evaluation; 0 for no evaluation.")
+  eval_steps: int = options.option(0, "Number of batches per evaluation; 0 disables evaluation.")
   eval_freq: int = options.option(
-    0, "Optimizer steps between evaluations; 0 for the first and last step only."
+    0,
+    "Number of optimizer steps between evaluations; 0 evaluates only before the first step and "
+    "after the last.",
   )
 
   def __post_init__(self):
@@ -62,40 +66,43 @@ class LoopOptions:
     ):
       raise ValueError(
         f"`save_milestone_freq` ({self.save_milestone_freq}) must be a multiple of "
-        f"`save_model_freq` ({self.save_model_freq}): milestones are checkpoints that are kept"
+        f"`save_model_freq` ({self.save_model_freq}), because milestones are saved checkpoints"
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
-  """Flags of the command itself."""
+  """Options of the command itself."""
 
   load_checkpoint: str | None = options.option(
     None,
-    "params::PATH (parameters of a converted folder or a run), trainstate::PATH (a run's "
-    "parameters, optimizer, RNG and step), trainstate_params::PATH (only its parameters), or "
-    "hf::DIR (a Hugging Face folder). Random parameters by default.",
+    "Checkpoint to start from: params::PATH (parameters of a converted folder or a run), "
+    "trainstate::PATH (parameters, optimizer state, RNG and step of a run), "
+    "trainstate_params::PATH (parameters of a run), or hf::DIR (a Hugging Face folder). By "
+    "default, parameters are random.",
   )
   load_dataset_state: str | None = options.option(
-    None, "Take the position in the data from this run's output_dir or step folder."
+    None,
+    "Run whose position in the training data to start from: its output_dir or one of its step "
+    "folders.",
   )
-  seed: int = options.option(42, "Of the random parameters and of the data's order.")
-  z_loss: float = options.option(0.0, "Weight of the z-loss log(Z)^2.")
+  seed: int = options.option(42, "Random seed for parameter initialisation and data order.")
+  z_loss: float = options.option(0.0, "Weight of the z-loss, log(Z)^2.")
   data_dir: str | None = options.option(
-    None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
+    None, "Folder of the text shards, local or gs://; by default $LL3M_DATA_DIR or ./data."
   )
   profile_steps: str | None = options.option(
     None,
-    "Write a trace of these optimizer steps, FIRST:LAST, both included, to output_dir/profile, for "
-    "xprof or TensorBoard.",
+    "Optimizer steps to trace, as FIRST:LAST, both included. The trace is written to "
+    "output_dir/profile, for xprof or TensorBoard.",
   )
   dry_run: bool = options.option(
-    False, "Check every flag, trace the training step and print the plan; train nothing."
+    False, "Check all flags, trace the training step and print the plan without training."
   )
   show_batches: int = options.option(
     0,
-    "Print this many batches as text before the first step: their documents, tokens, and which of "
-    "these are trained. Also with dry_run.",
+    "Number of batches to print as text before the first step: their documents, their tokens and "
+    "which tokens are trained on. Also works with dry_run.",
   )
 
   def __post_init__(self):
@@ -108,7 +115,7 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
         f"`load_checkpoint` expects one of {', '.join(f'{k}::PATH' for k in LOAD_KINDS)}, "
         f"got {self.load_checkpoint!r}"
       )
-    self.profiled()  # which checks them
+    self.profiled()  # checks `profile_steps`
 
   def profiled(self) -> range:
     """Returns the steps to trace."""
@@ -120,7 +127,7 @@ def _require_least(config: LoopOptions, name: str, least: int) -> None:
     raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}")
 
 
-# The options of a run, by what stands before the dot in the names of their flags.
+# Options of a run, by the prefix of their flags' names.
 FLAG_GROUPS = {
   "": TrainOptions,
   "optimizer": OptimizerConfig,
@@ -131,8 +138,8 @@ FLAG_GROUPS = {
   "eval_dataset": DatasetConfig,
   "jax_distributed": DistributedConfig,
 }
-# Evaluation reads what training reads, but another split, and files of its own: held-out text is
-# not what is trained on.
+# Options of the evaluation data default to those of the training data, except the split, the
+# shuffling and the files: held-out text must not be trained on.
 FALLBACKS = {
   "eval_dataset": Fallback(
     "train_dataset",
@@ -147,7 +154,7 @@ FALLBACKS = {
 
 
 def without_effect(run: TrainOptions) -> dict[str, str]:
-  """Returns the options that others make useless, and why, by their names."""
+  """Returns the options that have no effect, by name, with the reason for each."""
   unused = {}
   if not run.eval_steps:
     unused |= dict.fromkeys(("eval_dataset", "eval_freq"), "without `eval_steps`")

@@ -25,22 +25,22 @@ def evaluate(
   skipped: Skipped,
   on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-  """Runs an evaluation.
+  """Evaluates parameters on held-out batches.
 
   Args:
-    eval_step: jitted.
-    params: of the model.
-    batches: this process's rows of each batch, [b, T].
-    steps: how many batches at most; fewer if the data ends before.
-    mesh: the devices.
-    skipped: the examples that `batches` left out so far.
-    on_batch: called after every batch.
+    eval_step: Jitted evaluation step.
+    params: Parameters of the model.
+    batches: This process's rows of each batch, [b, T].
+    steps: Maximum number of batches; fewer are used if the data ends first.
+    mesh: Devices.
+    skipped: Examples that `batches` has skipped so far.
+    on_batch: Function to call after every batch.
 
   Returns:
     loss (nats per target token), perplexity, accuracy, targets, tokens, tokens_per_second.
 
   Raises:
-    ValueError: there was no batch, or no token to predict in any.
+    ValueError: There is no batch, or no batch has a target token.
   """
   start = time.perf_counter()
   sums = []
@@ -49,5 +49,5 @@ def evaluate(
     on_batch()
   if not sums or metrics.add(sums).weight == 0:
     why = skipped.describe()
-    raise ValueError("the evaluation data holds no token to predict" + (why and f"; {why}"))
+    raise ValueError("the evaluation data has no target tokens" + (why and f"; {why}"))
   return metrics.eval_record(metrics.add(sums), time.perf_counter() - start)

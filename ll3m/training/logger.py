@@ -1,4 +1,4 @@
-"""What a run shows while it runs and leaves behind: bar or lines, JSONL, TensorBoard, W&B, plot."""
+"""Output of a run: progress bar or lines, JSONL, TensorBoard, Weights & Biases and a plot."""
 
 import contextlib
 import dataclasses
@@ -25,38 +25,40 @@ CURVE = "loss.png"
 FLAGS = "flags.json"
 EXPERIMENT_ID = "wandb_id"
 
-# Object stores cannot append: there, all records are written anew, and no more often than this.
+# Minimum time between uploads: object stores cannot append, so an upload rewrites all records.
 _UPLOAD_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-  """What a run shows and writes."""
+  """Options of a run's output."""
 
   output_dir: str | None = options.option(
-    None, "Folder of the run: checkpoints, metrics, tokenizer. Resumes if it holds a run."
+    None,
+    "Folder for the run's checkpoints, metrics and tokenizer. If it already holds a run, that run "
+    "is resumed.",
   )
-  online: bool = options.option(False, "Also log to Weights & Biases (WANDB_MODE is respected).")
-  project: str = options.option("ll3m", "Project in Weights & Biases.")
+  online: bool = options.option(False, "Also log to Weights & Biases; respects WANDB_MODE.")
+  project: str = options.option("ll3m", "Weights & Biases project.")
   experiment_id: str | None = options.option(
-    None, "Run id in Weights & Biases; by default one that is made up and kept in output_dir."
+    None, "Weights & Biases run id; by default it is generated and kept in output_dir."
   )
   tensorboard: bool = options.option(True, "Write TensorBoard events to output_dir/tensorboard.")
 
 
 def say(text: str) -> None:
-  """Prints a line for the person at the keyboard, on stderr, from the main process only."""
+  """Prints a line to stderr, from process 0 only."""
   if jax.process_index() == 0:
     print(text, file=sys.stderr, flush=True)
 
 
 class Logger:
-  """Writes the records of a run; use as a context manager.
+  """Writer of a run's records; use as a context manager.
 
   Every record is one line of metrics.jsonl and one point of each curve elsewhere. When a run
-  resumes at a step, the records after it are dropped: they will be made again. What only shows the
-  records elsewhere (TensorBoard, Weights & Biases, the plot) may fail: that is said once, and the
-  run goes on without it.
+  resumes at a step, the records after that step are dropped, because those steps are run again.
+  TensorBoard, Weights & Biases and the plot may fail: the first failure is reported, and the run
+  continues without that output.
   """
 
   def __init__(
@@ -67,7 +69,14 @@ class Logger:
     first_step: int,
     flag_values: Mapping[str, Any],
   ):
-    """Args: options; the run's last and first step; the flags' values, for the record."""
+    """Opens all outputs and drops the records after `first_step`.
+
+    Args:
+      config: Options of the output.
+      total_steps: Last step of the run.
+      first_step: Step that the run starts from.
+      flag_values: Values of the flags, written to flags.json.
+    """
     self._quiet = jax.process_index() != 0
     self._sinks: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
     self._left_out: set[str] = set()
@@ -75,14 +84,14 @@ class Logger:
     self._records: list[dict[str, Any]] = []
     self._bar = None
     self._total_steps = total_steps
-    self._uploaded = 0  # how many records an object store has
+    self._uploaded = 0  # number of records in the object store
     self._upload_at = 0.0
     if self._quiet:
       return
     self._dir = epath.Path(config.output_dir)
     self._dir.mkdir(parents=True, exist_ok=True)
     self._path = self._dir / METRICS
-    # Records after the step that the run resumes at will be made again.
+    # The steps after `first_step` are run again.
     self._records = [r for r in read_metrics(self._path) if 0 < first_step >= r["step"]]
     self._rewrite()
     (self._dir / FLAGS).write_text(json.dumps(dict(flag_values), indent=2) + "\n")
@@ -114,7 +123,7 @@ class Logger:
     self._closing.close()
 
   def advance(self, step: int) -> None:
-    """Moves the progress bar to a step that is finished."""
+    """Moves the progress bar to a finished step."""
     if self._bar is not None:
       self._bar.set_description_str(refresh=False)
       self._bar.update(step - self._bar.n)
@@ -131,22 +140,22 @@ class Logger:
     self._show(step, record)
 
   def flush(self) -> None:
-    """Writes the records that are not written yet: before a step is saved that comes after them."""
+    """Uploads pending records; call before each save, so that a saved step has its records."""
     if not self._quiet and is_remote(self._dir) and self._uploaded < len(self._records):
       self._rewrite()
 
   def has(self, step: int, name: str) -> bool:
-    """Says whether a value was logged at a step; all processes have to ask, and are told the same.
+    """Returns whether a value was logged at a step; all processes must call it together.
 
     Args:
-      step: of the record.
-      name: key of the value, as in `docs/metrics.md`.
+      step: Step of the record.
+      name: Key of the value; see `docs/metrics.md`.
     """
     found = any(record["step"] == step and name in record for record in self._records)
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
 
   def say(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
+    """Prints a line above the progress bar, if there is one."""
     if self._bar is not None:
       self._bar.write(text, file=sys.stderr)
     else:
@@ -154,16 +163,16 @@ class Logger:
 
   @contextlib.contextmanager
   def _optional(self, name: str) -> Iterator[None]:
-    """Goes on without a sink that fails, and says so the first time."""
+    """Disables a sink that fails, and reports its first failure."""
     try:
       yield
-    except Exception as error:  # whatever a foreign library or its server makes of it
+    except Exception as error:  # third-party libraries and their servers raise anything
       self._sinks.pop(name, None)
       if name in self._left_out:
         return
       self._left_out.add(name)
       reason = " ".join(str(error).split()) or type(error).__name__
-      self.say(f"{name} is left out from here on: {reason}")
+      self.say(f"{name} is disabled from here on: {reason}")
 
   def _open_tensorboard(self, first_step: int) -> None:
     from tensorboardX import SummaryWriter
@@ -187,7 +196,7 @@ class Logger:
       project=config.project,
       id=config.experiment_id or self._experiment_id(resume=resume),
       resume="allow",
-      dir=None if is_remote(self._dir) else os.fspath(self._dir),  # it writes to local disks only
+      dir=None if is_remote(self._dir) else os.fspath(self._dir),  # wandb needs a local disk
       config=dict(flag_values),
     )
     self._add_sink(
@@ -205,7 +214,7 @@ class Logger:
     self._closing.callback(close_safely)
 
   def _experiment_id(self, *, resume: bool) -> str:
-    """Returns the run's id in Weights & Biases: a new one, or that of the run that is resumed."""
+    """Returns the Weights & Biases run id: the resumed run's, or else a new one."""
     path = self._dir / EXPERIMENT_ID
     if not (resume and path.exists()):
       path.write_text(f"{uuid.uuid4().hex[:16]}\n")
@@ -233,7 +242,7 @@ class Logger:
           ("lr", "learning_rate", ".3g"),
           ("grad norm", "gradient_norm", ".3f"),
         )
-        if key in record  # a loss of one's own has no accuracy, an optimizer no known rate
+        if key in record  # custom losses have no accuracy, custom optimizers no known rate
       ]
       self.say(
         f"step {step}/{self._total_steps}  {'  '.join(shown)}  "
@@ -250,7 +259,7 @@ class Logger:
 
   def _rewrite(self) -> None:
     text = "".join(json.dumps(record) + "\n" for record in self._records)
-    if is_remote(self._path):  # there, a file appears at once
+    if is_remote(self._path):  # object stores publish a file atomically
       self._path.write_text(text)
       self._uploaded = len(self._records)
       self._upload_at = time.monotonic() + _UPLOAD_SECONDS
@@ -261,19 +270,19 @@ class Logger:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-  """Reads a metrics.jsonl; an unfinished last line, as a killed run leaves it, is left out."""
+  """Reads a metrics.jsonl and skips an unfinished last line, which a killed run may leave."""
   path = epath.Path(path)
   records = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
       records.append(json.loads(line))
     except json.JSONDecodeError:
-      logging.warning("%s: left out an unfinished line", path)
+      logging.warning("%s: skipped an unfinished line", path)
   return records
 
 
 def plot_losses(records: list[dict[str, Any]], path: epath.Path) -> None:
-  """Draws training and held-out loss over optimizer steps as a PNG, if there are any."""
+  """Plots training and held-out loss over optimizer steps as a PNG; skipped without records."""
   if not records:
     return
   import matplotlib

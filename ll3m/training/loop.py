@@ -1,4 +1,4 @@
-"""The loop of training: step, log, evaluate, save, stop."""
+"""The training loop: step, log, evaluate, save and stop."""
 
 import dataclasses
 import time
@@ -24,33 +24,33 @@ from ll3m.training.step import StepMetrics, TrainState
 
 @runtime_checkable
 class Batches(Protocol):
-  """A stream of batches [b, T] that knows its position."""
+  """Iterator over batches [b, T] whose position can be saved."""
 
   def __iter__(self) -> Iterator[Batch]: ...
   def __next__(self) -> Batch: ...
   def state(self) -> Mapping[str, bytes]:
-    """Returns the position, to be saved beside the parameters."""
+    """Returns the position, which is saved with the parameters."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-  """What the loop works with.
+  """The training loop and all that it uses.
 
   Attributes:
-    options: How many steps, and how often the rest happens.
-    step: The compiled training step: (state, batch [A, B, T]) -> (state, metrics).
+    options: Number of steps, and how often to log, save and evaluate.
+    step: Compiled training step: (state, batch [A, B, T]) -> (state, metrics).
     batches: This process's rows of the training data.
-    accumulate: A, micro-batches of a step.
-    mesh: The devices.
-    held_out: Parameters -> the record of an evaluation; None for no evaluation.
-    summarise: (metrics of consecutive steps, seconds=) -> the record that is logged.
-    meta: What is saved with every step, beside its number and the state of the random numbers.
-    watch: What is done about steps that are not finite.
-    checkpoints: Where steps are saved.
-    logger: Where records go.
-    profiler: Which steps are traced.
-    stop: Whether the run was asked to stop.
+    accumulate: A, number of micro-batches per step.
+    mesh: Devices.
+    held_out: Evaluation: parameters -> record; None for no evaluation.
+    summarise: Maps (metrics of consecutive steps, seconds=) to the record to log.
+    meta: Metadata to save with every step, in addition to its number and RNG state.
+    watch: Handler of steps with a non-finite loss or gradient.
+    checkpoints: Manager of the saved steps.
+    logger: Writer of the records.
+    profiler: Tracer of selected steps.
+    stop: Listener for requests to stop.
   """
 
   options: LoopOptions
@@ -68,16 +68,17 @@ class Loop:
   stop: StopRequest
 
   def run(self, state: TrainState) -> tuple[TrainState, bool]:
-    """Trains from where the state stands to the last step.
+    """Trains from the state's step to the last step, or until a stop is requested.
+
+    A stop saves the current step. If it is requested at the last step, that step's evaluation is
+    skipped.
 
     Returns:
-      The state at the end, and whether that is the last step. If not, the run was asked to stop
-      and has saved the step that it had reached. If it was asked at the last step, it has reached
-      that step without evaluating it.
+      The final state, and whether it has reached the last step.
 
     Raises:
-      FloatingPointError: too many steps in a row were not finite.
-      OSError: a step could not be saved.
+      FloatingPointError: Too many consecutive steps had a non-finite loss or gradient.
+      OSError: A step could not be saved.
     """
     options, step = self.options, int(state.step)
     rng = np.asarray(state.rng).tolist()
@@ -94,7 +95,7 @@ class Loop:
       return step == options.total_steps or bool(freq and step % freq == 0)
 
     def finish(made: int, made_metrics: StepMetrics, rows: Batch) -> None:
-      self.watch.look(made, made_metrics, rows)  # which waits for the step
+      self.watch.look(made, made_metrics, rows)  # waits for the step
       self.logger.advance(made)
 
     def log() -> None:
@@ -115,7 +116,7 @@ class Loop:
         dataset=self.batches.state(),
       )
 
-    # Also at the step that the run resumes from, if it was asked to stop before it was evaluated.
+    # A stop request may have prevented the evaluation of the step that the run resumes from.
     evaluates_first = step == 0 or due(options.eval_freq)
     if self.held_out and evaluates_first and not self.logger.has(step, "eval_loss"):
       self.logger.log(step, self.held_out(state.params))
@@ -124,7 +125,7 @@ class Loop:
       with self.profiler.step(step + 1):
         batch = stack_micro_steps(self.batches, self.accumulate)
         state, step_metrics = self.step(state, to_devices(batch, self.mesh))
-        if under_way:  # one step is always under way while the next batch is read
+        if under_way:  # the devices run one step while the host reads the next batch
           finish(*under_way)
       step += 1
       self.profiler.finish(step, step_metrics)
@@ -140,13 +141,13 @@ class Loop:
           self.logger.log(step, self.held_out(state.params))
         if saving.due(step):
           save()
-        since += time.perf_counter() - pause  # tokens/s is the training's
+        since += time.perf_counter() - pause  # evaluation and saving do not count in tokens/s
       except Stopped:
         if pending:
           log()
         save()
         if self.held_out and step == options.total_steps:
-          self.logger.say("asked to stop: the last evaluation is left out; ll3m.evaluate makes it")
+          self.logger.say("stop requested: skipped the last evaluation; ll3m.evaluate can run it")
         break
     if under_way:
       finish(*under_way)

@@ -1,4 +1,4 @@
-"""The next-token loss as sums over tokens, so that batches of any make-up add up exactly."""
+"""The next-token loss as sums over tokens, which add up exactly over any batches."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ class Sums(NamedTuple):
   """Sums over the tokens of a batch, float32 scalars.
 
   Attributes:
-    loss: negative log-likelihood in nats, times the mask.
-    z_loss: the z-loss, times the mask.
-    correct: tokens whose label had the largest logit.
-    weight: the mask.
-    tokens: tokens that are not padding.
+    loss: Negative log-likelihood in nats, times the mask.
+    z_loss: The z-loss, times the mask.
+    correct: Number of target tokens with the largest logit, times the mask.
+    weight: Sum of the mask.
+    tokens: Number of tokens that are not padding.
   """
 
   loss: Float[Array, ""]
@@ -38,10 +38,10 @@ def token_sums(
   """Runs the model on a batch [B, T] and sums its losses.
 
   Args:
-    model: the decoder.
-    params: its parameters.
-    batch: tokens, targets and where the loss counts.
-    z_loss: weight of log(Z)^2.
+    model: The decoder.
+    params: Parameters of the model.
+    batch: Tokens, targets and loss mask.
+    z_loss: Weight of log(Z)^2.
   """
   hidden = model.hidden(params, batch.inputs, batch.positions, batch.segment_ids)
   weight, layout, bias = head(model.config, params)

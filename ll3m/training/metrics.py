@@ -1,4 +1,4 @@
-"""From sums over tokens to the numbers that are logged."""
+"""Conversion of sums over tokens to logged metrics."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from ll3m.training.step import StepMetrics
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-  """Returns the FLOPs of training on one token: forward and backward, nothing recomputed.
+  """Returns the FLOPs of training on one token: forward and backward, without recomputation.
 
-  6 per parameter that is multiplied (Kaplan et al., 2020) and 12 T N H per layer for the scores
-  and their values, halved for the causal mask (Chowdhery et al., 2022, appendix B), with the
-  window in place of T where it is shorter.
+  These are 6 per multiplied parameter (Kaplan et al., 2020), and 12 T N H per layer for the
+  attention scores and the weighted values, halved for the causal mask (Chowdhery et al., 2022,
+  appendix B). A window shorter than T replaces T.
 
   Args:
-    config: the architecture.
+    config: The architecture.
     length: T, tokens per row.
   """
   heads = config.num_heads + 2 * config.num_kv_heads
@@ -31,9 +31,9 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def mean_keys(config: ModelConfig, length: int) -> float:
-  """Returns how many keys a query of a row sees on average.
+  """Returns the average number of keys that a query of a row attends to.
 
-  That is T / 2 within the first window, then the whole window.
+  Queries within the first window attend to half a window on average, later ones to all of it.
   """
   visible = min(length, config.sliding_window or length)
   return visible * (1 - visible / (2 * length))
@@ -42,7 +42,7 @@ def mean_keys(config: ModelConfig, length: int) -> float:
 def model_flop_utilisation(
   config: ModelConfig, length: int, tokens_per_second: float
 ) -> float | None:
-  """Returns the share of the devices' peak, or None where the peak is not known."""
+  """Returns the model FLOPs as a fraction of the devices' peak; None if the peak is unknown."""
   chip = tpu_specs.of_device(jax.devices()[0])
   if chip is None:
     return None
@@ -51,7 +51,7 @@ def model_flop_utilisation(
 
 
 def ratios(sums: Sums) -> dict[str, float]:
-  """Returns loss, z_loss and accuracy per counted token; 0 where nothing was counted."""
+  """Returns loss, z_loss and accuracy per target token; 0 without target tokens."""
   weight = max(float(sums.weight), 1.0)
   return {
     "loss": float(sums.loss) / weight,
@@ -61,7 +61,7 @@ def ratios(sums: Sums) -> dict[str, float]:
 
 
 def add(sums: Sequence[Sums]) -> Sums:
-  """Adds sums up in float64 on the host."""
+  """Adds up sums in float64 on the host."""
   return Sums(*(sum(float(value) for value in column) for column in zip(*sums, strict=True)))
 
 
@@ -72,18 +72,20 @@ def summarise(
   config: ModelConfig,
   length: int,
 ) -> dict[str, float]:
-  """Joins the metrics of consecutive steps into one record.
+  """Summarises the metrics of consecutive steps as one record.
+
+  Losses are averages over the target tokens of all applied steps, and the gradient norm is that of
+  the last applied step. Skipped steps are counted. Learning rate and parameter norm are those of
+  the last step.
 
   Args:
-    steps: on the host. Losses are averaged over the tokens of all that were applied, and the
-      gradient's norm is that of the last of these; those that were skipped are counted. Learning
-      rate and parameters' norm are the last step's.
-    seconds: that they took.
-    config: the architecture.
+    steps: Metrics of the steps, on the host.
+    seconds: Duration of the steps.
+    config: The architecture.
     length: T, tokens per row.
 
   Returns:
-    The record: see `docs/metrics.md` for its keys.
+    The record; see `docs/metrics.md` for its keys.
   """
   applied = [step for step in steps if not step.skipped]
   tokens = sum(float(step.sums.tokens) for step in steps)
@@ -94,7 +96,7 @@ def summarise(
     "tokens_per_second": tokens_per_second,
     "step_seconds": seconds / len(steps),
   }
-  if not math.isnan(rate := float(steps[-1].learning_rate)):  # as it is without a schedule
+  if not math.isnan(rate := float(steps[-1].learning_rate)):  # NaN without a schedule
     record["learning_rate"] = rate
   if applied:
     record |= ratios(add([step.sums for step in applied]))
@@ -104,7 +106,7 @@ def summarise(
 
 
 def eval_record(sums: Sums, seconds: float) -> dict[str, float]:
-  """Returns loss, perplexity, accuracy, counts of tokens and tokens/s of an evaluation."""
+  """Returns loss, perplexity, accuracy, token counts and tokens/s of an evaluation."""
   values = ratios(sums)
   return {
     "loss": values["loss"],

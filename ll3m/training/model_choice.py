@@ -1,4 +1,4 @@
-"""Which model a run trains or evaluates: its options, checked against the checkpoint."""
+"""Choice of the model to train or evaluate: its options, checked against the checkpoint."""
 
 import dataclasses
 from collections.abc import Collection
@@ -17,44 +17,49 @@ from ll3m.models.transformer import REMAT_POLICIES, Model, make_model
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(options.VerifyConfig):
-  """Flags about the model that training and evaluation share."""
+  """Options of the model that training and evaluation share."""
 
   load_model_config: str | None = options.option(
     None,
-    "A preset (llama2_7b, mistral_7b, gemma_2b, phi_2, ...) or the path of a config.json; the "
-    "checkpoint's own by default.",
+    "Model architecture: a preset (llama2_7b, mistral_7b, gemma_2b, phi_2, ...) or the path of a "
+    "config.json. By default, the checkpoint's own.",
   )
-  update_model_config: str = options.option("", "Fields to change in it: key=value,key=value.")
+  update_model_config: str = options.option(
+    "", "Fields of the model architecture to change: key=value,key=value."
+  )
   dtype: str = options.option("f32", "Dtype of the activations.", choices=COMPUTED)
   mesh_dim: str = options.option(
-    "-1,1,1", "Sizes of the mesh axes dp,fsdp,mp; -1 for what is left. Or dp:1,fsdp:-1,mp:4."
+    "-1,1,1",
+    "Sizes of the mesh axes dp,fsdp,mp, by order (1,-1,4) or by name (dp:1,fsdp:-1,mp:4). One may "
+    "be -1 for all remaining devices.",
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainModelOptions(ModelOptions):
-  """Flags about the model that only training has."""
+  """Options of the model that only training has."""
 
   param_dtype: str = options.option(
-    "f32", "Dtype in which parameters and moments are kept.", choices=COMPUTED
+    "f32", "Dtype of the parameters and of the optimizer's moments.", choices=COMPUTED
   )
   remat: str = options.option(
     "nothing",
-    "What the backward pass computes again instead of keeping it: nothing, all but matrix "
-    "products (dots), all but the outputs of attention (attention), everything (full).",
+    "Activations that the backward pass recomputes instead of storing: nothing, all but matrix "
+    "products (dots), all but the outputs of attention (attention), or all (full).",
     choices=tuple(REMAT_POLICIES),
   )
 
 
 def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
-  """Returns the architecture that the flags and the checkpoint agree on.
+  """Returns the architecture given by the options and the checkpoint, which must agree.
 
   Args:
-    options: the flags.
-    source: of the parameters, if any: has `family` and `config`.
+    options: Options of the model.
+    source: Source of the parameters, with `family` and `config`; None for random parameters.
 
   Raises:
-    ValueError: unknown preset or field, nothing given, or the checkpoint holds another model.
+    ValueError: A preset or field is unknown, no model is given, or the checkpoint holds a different
+      model.
   """
   if options.load_model_config:
     with naming("load_model_config"):
@@ -66,34 +71,34 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
   with naming("update_model_config"):
     config = apply_updates(preset.config, options.update_model_config)
   if source is not None:
-    # What is named in so many words may differ from what the weights were trained with.
+    # Fields in `_FREE` may differ from the checkpoint's if the options name them explicitly.
     kept = {name: getattr(source.config, name) for name in _FREE}
     named = apply_updates(source.config.replace(**kept), options.update_model_config)
     asked = {n for n in _FREE if getattr(named, n) != getattr(source.config, n)}
     if preset.family.name != source.family:
       raise ValueError(
-        f"the checkpoint holds a {source.family} model, the run asks for {preset.family.name}"
+        f"the checkpoint holds a {source.family} model, but the run is for {preset.family.name}"
       )
     check_same_model(config, source.config, may_differ=asked)
   return families.Preset(preset.family, config)
 
 
-# Fields that may change without making another set of weights.
+# Fields that may differ for the same set of weights.
 _FREE = ("max_positions", "sliding_window", "rope_theta", "rope_scaling_factor", "norm_epsilon")
 
 
 def check_same_model(
   config: ModelConfig, saved: ModelConfig, *, may_differ: Collection[str] = ()
 ) -> None:
-  """Demands that a checkpoint's weights are those of the config.
+  """Checks that a checkpoint has the run's model config.
 
   Args:
-    config: what the run asks for.
-    saved: what the checkpoint says.
-    may_differ: fields that are not compared.
+    config: Config of the run.
+    saved: Config of the checkpoint.
+    may_differ: Fields that are not compared.
 
   Raises:
-    ValueError: listing the fields that differ.
+    ValueError: Some fields differ; the message lists them.
   """
   wanted, found = config.to_dict(), saved.to_dict()
   different = [
@@ -102,14 +107,14 @@ def check_same_model(
     if wanted[name] != found[name] and name not in may_differ
   ]
   if different:
-    raise ValueError("the checkpoint holds another model: " + "; ".join(different))
+    raise ValueError("the checkpoint holds a different model: " + "; ".join(different))
 
 
 def check_length(length: int, config: ModelConfig) -> None:
-  """Demands that rows are no longer than the context.
+  """Checks that rows are no longer than the model's context.
 
   Raises:
-    ValueError: they are longer.
+    ValueError: The rows are longer.
   """
   if length > config.max_positions:
     raise ValueError(
@@ -120,5 +125,5 @@ def check_length(length: int, config: ModelConfig) -> None:
 
 
 def build_model(config: ModelConfig, mesh: Mesh, *, dtype: str, remat: str = "nothing") -> Model:
-  """Builds the decoder for a mesh: activations are split by rows, attention also by heads."""
+  """Builds the decoder for a mesh: activations are sharded by rows, attention also by heads."""
   return make_model(config, dtype=DTYPES[dtype], remat=remat, kernels=Kernels.on(mesh))

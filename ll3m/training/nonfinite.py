@@ -1,4 +1,4 @@
-"""What is done about steps whose loss or gradient is not finite."""
+"""Handling of steps with a non-finite loss or gradient."""
 
 import json
 
@@ -15,27 +15,33 @@ FOLDER = "nonfinite"
 
 
 class NonFiniteWatch:
-  """Writes down which documents such a step had, and ends the run when they do not stop.
+  """Records the documents of non-finite steps, and ends the run after too many in a row.
 
-  `make_train_step` has left parameters and optimizer as they were.
+  The step from `make_train_step` has already left parameters and optimizer state unchanged.
   """
 
   def __init__(self, output_dir: epath.PathLike, tokenizer: Tokenizer | None, limit: int):
-    """Args: the run's folder; gives the text, if any; how many such steps in a row are too many."""
+    """Starts a count of consecutive non-finite steps.
+
+    Args:
+      output_dir: Folder of the run.
+      tokenizer: Decoder of the documents; None to write token ids.
+      limit: Number of consecutive non-finite steps that ends the run.
+    """
     self._folder = epath.Path(output_dir) / FOLDER
     self._tokenizer, self._limit = tokenizer, limit
     self._in_a_row = 0
 
   def look(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
-    """Waits for a step and looks at it.
+    """Waits for a step and checks whether it was finite.
 
     Args:
-      step: its number, from 1.
-      metrics: of the step, on the devices.
-      batch: this process's rows of it, [A, b, T].
+      step: Number of the step, from 1.
+      metrics: Metrics of the step, on the devices.
+      batch: This process's rows of the step, [A, b, T].
 
     Raises:
-      FloatingPointError: it is the last of too many in a row.
+      FloatingPointError: The limit of consecutive non-finite steps is reached.
     """
     if not float(metrics.skipped):
       self._in_a_row = 0
@@ -44,16 +50,16 @@ class NonFiniteWatch:
     self._folder.mkdir(parents=True, exist_ok=True)
     file = self._folder / f"step_{step}.process_{jax.process_index()}.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in self._documents(batch)))
-    say(f"step {step}: loss or gradient not finite, nothing was updated; its documents: {file}")
+    say(f"step {step}: non-finite loss or gradient, update skipped; documents written to {file}")
     if self._in_a_row >= self._limit:
       raise FloatingPointError(
-        f"the loss or gradient of {self._in_a_row} steps in a row ({step - self._in_a_row + 1} to "
-        f"{step}) was not finite; the parameters are those of step {step - self._in_a_row}; the "
-        f"documents are in {self._folder}; lower the learning rate, or look at the data"
+        f"the loss or gradient of {self._in_a_row} consecutive steps ({step - self._in_a_row + 1} "
+        f"to {step}) was not finite; the parameters are those of step {step - self._in_a_row}; the "
+        f"documents are in {self._folder}; lower the learning rate or inspect the data"
       )
 
   def _documents(self, batch: Batch) -> list[dict[str, int | str]]:
-    """Lists what each row [A, b] consists of, in the order of the data."""
+    """Returns a record for each document of each row [A, b], in the order of the data."""
     return [
       {
         "micro_step": micro_step,

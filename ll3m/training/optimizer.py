@@ -1,4 +1,4 @@
-"""Optimizers with a warm-up and cosine schedule, from their flags."""
+"""Optimizers with a warm-up and cosine schedule, and their options."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from ll3m.training.rounding import (
 
 # Modules whose parameters have a leading axis of layers.
 _STACKED = "layers/"
-# Norm weights, biases and the embedding are not pulled towards zero.
+# Weight decay does not apply to norm weights, biases and the embedding.
 _NOT_DECAYED = re.compile(r"(.*norm/.*)|(.*/(b|bias|scale))|(embed/.*)")
 
 
@@ -30,21 +30,23 @@ class ScheduleConfig:
   """Options that every optimizer has."""
 
   lr: float = options.option(1e-4, "Peak learning rate.")
-  init_lr: float = options.option(0.0, "Learning rate from which the warm-up starts.")
+  init_lr: float = options.option(0.0, "Learning rate at the start of the warm-up.")
   end_lr: float | None = options.option(
-    None, "Learning rate at and after lr_decay_steps; a tenth of lr by default."
+    None, "Learning rate at and after lr_decay_steps; by default a tenth of lr."
   )
-  lr_warmup_steps: int = options.option(0, "Optimizer steps of linear warm-up from init_lr to lr.")
+  lr_warmup_steps: int = options.option(
+    0, "Number of optimizer steps of linear warm-up from init_lr to lr."
+  )
   lr_decay_steps: int | None = options.option(
     None,
-    "Optimizer step, counted from the start, at which the cosine reaches end_lr; total_steps "
-    "by default.",
+    "Optimizer step at which the cosine decay reaches end_lr, counted from the start of the run; "
+    "by default total_steps.",
   )
   clip_gradient: float = options.option(
-    1.0, "Scale the gradient down to this global norm; 0 for no clipping."
+    1.0, "Global norm to which larger gradients are scaled down; 0 for no clipping."
   )
   weight_decay: float = options.option(
-    0.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+    0.0, "Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."
   )
 
   def __post_init__(self):
@@ -57,7 +59,7 @@ class ScheduleConfig:
     if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
       raise ValueError(
         f"`lr_decay_steps` ({self.lr_decay_steps}) must be larger than `lr_warmup_steps` "
-        f"({self.lr_warmup_steps}): it counts from the start"
+        f"({self.lr_warmup_steps}), because it includes the warm-up"
       )
 
 
@@ -65,13 +67,13 @@ class ScheduleConfig:
 class AdamWConfig(ScheduleConfig):
   """AdamW (Loshchilov & Hutter, 2019)."""
 
-  b1: float = options.option(0.9, "Decay of the first moment.")
-  b2: float = options.option(0.95, "Decay of the second moment.")
-  eps: float = options.option(1e-8, "Added to the root of the second moment.")
+  b1: float = options.option(0.9, "Decay rate of the first moment.")
+  b2: float = options.option(0.95, "Decay rate of the second moment.")
+  eps: float = options.option(1e-8, "Term added to the square root of the second moment.")
   weight_decay: float = options.option(
-    0.1, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+    0.1, "Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."
   )
-  bf16_momentum: bool = options.option(False, "Keep the first moment in bfloat16.")
+  bf16_momentum: bool = options.option(False, "Store the first moment in bfloat16.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,50 +81,54 @@ class AdafactorConfig(ScheduleConfig):
   """Adafactor (Shazeer & Stern, 2018)."""
 
   multiply_by_parameter_scale: bool = options.option(
-    False, "Scale each update by its parameter's root mean square."
+    False, "Scale each update by the root mean square of its parameter."
   )
-  bf16_momentum: bool = options.option(False, "Keep a first moment (b1=0.9), in bfloat16.")
+  bf16_momentum: bool = options.option(
+    False, "Use a first moment, with decay rate 0.9, stored in bfloat16."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class LionConfig(ScheduleConfig):
   """Lion (Chen et al., 2023)."""
 
-  b1: float = options.option(0.9, "Decay in the update's interpolation.")
-  b2: float = options.option(0.99, "Decay of the momentum.")
-  weight_decay: float = options.option(
-    1.0, "Decoupled weight decay of matrices (not of norms, biases and embeddings)."
+  b1: float = options.option(
+    0.9, "Weight of the momentum in the update's interpolation of momentum and gradient."
   )
-  bf16_momentum: bool = options.option(False, "Keep the momentum in bfloat16.")
+  b2: float = options.option(0.99, "Decay rate of the momentum.")
+  weight_decay: float = options.option(
+    1.0, "Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."
+  )
+  bf16_momentum: bool = options.option(False, "Store the momentum in bfloat16.")
 
 
 @dataclasses.dataclass(frozen=True)
 class SgdConfig(ScheduleConfig):
   """Stochastic gradient descent."""
 
-  momentum: float = options.option(0.0, "Decay of the (Nesterov) momentum; 0 for none.")
+  momentum: float = options.option(0.0, "Decay rate of the Nesterov momentum; 0 for no momentum.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The optimizer and the accumulation of gradients."""
+  """Options of the optimizer and of gradient accumulation."""
 
   type: str = options.option(
-    "adamw", "Which optimizer.", choices=("adamw", "adafactor", "lion", "sgd")
+    "adamw", "Optimizer to use.", choices=("adamw", "adafactor", "lion", "sgd")
   )
   accumulate_gradient_steps: int = options.option(
-    1, "Micro-steps of batch_size sequences whose gradients make one optimizer step."
+    1, "Number of micro-steps, of batch_size sequences each, per optimizer step."
   )
   accumulator_dtype: str = options.option(
-    "f32", "In which the micro-steps' gradients are summed.", choices=COMPUTED
+    "f32", "Dtype in which micro-step gradients are accumulated.", choices=COMPUTED
   )
   bf16_update: str = options.option(
     "nearest",
-    "How an update reaches parameters of param_dtype=bf16. nearest: it is rounded, and lost "
-    "where it is less than half a unit in the last place. stochastic: it is rounded up or down at "
-    "random, with the exact mean; takes no memory. master: it goes to a float32 copy, with moments "
-    "in float32; takes 4 bytes per parameter for the copy and 2 more for each moment. Parameters "
-    "and AdamW's state take 6, 6 and 14 bytes per parameter; with param_dtype=f32, 12.",
+    "Method of updating parameters of param_dtype=bf16. nearest: round to the nearest value, which "
+    "loses updates below half a unit in the last place. stochastic: round up or down at random, "
+    "with the exact mean; needs no extra memory. master: update a float32 copy, with moments in "
+    "float32; needs 4 bytes per parameter for the copy and 2 more for each moment. Parameters and "
+    "AdamW's state take 6, 6 and 14 bytes per parameter, respectively; 12 with param_dtype=f32.",
     choices=UPDATES,
   )
   adamw_optimizer: AdamWConfig = options.group(AdamWConfig)
@@ -137,7 +143,7 @@ class OptimizerConfig:
       )
 
   def without_effect(self) -> dict[str, str]:
-    """Returns the options of the optimizers that are not chosen, and why, by their names."""
+    """Returns the option groups of other optimizers, by name, with the reason for each."""
     groups = (field.name for field in dataclasses.fields(self) if field.name.endswith("_optimizer"))
     return {
       name: f"with `type`={self.type}" for name in groups if getattr(self, name) is not self.chosen
@@ -145,15 +151,15 @@ class OptimizerConfig:
 
   @property
   def chosen(self) -> ScheduleConfig:
-    """The options of the optimizer that `type` names."""
+    """Options of the optimizer that `type` names."""
     return getattr(self, f"{self.type}_optimizer")
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
-  """Returns the learning rate of each optimizer step.
+  """Returns the learning rate as a function of the number of updates so far.
 
-  The first update uses the schedule's value after one step, so that a warm-up from 0 does not
-  waste it.
+  The first update uses the schedule's value after one step, because a warm-up from 0 would waste
+  it.
   """
   decay_steps = config.lr_decay_steps
   if decay_steps is None:
@@ -166,13 +172,13 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-  """Builds the optimizer: clipping, the update rule, decoupled weight decay, learning rate.
+  """Builds the optimizer: clipping, update rule, decoupled weight decay and learning rate.
 
-  With `bf16_update="master"` its state is a `MasterState`.
+  With `bf16_update="master"`, its state is a `MasterState`.
 
   Args:
-    config: `--optimizer.*`.
-    total_steps: of the run, where the cosine ends unless told otherwise.
+    config: Options of the optimizer.
+    total_steps: Last step of the run, at which the cosine decay ends by default.
   """
   chosen = config.chosen
   momentum_dtype = jnp.bfloat16 if getattr(chosen, "bf16_momentum", False) else None
@@ -201,20 +207,20 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def updates_made(opt_state: Any) -> Array:
-  """Returns where the schedule stands: the updates made, to which skipped steps do not count.
+  """Returns the schedule's count of updates, which does not include skipped steps.
 
   Args:
-    opt_state: of an optimizer that `make_optimizer` built.
+    opt_state: State of an optimizer that has a schedule.
   """
   return optax.tree_utils.tree_get(opt_state, "ScaleByScheduleState").count
 
 
 def _per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Lets a rule for single matrices act on each layer's, where these are stacked.
+  """Applies a rule to each layer of the stacked parameters separately.
 
-  Adafactor factors the two largest axes of a parameter and divides by root mean squares over all
-  of it; taken over the layers together, one layer's gradient would change another's update. The
-  state is stacked as the parameters are, the count of steps included.
+  Adafactor factors the two largest axes of a parameter and divides by root mean squares over the
+  whole parameter. Over stacked layers, one layer's gradient would change another layer's update.
+  The state is stacked like the parameters, including the count of steps.
   """
 
   def split(tree):
@@ -243,17 +249,17 @@ def apply(
   params: Any,
   key: Array | None = None,
 ) -> tuple[Any, Any]:
-  """Makes one update, computed in float32 and stored in the dtypes that came in.
+  """Applies one update, computed in float32 and stored in the input dtypes.
 
-  Parameters and moments may be kept in bfloat16; their arithmetic may not: a moment's small
-  increment would be rounded away before it is added.
+  Parameters and moments may be stored in bfloat16, but the arithmetic must be in float32: a small
+  increment of a moment would be rounded away before it is added.
 
   Args:
     optimizer: Optimizer that `make_optimizer` built.
-    gradients: Gradients, like the parameters.
-    opt_state: State of the optimizer; a `MasterState`'s copy is updated in place of `params`.
+    gradients: Gradients, in the structure of the parameters.
+    opt_state: State of the optimizer; the copy in a `MasterState` is updated instead of `params`.
     params: Parameters.
-    key: Random key for rounding parameters stochastically to bfloat16; to the nearest without.
+    key: Random key for stochastic rounding of parameters to bfloat16; None rounds to the nearest.
 
   Returns:
     (params, opt_state) after the update.
@@ -271,7 +277,7 @@ def apply(
 
 
 def decay_mask(params: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
-  """Says which parameters weight decay acts on."""
+  """Returns which parameters weight decay applies to."""
   return {
     module: {name: not _NOT_DECAYED.fullmatch(f"{module}/{name}") for name in arrays}
     for module, arrays in params.items()
@@ -281,19 +287,19 @@ def decay_mask(params: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
 def state_shardings(
   optimizer: optax.GradientTransformation, params: Any, shardings: Any, replicated: Any
 ) -> Any:
-  """Returns the sharding of every array of the optimizer's state: its parameter's.
+  """Returns the sharding of every array of the optimizer state, which is its parameter's.
 
-  Factored moments, which have not their parameter's shape, are small and held whole.
+  Factored moments differ from their parameters in shape; they are small and replicated.
 
   Args:
-    optimizer: the optimizer.
-    params: the parameters' shapes.
-    shardings: the parameters' shardings.
-    replicated: the sharding of everything else.
+    optimizer: The optimizer.
+    params: Shapes of the parameters.
+    shardings: Shardings of the parameters.
+    replicated: Sharding of all other arrays.
   """
 
   def place(path, leaf):
-    # A moment's path ends like its parameter's: module, name.
+    # The path of a moment ends like that of its parameter: module, name.
     module, name = [getattr(key, "key", None) for key in (None, None, *path)][-2:]
     param = params.get(module, {}).get(name)
     alike = param is not None and param.shape == leaf.shape

@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGTERM, as sent before a machine is taken away, and Ctrl-C."""
+"""Graceful stop on SIGTERM, which precedes the preemption of a machine, and on Ctrl-C."""
 
 import contextlib
 import os
@@ -11,37 +11,37 @@ from jax.experimental import multihost_utils
 
 from ll3m.core import stderr
 
-# sysexits.h calls it EX_TEMPFAIL: nothing is wrong, the same command resumes where this one ended.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command resumes the run.
 EXIT_CODE = 75
-# As shells report SIGINT. A script that starts a run again on 75 has to end when its user asks.
+# What shells report for SIGINT. It differs from 75, on which scripts may restart a run.
 INTERRUPTED = 130
 
 
 class Stopped(Exception):
-  """Asked to stop; raised only where the state of training is whole."""
+  """Stop request; raised only between steps, where the training state is consistent."""
 
 
 class StopRequest:
-  """Listens for SIGTERM and SIGINT; use as a context manager, on the main thread.
+  """Listener for SIGTERM and SIGINT; use as a context manager, on the main thread.
 
-  Until `defer` is called there is nothing to save, and the process ends at once, even inside of
-  compiling, which lets no Python code run on its thread. After it, `check` raises `Stopped`, and a
-  second SIGINT ends the process at once.
+  Until `defer` is called, there is nothing to save and a signal ends the process at once, even
+  during compilation, which runs no Python code on the main thread. After `defer`, a signal makes
+  `check` raise `Stopped`, and a second SIGINT ends the process at once.
 
-  Of several processes, all have to stop at the same step. jax's coordination service sees to that
-  once it was initialised: it listens for SIGTERM itself, and this class only asks it. It knows
-  nothing of SIGINT, which is passed on to it as SIGTERM.
+  Several processes must stop at the same step, which jax's coordination service ensures. It
+  listens for SIGTERM itself, and this class queries it. The service ignores SIGINT, so this class
+  sends it SIGTERM instead.
 
   Attributes:
-    exit_code: Exit code of a process that has stopped, by the signal that it heard.
+    exit_code: Exit code for a process that has stopped, by the signal received.
   """
 
   def __init__(self, *, ends_process: bool = True):
-    """Listens only within the `with` block.
+    """Prepares a listener that is active within its `with` block.
 
     Args:
-      ends_process: Whether to end the process where it cannot wait for a step: before `defer`, and
-        at a second SIGINT. If not, SIGINT raises KeyboardInterrupt there, and SIGTERM waits.
+      ends_process: Whether SIGTERM or SIGINT before `defer`, and a second SIGINT, end the process.
+        If False, SIGINT raises KeyboardInterrupt in both cases, and SIGTERM waits for a step.
     """
     self._ends_process = ends_process
     self.exit_code = EXIT_CODE
@@ -53,18 +53,18 @@ class StopRequest:
 
   def __enter__(self) -> "StopRequest":
     heard = [] if self._several else [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is of a shell's `command &`
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # shells ignore it in `command &`
       heard.append(signal.SIGINT)
-    # The interpreter writes each signal's number to the pipe as it comes in, whatever the main
-    # thread is doing; the handler itself has to wait for that thread.
+    # The interpreter writes the number of each signal to the pipe at once, whatever the main thread
+    # is doing. The handler itself must wait for the main thread.
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     listener = threading.Thread(target=self._listen, args=(reading,), daemon=True)
     listener.start()
-    # What is called last is undone first.
+    # An ExitStack calls its callbacks in reverse order.
     self._undo.callback(os.close, reading)
     self._undo.callback(listener.join)
-    self._undo.callback(os.close, writing)  # which ends the listener
+    self._undo.callback(os.close, writing)  # ends the listener
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     self._undo.callback(signal.set_wakeup_fd, before)
     for number in heard:
@@ -76,17 +76,18 @@ class StopRequest:
     self._undo.close()
 
   def defer(self) -> None:
-    """From now on there may be something to save."""
+    """Makes signals wait for the next `check`; call once there may be something to save."""
     self._deferred = True
 
   def check(self, step: int | None = None) -> None:
-    """Stops here if it was asked for.
+    """Raises `Stopped` if a stop was requested.
 
     Args:
-      step: that was just made; None between steps, where several processes cannot agree to stop.
+      step: Step that has just finished; None between steps, where several processes cannot agree
+        to stop.
 
     Raises:
-      Stopped: it was.
+      Stopped: A stop was requested.
     """
     if self._several:
       asked = step is not None and multihost_utils.reached_preemption_sync_point(step)
@@ -96,7 +97,7 @@ class StopRequest:
       raise Stopped
 
   def _handle(self, number: int, frame: Any) -> None:
-    """Runs on the main thread, once that runs Python code again."""
+    """Handles a signal on the main thread, when that next runs Python code."""
     del frame
     if number == signal.SIGINT and not self._ends_process:
       if not self._deferred or self._interrupted:
@@ -118,9 +119,9 @@ class StopRequest:
     if not self._deferred:
       stderr.leave("stopped by Ctrl-C before the first step", INTERRUPTED)
     if self.exit_code == INTERRUPTED:
-      stderr.leave("ended by Ctrl-C; the steps that were saved before are complete", INTERRUPTED)
+      stderr.leave("stopped by Ctrl-C without saving; earlier checkpoints are intact", INTERRUPTED)
     self.exit_code = INTERRUPTED
-    stderr.tell("stopping after this step, which is saved; Ctrl-C again ends at once, unsaved")
+    stderr.tell("stopping after this step and saving it; Ctrl-C again stops at once without saving")
     self._asked.set()
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Traces of single steps, for xprof."""
+"""Profiler traces of selected steps, for xprof."""
 
 import contextlib
 import re
@@ -13,19 +13,19 @@ from etils import epath
 from ll3m.core.object_store import is_remote
 from ll3m.training.logger import say
 
-# Below output_dir; TensorBoard and xprof look for traces in `plugins/profile` of a folder.
+# Subfolder of output_dir. TensorBoard and xprof look for traces in its `plugins/profile`.
 FOLDER = "profile"
 
 
 def parse_steps(text: str, total_steps: int) -> range:
-  """Reads "FIRST:LAST", both included.
+  """Parses "FIRST:LAST", both included.
 
   Args:
-    text: the flag's value.
-    total_steps: of the run.
+    text: Value of the option.
+    total_steps: Number of steps in the run.
 
   Raises:
-    ValueError: these are no steps of the run.
+    ValueError: The text is malformed, or its steps are not within the run.
   """
   match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
   first, last = map(int, match.groups()) if match else (0, 0)
@@ -38,20 +38,26 @@ def parse_steps(text: str, total_steps: int) -> range:
 
 
 class Profiler:
-  """Traces some steps of a run, host and devices, each process its own.
+  """Tracer of selected steps on host and devices; each process traces itself.
 
-  Use as a context manager around all steps: a trace that is under way is written when it ends.
-  jax writes traces to local disks only: for an object store, they are copied there at the end.
+  Use as a context manager around all steps: on exit, an active trace is stopped and written. jax
+  writes traces to local disks only; for an object store, they are copied afterwards.
   """
 
   def __init__(self, output_dir: str, steps: range, *, made: int = 0):
-    """Args: the run's folder; which steps; how many are made already."""
+    """Selects the steps to trace.
+
+    Args:
+      output_dir: Folder of the run.
+      steps: Steps to trace.
+      made: Number of steps that are already finished.
+    """
     self._folder = epath.Path(output_dir) / FOLDER
     self._steps = steps[max(0, made + 1 - steps.start) :]
     self._tracing = False
     self._local: tempfile.TemporaryDirectory | None = None
     if steps and not self._steps:
-      say(f"nothing to trace: step {made} is made, profile_steps ends at {steps[-1]}")
+      say(f"nothing to trace: step {made} is finished, and profile_steps ends at {steps[-1]}")
 
   def __enter__(self) -> "Profiler":
     return self
@@ -61,10 +67,10 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[None]:
-    """Marks what is done for a step; begins the trace at the first one that was asked for.
+    """Annotates the work of a step, and starts the trace at the first selected step.
 
     Args:
-      number: of the step, from 1.
+      number: Number of the step, from 1.
     """
     if number in self._steps and not self._tracing:
       if is_remote(self._folder):
@@ -75,11 +81,11 @@ class Profiler:
       yield
 
   def finish(self, number: int, result: Any) -> None:
-    """Ends the trace after the last step that was asked for, when the devices are done with it.
+    """Stops the trace once the devices have finished the last selected step.
 
     Args:
-      number: of the step.
-      result: arrays that it computes.
+      number: Number of the step.
+      result: Arrays that the step computes.
     """
     if self._tracing and number >= self._steps[-1]:
       jax.block_until_ready(result)
@@ -95,7 +101,7 @@ class Profiler:
 
 
 def _copy(folder: Path, place: epath.Path) -> None:
-  """Copies all files below a folder."""
+  """Copies all files in a folder and its subfolders."""
   for file in filter(Path.is_file, folder.rglob("*")):
     to = place / file.relative_to(folder)
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The compiled program of a training run: what `train` runs is what `plan` compiles."""
+"""The program of a training run, which `train` runs and `plan` only compiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from ll3m.training.train_state import StatePlan, plan_state
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A training step, ready to be compiled.
+  """A training step that is ready to be compiled.
 
   Attributes:
-    model: the decoder, for the mesh.
-    plan: shapes and shardings of the state.
-    step: (state, batch) -> (state, metrics), jitted; the state's memory is used again.
+    model: The decoder, for the mesh.
+    plan: Shapes and shardings of the state.
+    step: Jitted (state, batch) -> (state, metrics), which donates the state.
   """
 
   model: Model
@@ -34,7 +34,7 @@ class Program:
 def make_program(
   options: TrainOptions, optimizer_config: OptimizerConfig, config: ModelConfig, mesh: Mesh
 ) -> Program:
-  """Puts a run's training step together; no weights, no devices' memory."""
+  """Builds the training step of a run without weights and without device memory."""
   optimizer = make_optimizer(optimizer_config, options.total_steps)
   schedule = make_schedule(optimizer_config.chosen, options.total_steps)
   model = build_model(config, mesh, dtype=options.dtype, remat=options.remat)
@@ -51,6 +51,6 @@ def make_program(
 
 
 def jit_step(step: Callable, plan: StatePlan) -> Callable:
-  """Returns a step, jitted, whose state stays as it lies and whose memory is used again."""
+  """Jits a step: the state is donated and keeps its sharding."""
   shardings = jax.tree.map(lambda x: x.sharding, plan.state)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

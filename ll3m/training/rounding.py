@@ -1,4 +1,4 @@
-"""Keeping parameters in bfloat16 without losing updates below a unit in the last place."""
+"""Parameters in bfloat16 without the loss of updates below a unit in the last place."""
 
 from typing import Any, NamedTuple
 
@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-# How an update reaches bfloat16 parameters; what each costs stands in the flag's help.
+# Methods of updating bfloat16 parameters; the help of `bf16_update` gives their costs.
 UPDATES = ("nearest", "stochastic", "master")
 
 
 class MasterState(NamedTuple):
-  """State of an optimizer that keeps the parameters in float32 as well.
+  """State of an optimizer that keeps a float32 copy of the parameters.
 
   Attributes:
-    master: The parameters, in float32.
-    inner: State of the optimizer that updates them.
+    master: Parameters in float32.
+    inner: State of the optimizer that updates the copy.
   """
 
   master: Any
@@ -26,7 +26,7 @@ class MasterState(NamedTuple):
 def with_master(rule: optax.GradientTransformation) -> optax.GradientTransformation:
   """Returns the rule with a float32 copy of the parameters in its state.
 
-  The updates are the copy's: what `update` is given as `params` has to be `state.master`.
+  The updates are those of the copy, so `state.master` must be passed to `update` as `params`.
   """
 
   def init(params):
@@ -48,11 +48,11 @@ def to_float32(tree: Any) -> Any:
 
 
 def cast_stochastically(new: Any, like: Any, key: Array) -> Any:
-  """Casts arrays to the dtypes of others; to bfloat16 by `round_stochastically`.
+  """Casts arrays to the dtypes of others, with `round_stochastically` for bfloat16.
 
   Args:
     new: Arrays in float32.
-    like: Arrays of the same structure, in the dtypes that are wanted.
+    like: Arrays of the same structure, in the target dtypes.
     key: Random key; each array gets its own, by its place in the tree.
 
   Returns:
@@ -70,15 +70,14 @@ def cast_stochastically(new: Any, like: Any, key: Array) -> Any:
 
 
 def round_stochastically(x: Array, key: Array) -> Array:
-  """Rounds float32 to one of the two bfloat16 neighbours, such that the mean is exact.
+  """Rounds float32 to one of the two neighbouring bfloat16 values, such that the mean is exact.
 
-  A bfloat16 is the upper half of a float32. The lower half, l of 2^16, is the way to the next
-  neighbour away from zero, which is taken with probability l / 2^16: where l plus a random number
-  of 16 bits carries. The random bits depend on the key and on an element's index, not on where the
-  element lies.
+  A bfloat16 is the upper half of a float32. With l the lower half, the value is rounded away from
+  zero with probability l / 2^16, namely if the sum of l and 16 random bits carries. The random
+  bits depend on the key and on the index of an element, not on its device.
 
   Args:
-    x: Values in float32; what is not finite stays what it is.
+    x: Values in float32; non-finite values are unchanged.
     key: Random key.
 
   Returns:

@@ -1,4 +1,4 @@
-"""A training run: what lies between its flags and the first step."""
+"""Preparation of a training run, from its options to the first step."""
 
 import dataclasses
 import functools
@@ -35,17 +35,17 @@ from ll3m.training.train_state import StatePlan, bytes_per_device
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that a run is, read from the flags and validated; no weights yet.
+  """A training run as its options describe it, validated, without weights.
 
   Attributes:
-    load_kind: one of `options.LOAD_KINDS`, if `--load_checkpoint` is used.
-    source: what it names; None for random parameters, and where the run is resumed.
-    resumed: the step of output_dir that the run goes on from, if there is one.
-    train_data: The training data, checked.
-    eval_data: The evaluation data, checked; None if there is no evaluation.
-    dataset_state: the position in the data to begin at; {} for its beginning.
-    settings: The value of every option, for the record; see `flags.Flags.settings`.
-    unfinished: The steps in output_dir whose save an earlier job began only.
+    load_kind: One of `config.LOAD_KINDS` if `load_checkpoint` is given, else None.
+    source: Model named by `load_checkpoint`; None for random parameters and for resumed runs.
+    resumed: Step of output_dir that the run resumes from, if any.
+    train_data: Training data, checked.
+    eval_data: Evaluation data, checked; None for no evaluation.
+    dataset_state: Position in the data to start from; {} for the start of the data.
+    settings: Value of every option, for the record; see `flags.Flags.settings`.
+    unfinished: Steps in output_dir that an earlier job did not finish saving.
   """
 
   options: TrainOptions
@@ -69,11 +69,11 @@ class Run:
 
   @property
   def train_dataset(self) -> DatasetConfig:
-    """The options of the training data."""
+    """Options of the training data."""
     return self.train_data.config
 
   def rows(self, dataset: DatasetConfig) -> list[int]:
-    """Returns which rows of a dataset's batches this process reads."""
+    """Returns the rows of a dataset's batches that this process reads."""
     return sharding.local_rows(self.mesh, dataset.seqio_dataset.batch_size)
 
   @property
@@ -82,7 +82,7 @@ class Run:
     return self.train_dataset.seqio_dataset.length
 
   def describe(self, plan: StatePlan) -> str:
-    """Returns what will be trained on what, in a few lines."""
+    """Returns a summary of the model, mesh, batch and state, in a few lines."""
     rows = self.train_dataset.seqio_dataset.batch_size
     steps = self.optimizer.accumulate_gradient_steps
     state_bytes = bytes_per_device(plan.state)
@@ -104,7 +104,7 @@ class Run:
     if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":
       return []
     return [
-      "updates     rounded to the nearest bfloat16: small ones are lost (optimizer.bf16_update)"
+      "updates     rounded to the nearest bfloat16, which loses small ones (optimizer.bf16_update)"
     ]
 
   def batch_shapes(self) -> Batch:
@@ -120,7 +120,7 @@ class Run:
 def fixed_settings(
   options: TrainOptions, optimizer: OptimizerConfig, train_dataset: DatasetConfig
 ) -> dict[str, Any]:
-  """Returns the flags that a run keeps and that are saved with it, to be compared at once."""
+  """Returns the settings that must not change within a run, which are saved with every step."""
   return {
     "optimizer.type": optimizer.type,
     "optimizer.bf16_update": optimizer.bf16_update,
@@ -130,22 +130,22 @@ def fixed_settings(
 
 
 def check_settings(saved: folders.Checkpoint, settings: Mapping[str, Any]) -> None:
-  """Demands that a step which is to be gone on from was saved with the same settings.
+  """Checks that a step can be resumed from and was saved with the run's settings.
 
   Raises:
-    ValueError: it was not, or it was saved without what going on needs.
+    ValueError: The settings differ, or the step was saved without what resuming needs.
   """
   saved.require_resumable()
   for name, before in saved.meta.get("settings", {}).items():
     if name in settings and settings[name] != before:
       raise ValueError(
-        f"cannot go on from {saved.path}: it was saved with `{name}`={before}, asked for "
+        f"cannot resume from {saved.path}: it was saved with `{name}`={before}, but this run has "
         f"{settings[name]}"
       )
 
 
 class Start(NamedTuple):
-  """What a run begins with; see `Run`."""
+  """Starting point of a run; see `Run` for the fields."""
 
   load_kind: str | None
   source: ModelOnDisk | None = None
@@ -155,16 +155,16 @@ class Start(NamedTuple):
 
 
 def find_start(options: TrainOptions, output_dir: str | None, settings: Mapping[str, Any]) -> Start:
-  """Opens what a run begins with: its own latest good step, or what it is to be loaded from.
+  """Opens the starting point of a run: its own latest undamaged step, or `load_checkpoint`.
 
   Args:
-    options: The options of the run.
-    output_dir: The folder of the run, which is listed once; None for none.
+    options: Options of the run.
+    output_dir: Folder of the run, which is listed once; None for no folder.
     settings: The `fixed_settings` of the run.
 
   Raises:
     ValueError: A checkpoint is damaged, or was saved with other settings.
-    FileNotFoundError: There is no such checkpoint.
+    FileNotFoundError: A checkpoint does not exist.
   """
   kind, _, path = (options.load_checkpoint or "").partition("::")
   start = Start(kind or None)
@@ -180,8 +180,8 @@ def find_start(options: TrainOptions, output_dir: str | None, settings: Mapping[
   if kind:
     source = open_source(options.load_checkpoint if kind == "hf" else path, verify=options.verify)
     if kind.startswith("trainstate") and source.step is None:
-      raise ValueError(f"`load_checkpoint`={kind}:: needs a training run, {path} is none")
-    if kind == "trainstate":  # other data may follow
+      raise ValueError(f"`load_checkpoint`={kind}:: needs a training run, but {path} is not one")
+    if kind == "trainstate":  # the data may differ
       check_settings(source, {k: v for k, v in settings.items() if "dataset" not in k})
     start = start._replace(source=source)
   if options.load_dataset_state:
@@ -193,10 +193,10 @@ def find_start(options: TrainOptions, output_dir: str | None, settings: Mapping[
 
 
 def initial_state(run: Run, plan: StatePlan) -> TrainState:
-  """Makes the state of the first step on the devices: resumed, loaded or random.
+  """Creates the initial state on the devices: resumed, loaded or random.
 
   Raises:
-    ValueError: a checkpoint does not fit the run, or is damaged.
+    ValueError: A checkpoint does not fit the run, or is damaged.
   """
   if run.resumed is not None:
     say(f"resuming from step {run.resumed.step} in {run.logger.output_dir}")
@@ -208,17 +208,17 @@ def initial_state(run: Run, plan: StatePlan) -> TrainState:
     params = plan.init(jax.random.key(seed))
   else:
     params = run.source.load_params(dtype=plan.start_dtype, shardings=plan.param_shardings)
-  # If there was no memory for them, jax says so here; on CPUs, who asks for a result of `start`
-  # that does not need them would wait for ever.
+  # If there is no memory for the parameters, jax raises here. On CPUs, waiting for a result of
+  # `start` that does not depend on them would hang instead.
   jax.block_until_ready(params)
   return plan.start(params, jax.random.key_data(jax.random.key(seed)))
 
 
 def open_batches(run: Run) -> Any:
-  """Opens the training data where the run begins; loads TensorFlow for mixtures.
+  """Opens the training data at the run's starting position; imports TensorFlow for mixtures.
 
   Raises:
-    ValueError: the data is not what the flags say, or the saved position is of other data.
+    ValueError: The data does not match the options, or the saved position belongs to other data.
   """
   from ll3m.data.batching import open_dataset
 
@@ -229,7 +229,7 @@ def open_batches(run: Run) -> Any:
 
 
 def show_batches(run: Run, batches: Any) -> None:
-  """Prints the first batches of a stream as text, and leaves the stream where it was."""
+  """Prints the first batches of a stream as text, and restores the stream's position."""
   from ll3m.data.preview import show
 
   if not run.options.show_batches or jax.process_index():
@@ -242,10 +242,10 @@ def show_batches(run: Run, batches: Any) -> None:
 
 
 def open_held_out(run: Run) -> Any:
-  """Opens the evaluation data; None if there is no evaluation.
+  """Opens the evaluation data; returns None if there is no evaluation.
 
   Raises:
-    ValueError: the data is not what the flags say.
+    ValueError: The data does not match the options.
   """
   from ll3m.data.batching import open_dataset
 
@@ -257,9 +257,10 @@ def open_held_out(run: Run) -> Any:
 def held_out_evaluation(
   run: Run, stream: Any, eval_step: Callable[..., Any], stop: StopRequest
 ) -> Callable[[Any], dict[str, float]]:
-  """Returns parameters -> record of an evaluation; the batches are read once and kept.
+  """Returns a function that evaluates parameters and returns a record.
 
-  What it returns raises `Stopped` between two batches if it was asked to stop.
+  The function reads the batches once and keeps them. It raises `Stopped` between batches if a stop
+  was requested.
   """
 
   @functools.cache
@@ -282,16 +283,16 @@ def held_out_evaluation(
 
 
 def write_companions(run: Run) -> None:
-  """Puts the run's tokenizer and the source's config files beside the checkpoints.
+  """Saves the run's tokenizer and the source's config files beside the checkpoints.
 
-  The folder of the tokenizer holds the run's and no other: of two, the wrong one would be read.
-  A run that goes on has them already.
+  The tokenizer folder must hold no other tokenizer, which might be read instead. A resumed run
+  already has these files.
   """
   if jax.process_index() or run.resumed is not None:
     return
   output = epath.Path(run.logger.output_dir)
   own = run.tokenizer_config.is_checkpoints_own
-  # What an earlier attempt left; `save` makes its folder anew by itself.
+  # Removes files of an earlier attempt. `save` replaces its own folder.
   for name in (folders.SOURCE, *([folders.TOKENIZER] if own else [])):
     if (output / name).exists():
       (output / name).rmtree()

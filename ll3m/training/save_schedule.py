@@ -1,4 +1,4 @@
-"""When a run is saved: by steps, by time, and at its end."""
+"""Schedule of checkpoints: by steps, by time and at the end of the run."""
 
 import time
 
@@ -6,15 +6,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Steps after which several processes compare clocks. Asking waits for the step that is under way,
-# so it costs about what launching a step does, a few milliseconds in the time of ten steps.
+# Steps between broadcasts of process 0's decision. A broadcast waits for the step under way, so it
+# costs about as much as launching a step: a few milliseconds in the time of ten steps.
 _ASK_EVERY = 10
 
 
 class SaveSchedule:
-  """Decides after which steps to save; all processes get the same answer.
+  """Decides after which steps to save, alike on all processes.
 
-  Clocks differ between processes, which have to save the same step, so process 0's clock decides.
+  All processes must save the same step but their clocks differ, so process 0's clock decides.
   """
 
   def __init__(self, total_steps: int, *, every_steps: int, every_minutes: float):
@@ -23,7 +23,7 @@ class SaveSchedule:
     Args:
       total_steps: Last step of the run, which is always saved.
       every_steps: Steps between checkpoints; 0 for none.
-      every_minutes: Minutes from one checkpoint, of whatever reason, to the next; 0 for none.
+      every_minutes: Minutes since the last checkpoint of either kind; 0 for none.
     """
     self._total_steps = total_steps
     self._every_steps = every_steps
@@ -31,11 +31,11 @@ class SaveSchedule:
     self.restart()
 
   def restart(self) -> None:
-    """Starts the clock anew; call when a step is saved."""
+    """Restarts the clock; call when a step is saved."""
     self._since = time.monotonic()
 
   def due(self, step: int) -> bool:
-    """Says whether to save; all processes have to ask after every step."""
+    """Returns whether to save; all processes must call it after every step."""
     if step == self._total_steps or (self._every_steps and step % self._every_steps == 0):
       return True
     if not self._seconds:

@@ -1,6 +1,6 @@
-"""One optimizer step and one evaluation step, as pure functions to be jitted.
+"""The optimizer step and the evaluation step, as pure functions to be jitted.
 
-Dimensions: A micro-steps, B sequences per micro-step, T length.
+Dimensions: A micro-steps, B sequences per micro-step, T tokens per sequence.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from ll3m.training.optimizer import apply, updates_made
 
 
 class TrainState(NamedTuple):
-  """Everything that a step changes.
+  """The state that a training step updates.
 
   Attributes:
-    step: optimizer steps done.
-    params: of the model, in the run's param_dtype.
-    opt_state: of the optimizer.
-    rng: key data from which this run's random numbers derive.
+    step: Number of finished optimizer steps.
+    params: Parameters of the model, in the run's param_dtype.
+    opt_state: State of the optimizer.
+    rng: Key data from which the run's random numbers derive.
   """
 
   step: Int[Array, ""]
@@ -34,15 +34,15 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-  """What a training step reports, float32 scalars.
+  """Metrics of a training step, float32 scalars.
 
   Attributes:
-    sums: over the step's tokens.
-    gradient_norm: global norm, before clipping.
-    parameter_norm: global norm, after the update.
-    learning_rate: that the update used; of a step that was skipped, that the next one will use.
-      NaN without a schedule.
-    skipped: 1 if loss or gradient were not finite and nothing was updated, else 0.
+    sums: Sums over the tokens of the step.
+    gradient_norm: Global norm of the gradient, before clipping.
+    parameter_norm: Global norm of the parameters, after the update.
+    learning_rate: Learning rate of the update, or of the next update if the step was skipped. NaN
+      without a schedule.
+    skipped: 1 if loss or gradient was not finite and nothing was updated, else 0.
   """
 
   sums: Sums
@@ -66,25 +66,25 @@ def make_train_step(
   stochastic_rounding: bool = False,
   loss_fn: LossFunction | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """Returns (state, batch [A, B, T]) -> (state, metrics).
+  """Returns a training step: (state, batch [A, B, T]) -> (state, metrics).
 
   The gradient is that of the mean loss over all tokens of all micro-steps: each micro-step's
-  summed loss is divided by the total before differentiating. Averaging the micro-steps' means, as
-  `optax.MultiSteps` does, gives another gradient when they hold different numbers of tokens.
+  summed loss is divided by the total before differentiating. Averaging the means of micro-steps,
+  as `optax.MultiSteps` does, gives a different gradient if their numbers of tokens differ.
 
-  A step whose loss or gradient is not finite leaves parameters and optimizer as they are, to the
-  bit. (`optax.apply_if_finite` applies such an update after a number of them.)
+  A step with a non-finite loss or gradient leaves parameters and optimizer state unchanged, to the
+  bit. (`optax.apply_if_finite` applies such an update after a number of consecutive ones.)
 
   Args:
-    model: the decoder.
-    optimizer: any optax transformation.
-    schedule: its learning rate by number of updates, for the metrics; the optimizer's state must
-      count them, as that of every optimizer with a schedule does.
-    z_loss: weight of the z-loss.
-    accumulator_dtype: in which the micro-steps' gradients are summed.
-    stochastic_rounding: Whether bfloat16 parameters are rounded at random, from the state's rng and
+    model: The decoder.
+    optimizer: Any optax transformation.
+    schedule: Learning rate by number of updates, for the metrics. The optimizer's state must count
+      updates, as that of every optimizer with a schedule does.
+    z_loss: Weight of the z-loss.
+    accumulator_dtype: Dtype in which micro-step gradients are accumulated.
+    stochastic_rounding: Whether to round bfloat16 parameters at random, by the state's rng and
       step.
-    loss_fn: another loss than that of the next token; the gradient is that of the sum of losses
+    loss_fn: Loss to use instead of the next-token loss; the gradient is that of the sum of losses
       over the sum of weights.
   """
 
@@ -121,10 +121,10 @@ def make_train_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     if loss_fn is None:
-      # A batch without a single target has no loss and no gradient, not 0 / 0.
+      # A batch without targets has loss and gradient 0, not 0 / 0.
       total = jnp.maximum(jnp.sum(batch.mask), 1.0)
       gradients, sums = accumulate(state.params, batch, total)
-    else:  # whose weights are known only with its losses
+    else:  # the weights are known only together with the losses
       gradients, sums = accumulate(state.params, batch, 1.0)
       scale = 1 / jnp.where(sums.weight == 0, 1.0, sums.weight)
       gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
@@ -152,7 +152,7 @@ def make_train_step(
 
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], Sums]:
-  """Returns (params, batch [B, T]) -> sums over the batch's tokens."""
+  """Returns an evaluation step: (params, batch [B, T]) -> sums over the tokens of the batch."""
   return lambda params, batch: token_sums(model, params, batch)
 
 

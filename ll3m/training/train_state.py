@@ -1,4 +1,4 @@
-"""The state of a training run on its devices: shapes, shardings, and how it is made."""
+"""The state of a training run on its devices: shapes, shardings and initialisation."""
 
 import dataclasses
 import math
@@ -22,15 +22,15 @@ Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 @dataclasses.dataclass(frozen=True)
 class StatePlan:
-  """Shapes and shardings of a `TrainState`, and how to make one, before any memory is used.
+  """Shapes, shardings and initialisers of a `TrainState`; uses no device memory.
 
   Attributes:
-    params: shapes with shardings.
-    state: of the whole state, the same.
-    start_dtype: Dtype of the parameters that a state is made from: float32 where the optimizer
-      keeps a master copy, which begins with all that the source holds; else the parameters' own.
-    init: rng -> random parameters on the devices, in `start_dtype`.
-    start: parameters in `start_dtype`, rng -> the state before the first step.
+    params: Shapes of the parameters, with shardings.
+    state: Shapes of the whole state, with shardings.
+    start_dtype: Dtype of the parameters from which a state is initialised: float32 if the optimizer
+      keeps a master copy, which starts at the source's full precision; else the param_dtype.
+    init: Jitted rng -> random parameters on the devices, in `start_dtype`.
+    start: Jitted (parameters in `start_dtype`, rng) -> state before the first step.
   """
 
   params: Shapes
@@ -41,18 +41,18 @@ class StatePlan:
 
   @property
   def param_shardings(self) -> dict[str, dict[str, jax.sharding.Sharding]]:
-    """The sharding of every parameter."""
+    """Sharding of every parameter."""
     return jax.tree.map(lambda x: x.sharding, self.params)
 
   def count(self) -> int:
-    """Number of parameters."""
+    """Returns the number of parameters."""
     return sum(x.size for x in jax.tree.leaves(self.params))
 
 
 def plan_state(
   model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, *, param_dtype: str
 ) -> StatePlan:
-  """Works out the train state of a model on a mesh."""
+  """Plans the train state of a model on a mesh."""
   dtype = DTYPES[param_dtype]
 
   def cast(params, dtype):
@@ -89,7 +89,7 @@ def plan_state(
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Returns what one device holds of arrays, given as shapes with shardings."""
+  """Returns the bytes of arrays on one device, given shapes with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

@@ -164,7 +164,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(start, uninterrupted, tmp_pa
     job.wait_for(lambda: "Ctrl-C again" in job.said())
     job.signal(signal.SIGINT)
     assert job.end(5) == preemption.INTERRUPTED, job.said()
-  last = "ended by Ctrl-C; the steps that were saved before are complete"
+  last = "stopped by Ctrl-C without saving; earlier checkpoints are intact"
   assert job.said().splitlines()[-1] == last
   assert checkpoint.finished_steps(output) == [first]
 

@@ -118,8 +118,8 @@ def test_diverging_run_ends_and_writes_its_documents(start, tmp_path, text):
     assert job.end() == 1, job.said()
   last = job.said().splitlines()[-1]
   assert last.startswith(
-    "error: the loss or gradient of 3 steps in a row (2 to 4) was not finite; the parameters are "
-    "those of step 1; "
+    "error: the loss or gradient of 3 consecutive steps (2 to 4) was not finite; the parameters "
+    "are those of step 1; "
   )
   assert "Traceback" not in job.said()
   assert "step 2/50  no step had a finite loss and gradient" in job.said()

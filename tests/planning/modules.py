@@ -1,4 +1,4 @@
-"""Modules written as text, which XLA's own parser reads."""
+"""Modules written as text and read by XLA's own parser."""
 
 from jaxlib import _hlo
 

@@ -1,4 +1,4 @@
-"""Collectives of programs that say which ones they want, on eight devices."""
+"""Collectives of programs that request them explicitly, on eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ll3m.planning.collectives import Collective, collectives, device_groups
 from tests.planning.modules import module_of
 
 AXES = {"dp": 2, "fsdp": 2, "mp": 2}
-SIZE = 64  # of a device's part, floats
+SIZE = 64  # floats per device
 BYTES = 4 * SIZE
 LOOPS = 5
 
@@ -31,11 +31,11 @@ def sent(body, *, loops=LOOPS):
 
 
 def part(x, axis):
-  """The device's own part of what all of an axis hold."""
+  """Returns the device's own part of an array gathered over an axis."""
   return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * SIZE, SIZE)
 
 
-# Kind, axis, and what a ring of the axis' devices sends for each byte of the operand.
+# Body, axis, and the bytes that a device sends in a ring for each byte of the operand.
 PROGRAMS = {
   "all-reduce": (lambda x: jax.lax.psum(x, "mp") * 0.5, "mp", 2 * 1 / 2),
   "all-reduce over two": (lambda x: jax.lax.psum(x, ("dp", "fsdp")) * 0.5, "dp+fsdp", 2 * 3 / 4),
@@ -51,13 +51,13 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_kind_axis_and_bytes(name):
+def test_collectives_have_the_kind_axis_and_bytes_of_the_program(name):
   body, axis, share = PROGRAMS[name]
   kind = name.split(" ")[0]
   assert sent(body) == [Collective(kind, LOOPS * BYTES * share, axis, False)]
 
 
-def test_two_axes_are_two_entries_and_the_larger_comes_first():
+def test_each_axis_has_its_own_entry_and_the_largest_is_first():
   found = sent(lambda x: jax.lax.psum(jax.lax.psum(x[:8], "dp").sum() + x, "mp") * 0.1)
   assert [(row.axis, row.kind) for row in found] == [("mp", "all-reduce"), ("dp", "all-reduce")]
 
@@ -100,12 +100,12 @@ ENTRY %main (a: f32[64]) -> f32[64] {{
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_groups(form):
+def test_groups_are_read_in_all_forms(form):
   assert sorted(map(tuple, groups_of(form).tolist())) == [(0, 2), (1, 3), (4, 6), (5, 7)]
 
 
 @pytest.mark.parametrize("groups", ["mesh['dp'=8] {'dp':(2)4}", "{}"])
-def test_what_is_not_known_is_not_guessed(groups):
+def test_unknown_groups_are_none(groups):
   assert groups_of(f"all-reduce(%a), replica_groups={groups}, to_apply=%add") is None
 
 
@@ -147,8 +147,8 @@ for name, text in {
   MODULE = MODULE.replace(name, text)
 
 
-def test_what_the_tpu_compiler_makes_of_collectives():
-  """A gather that two fusions share, a scatter in disguise, one that the host's network runs."""
+def test_collectives_are_found_in_the_forms_of_the_tpu_compiler():
+  """A gather that two fusions share, a fused reduce-scatter, and one over the hosts' network."""
   slices = np.array([0, 0, 0, 0, 1, 1, 1, 1])
   assert set(collectives(module_of(MODULE), AXES, slices)) == {
     Collective("all-gather", 128.0, "mp", False),

@@ -1,7 +1,7 @@
-"""What the TPU's compiler makes of a training step on a mesh: kernels, and what must not be there.
+"""The training step on a mesh, as the TPU compiler compiles it: kernels, gathers and memory.
 
-In a process of its own: libtpu, once loaded, changes what jax sees. What compiled is kept from run
-to run.
+It is compiled in a separate process, because libtpu, once loaded, changes the devices that jax
+sees. Results are cached between runs.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-# Sizes that stand for nothing else: a dimension tells what an array is.
+# Sizes that occur nowhere else, so that the dimensions of an array identify it.
 LENGTH, ROWS, VOCABULARY = 384, 4, 4224
 
 COMPILE = """
@@ -36,7 +36,7 @@ program = make_program(options, OptimizerConfig(), config, mesh)
 batch = batch_shapes(mesh, 1, rows, length)
 if kind == "step":
   lowered = program.step.lower(program.plan.state, batch)
-else:  # the same model with the logits that a training step must not have
+else:  # the same model, with the logits that a training step must not hold
   def logits(params, tokens):
     return program.model.logits(params, program.model.hidden(params, tokens))
   tokens = batch_shapes(mesh, rows, length).inputs
@@ -62,7 +62,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def compiled(kept):
-  """Returns a function that returns the facts of a compiled program."""
+  """Returns a function from the kind of a program to facts about it, compiled."""
   return lambda kind: kept.get((COMPILE, kind, LENGTH, ROWS, VOCABULARY), lambda: facts(kind))
 
 
@@ -83,7 +83,7 @@ def _python_path() -> dict[str, str]:
 
 
 def has_logits(shapes: list[list[int]]) -> bool:
-  """Whether an array holds a device's rows of tokens, or one row of them, for all of V's part."""
+  """Returns whether an array has tokens by vocabulary: a device's rows or one row, V or V / 2."""
   tokens = {LENGTH, ROWS * LENGTH, ROWS // 2 * LENGTH}
   return any(tokens & set(shape) and {VOCABULARY, VOCABULARY // 2} & set(shape) for shape in shapes)
 
@@ -93,7 +93,7 @@ def step(compiled):
   return compiled("step")
 
 
-def test_the_kernels_are_in_the_program(step):
+def test_the_program_has_all_kernels(step):
   assert set(step["kernels"]) == {
     "flash_attention_forward", "flash_attention_backward", "norm_forward", "norm_backward",
     "rotary_embedding", "rotary_embedding_inverse",
@@ -101,18 +101,18 @@ def test_the_kernels_are_in_the_program(step):
 
 
 def test_only_parameters_are_gathered(step):
-  """Neither keys and values nor any other activation: no gathered array has a dimension of T."""
+  """Keys, values and other activations are not: no gathered array has a dimension of T."""
   assert step["gathered"]
   for shapes in step["gathered"]:
     for shape in shapes:
       assert not {LENGTH, ROWS * LENGTH, ROWS // 2 * LENGTH} & set(shape), shape
 
 
-def test_there_are_no_logits(step, compiled):
+def test_the_program_holds_no_logits(step, compiled):
   assert not has_logits(step["shapes"])
-  assert has_logits(compiled("logits")["shapes"])  # they would be seen if there were
+  assert has_logits(compiled("logits")["shapes"])  # the check detects logits
 
 
 def test_the_state_is_donated(step):
-  """The new state takes the old one's memory: all of it but what tiles add."""
+  """The new state uses the memory of the old one, up to the padding of tiles."""
   assert step["aliased"] >= step["state"]

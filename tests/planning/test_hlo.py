@@ -1,4 +1,4 @@
-"""Reading compiled modules: loops, products and memory against what the programs say."""
+"""Loops, products and memory traffic read from compiled modules, against their programs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def compiled(function, *shapes):
   return hlo.read(jax.jit(function).lower(*arguments).compile())
 
 
-def test_products_in_nested_loops_count_as_often_as_they_run():
+def test_products_in_nested_loops_count_once_per_iteration():
   def step(x, weights):
     def outer(x, _):
       return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0], None
@@ -24,7 +24,7 @@ def test_products_in_nested_loops_count_as_often_as_they_run():
   assert costs.flops(module, 0.0) == (3 * 5 + 1) * 2 * 64 * 128 * 128
 
 
-def test_a_loop_without_a_count_runs_once():
+def test_a_loop_of_unknown_length_counts_once():
   def step(x):
     return jax.lax.while_loop(lambda x: jnp.sum(x) < 0, lambda x: x @ x, x)
 
@@ -36,8 +36,8 @@ def test_a_fusion_reads_its_operands_and_writes_its_result():
   assert costs.hbm_bytes(module) == 3 * 256 * 512 * 4
 
 
-def test_a_slice_of_a_stack_is_all_that_is_read():
-  """Each layer reads its own slice: the stack once in all, and not once per layer."""
+def test_only_the_slice_of_a_stack_is_read():
+  """Each layer reads its own slice, so the stack is read once and not once per layer."""
   layers, size = 64, 4096
 
   def step(x, stack):
@@ -45,7 +45,7 @@ def test_a_slice_of_a_stack_is_all_that_is_read():
 
   found = costs.hbm_bytes(compiled(step, (size,), (layers, size)))
   row = size * 4
-  # Each layer's slice and x are read and x is written; then x is copied once, and there are counts.
+  # Each layer reads its slice and x, and writes x. x is also copied once, and there are counters.
   assert 0 <= found - 3 * layers * row < 3 * row
 
 
@@ -76,12 +76,12 @@ ENTRY %main (a: f32[64,256], b: s32[]) -> f32[1,256] {
 """
 
 
-def test_a_slice_in_a_fusion_within_a_fusion_is_all_that_is_read():
+def test_only_the_slice_in_a_nested_fusion_is_read():
   assert costs.hbm_bytes(module_of(NESTED)) == 2 * 256 * 4
 
 
-# What the TPU's compiler makes of products; the last one is a batch of eight: its windows are
-# padded so that all but the diagonal lies outside.
+# Products as the TPU compiler writes them. The last one is a batch of eight, whose windows are
+# padded so that all but the diagonal products are with padding.
 CONVOLUTIONS = {
   "plain": (
     "f32[64,96]", "bf16[64,128]", "bf16[128,96]", "dim_labels=bf_io->bf", 64 * 96 * 128
@@ -102,7 +102,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_products_written_as_convolutions(name):
+def test_flops_of_products_written_as_convolutions(name):
   out, left, right, attributes, multiplications = CONVOLUTIONS[name]
   module = module_of(
     f"""HloModule jit_step
@@ -116,7 +116,7 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
   assert costs.flops(module, 0.0) == 2 * multiplications
 
 
-def test_arrays_know_their_size_and_place():
+def test_arrays_have_their_size_and_memory_space():
   module = module_of(
     """HloModule m
 ENTRY %main () -> (bf16[3,5], pred[7], u32[]) {
@@ -133,14 +133,14 @@ ENTRY %main () -> (bf16[3,5], pred[7], u32[]) {
 
 
 @pytest.mark.parametrize(
-  "data, message", [(b"", "it has no entry computation"), (b"\xff", "not a serialized HLO module")]
+  "data, message", [(b"", "no entry computation"), (b"\xff", "not a serialized HLO module")]
 )
-def test_other_bytes_are_refused(data, message):
+def test_bytes_that_are_no_module_are_refused(data, message):
   with pytest.raises(ValueError, match=message):
     hlo.parse(data)
 
 
-def test_an_asynchronous_slice_is_named_after_what_it_does():
+def test_an_asynchronous_slice_is_named_after_its_operation():
   module = module_of(
     """HloModule m
 %wrapped (p: f32[64,256]) -> f32[1,256] {

@@ -1,4 +1,4 @@
-"""The search for a batch and for what makes a run fit, with a memory that is made up."""
+"""Searches for the largest batch and for changes that make a run fit, with made-up memory."""
 
 import types
 
@@ -23,17 +23,17 @@ def job(rows=8, **options):
   )
 
 
-@pytest.mark.parametrize("room", [0, 3, 4, 5, 11, 12, 63, 64, 1000])
+@pytest.mark.parametrize("capacity", [0, 3, 4, 5, 11, 12, 63, 64, 1000])
 @pytest.mark.parametrize("first", [4, 8, 100])
-def test_the_largest_batch_is_found_in_few_attempts(room, first):
-  """Rows come in fours, one for each of dp x fsdp."""
+def test_the_largest_batch_is_found_in_few_attempts(capacity, first):
+  """Rows are a multiple of dp x fsdp = 4."""
   tried = []
 
   def try_job(changed):
     tried.append(changed.rows)
-    return types.SimpleNamespace(fits=changed.rows <= room)
+    return types.SimpleNamespace(fits=changed.rows <= capacity)
 
-  assert largest_batch(job(first), try_job) == (room // 4 * 4 or None)
+  assert largest_batch(job(first), try_job) == (capacity // 4 * 4 or None)
   assert all(rows % 4 == 0 for rows in tried) and len(tried) == len(set(tried))
   assert len(tried) <= 17
 
@@ -64,7 +64,7 @@ def test_the_cheapest_change_is_advised():
   )
 
 
-def test_a_state_that_is_too_large_is_not_cured_by_fewer_activations():
+def test_a_state_that_is_too_large_needs_more_fsdp_not_fewer_activations():
   tried = []
 
   def fits(changed):
@@ -75,5 +75,5 @@ def test_a_state_that_is_too_large_is_not_cured_by_fewer_activations():
   assert tried == ["2,2,2"]
 
 
-def test_what_nothing_cures_is_said():
-  assert "it needs more chips" in advice(lambda _: False)
+def test_more_chips_are_advised_if_no_change_is_enough():
+  assert "more chips" in advice(lambda _: False)

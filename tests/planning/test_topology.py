@@ -1,4 +1,4 @@
-"""Machines that are not here, as libtpu describes them, which wants a process of its own."""
+"""Machines as libtpu describes them, in a separate process, which libtpu requires."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ for name, slices in json.loads(sys.argv[1]):
   found[f"{name} x {slices}"] = [len(devices), devices[0].num_cores, mesh.devices.shape[0]]
 print(json.dumps(found))
 """
-# Devices and the cores of each, as jax has them on the hardware.
+# Number of devices and cores per device, as jax reports them on the hardware.
 EXPECTED = {
   ("v3:4x8", 1): (64, 1),
   ("v4:2x2x4", 1): (16, 2),

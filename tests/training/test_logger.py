@@ -1,4 +1,4 @@
-"""What a run writes, what a resumed run drops, and what the plot shows."""
+"""Records, progress bar, plot and other sinks of a run."""
 
 import io
 import json
@@ -20,7 +20,7 @@ def open_logger(folder, first_step=0):
   return Logger(config, total_steps=4, first_step=first_step, flag_values={"lr": 0.1})
 
 
-def test_records_are_there_at_once_and_lines_are_plain(tmp_path, capsys):
+def test_records_are_written_at_once_and_shown_as_plain_lines(tmp_path, capsys):
   with open_logger(tmp_path) as logger:
     logger.log(1, RECORD)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1} | RECORD]
@@ -31,12 +31,12 @@ def test_records_are_there_at_once_and_lines_are_plain(tmp_path, capsys):
   assert json.loads((tmp_path / "flags.json").read_text()) == {"lr": 0.1}
 
 
-def test_a_resumed_run_drops_what_it_will_make_again(tmp_path):
+def test_a_resumed_run_drops_the_records_of_later_steps(tmp_path):
   with open_logger(tmp_path) as logger:
     for step in (1, 2, 3):
       logger.log(step, RECORD)
   with open(tmp_path / "metrics.jsonl", "a") as file:
-    file.write('{"step": 4, "lo')  # as a killed run leaves it
+    file.write('{"step": 4, "lo')  # the unfinished line of a killed run
   with open_logger(tmp_path, first_step=2) as logger:
     assert logger.has(2, "loss")
     assert not logger.has(2, "eval_loss") and not logger.has(3, "loss")
@@ -46,7 +46,7 @@ def test_a_resumed_run_drops_what_it_will_make_again(tmp_path):
   assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_runs_of_the_same_name_are_not_one_in_weights_and_biases(tmp_path, monkeypatch):
+def test_only_resumed_runs_share_an_id_in_weights_and_biases(tmp_path, monkeypatch):
   ids = []
 
   class Wandb:
@@ -66,7 +66,7 @@ def test_runs_of_the_same_name_are_not_one_in_weights_and_biases(tmp_path, monke
   assert resumed == a and len({a, b, anew}) == 3
 
 
-def test_a_sink_that_fails_in_logging_and_in_closing_is_told_once(tmp_path, monkeypatch, capsys):
+def test_a_sink_that_fails_twice_is_reported_once(tmp_path, monkeypatch, capsys):
   class Wandb:
     logged = 0
 
@@ -86,8 +86,8 @@ def test_a_sink_that_fails_in_logging_and_in_closing_is_told_once(tmp_path, monk
   with Logger(config, total_steps=4, first_step=0, flag_values={}) as logger:
     logger.log(1, RECORD)
     logger.log(2, RECORD)
-  told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-  assert told == ["Weights & Biases is left out from here on: gone"] and wandb.logged == 1
+  told = [line for line in capsys.readouterr().err.splitlines() if "Weights & Biases" in line]
+  assert told == ["Weights & Biases is disabled from here on: gone"] and wandb.logged == 1
   assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -101,7 +101,7 @@ def test_the_plot_is_written_even_when_the_run_fails(tmp_path):
   assert width > 500 and height > 300
 
 
-def test_the_bar_says_that_the_first_step_is_not_finished(tmp_path, monkeypatch):
+def test_the_bar_says_first_step_until_that_step_is_finished(tmp_path, monkeypatch):
   class Terminal(io.StringIO):
     def isatty(self):
       return True

@@ -1,4 +1,4 @@
-"""FLOPs by counting every matrix product, and records from sums."""
+"""FLOPs against a count of every matrix product, and records from sums."""
 
 import math
 
@@ -12,7 +12,7 @@ from ll3m.training.step import StepMetrics
 
 
 def counted_flops(config, length):
-  """Multiply-adds of one row's forward pass, product by product; times 2, times 3 for training."""
+  """Counts the multiply-adds of one row's forward pass; returns that times 2, times 3."""
   heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
   total = 0
   for _ in range(config.num_layers):
@@ -29,14 +29,14 @@ def counted_flops(config, length):
 
 @pytest.mark.parametrize("preset", ["llama2_7b", "mistral_7b", "gemma_2b", "phi_2"])
 @pytest.mark.parametrize("length", [512, 6000])
-def test_flops_per_token(preset, length):
+def test_flops_per_token_match_a_count_of_all_products(preset, length):
   config = families.get_preset(preset).config.replace(num_layers=2)
-  # The formula's mean over a causal mask is length / 2, the count's (length + 1) / 2.
+  # Under a causal mask, the formula takes length / 2 keys on average, the count (length + 1) / 2.
   expected = counted_flops(config, length) / length
   assert metrics.flops_per_token(config, length) == pytest.approx(expected, rel=1e-3)
 
 
-def test_records_weigh_by_tokens():
+def test_records_are_weighted_by_tokens():
   few = Sums(*map(np.float32, (10.0, 1.0, 1.0, 2.0, 4.0)))
   many = Sums(*map(np.float32, (20.0, 2.0, 5.0, 8.0, 10.0)))
   steps = [
@@ -51,7 +51,7 @@ def test_records_weigh_by_tokens():
   }  # fmt: skip
 
 
-def test_an_evaluation_without_targets_has_no_nan():
+def test_sums_without_targets_give_no_nan():
   nothing = Sums(*map(np.float32, (0, 0, 0, 0, 0)))
   assert metrics.ratios(nothing) == {"loss": 0.0, "z_loss": 0.0, "accuracy": 0.0}
   record = metrics.eval_record(Sums(*map(np.float32, (8.0, 0, 1, 4, 5))), 2.0)

@@ -1,4 +1,4 @@
-"""What a resumed run reads before its first step, and how often: Python's audit hook counts."""
+"""Files that a resumed run reads before its first step, counted by Python's audit hook."""
 
 import collections
 import contextlib
@@ -32,7 +32,7 @@ watched: list[tuple[Path, collections.Counter]] = []
 
 
 def audit(event, arguments):
-  """Counts what happens under the watched folder, by event, path, and whether we did it."""
+  """Counts file accesses in the watched folder, by event, path and whether our code made them."""
   if not watched or event not in ("os.listdir", "os.scandir", "open"):
     return
   (folder, counts), path = watched[-1], str(arguments[0])
@@ -46,7 +46,7 @@ def audit(event, arguments):
 
 @pytest.fixture(scope="module")
 def watching():
-  sys.addaudithook(audit)  # which stays; it counts only within this
+  sys.addaudithook(audit)  # cannot be removed; it counts only within `watch`
 
   @contextlib.contextmanager
   def watch(folder):
@@ -89,16 +89,16 @@ def test_a_resumed_run_lists_each_folder_and_opens_its_step_once(tmp_path, watch
   jax.tree.map(np.testing.assert_array_equal, restored, state._replace(step=np.int32(6)))
 
   listed = {(path, ours): n for (what, path, ours), n in counts.items() if what != "open"}
-  # glob looks into the folder of the position, where Orbax puts a file of its own beside ours.
+  # glob lists the folder of the position, in which Orbax puts a file of its own.
   assert {path: n for (path, ours), n in listed.items() if ours} == {
     "checkpoints": 1, "checkpoints/6/dataset": 1,
   }  # fmt: skip
-  # Orbax's manager lists the steps, and before that those that it left unfinished; it takes no list
-  # from us. Its reader of arrays lists what each process wrote of them.
+  # Orbax's manager lists the unfinished steps and then all steps; it accepts no list from us. Its
+  # reader of arrays lists the files that each process wrote.
   assert listed.pop(("checkpoints", False)) <= 2
   assert set(listed.values()) == {1}, listed
   opened = {path: n for (what, path, ours), n in counts.items() if what == "open" and ours}
-  # Each file is opened once for its checksum, and two once more for what is in them.
+  # Each file is opened once for its checksum, and two of them once more for their content.
   twice = {"checkpoints/6/meta/metadata", "checkpoints/6/dataset/shard.state"}
   assert {path for path, n in opened.items() if n == 2} == twice
   assert opened.pop("checkpoints/6/digests.json") == 1

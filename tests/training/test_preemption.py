@@ -1,4 +1,4 @@
-"""What listening for SIGTERM and Ctrl-C does, and what is left of it."""
+"""Requests to stop by SIGTERM and Ctrl-C, and the clean-up after listening for them."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ def descriptors() -> set[str]:
   return set(os.listdir("/proc/self/fd"))
 
 
-def test_a_request_is_heard_and_nothing_is_left_of_listening():
+def test_sigterm_requests_a_stop_and_all_handlers_are_restored():
   heard = []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append("before"))
   ours, theirs = socket.socketpair()
@@ -34,7 +34,7 @@ def test_a_request_is_heard_and_nothing_is_left_of_listening():
           time.sleep(0.01)
     assert not heard and stop.exit_code == EXIT_CODE
     assert descriptors() == opened and set(threading.enumerate()) == threads
-    os.kill(os.getpid(), signal.SIGTERM)  # heard by whom it was before
+    os.kill(os.getpid(), signal.SIGTERM)  # handled by the previous handler
     assert heard == ["before"] and ours.recv(9) == bytes([signal.SIGTERM])
   finally:
     signal.set_wakeup_fd(wakeup)
@@ -44,8 +44,8 @@ def test_a_request_is_heard_and_nothing_is_left_of_listening():
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_ctrl_c_is_a_request_that_is_answered_at_once(handler, capfd):
-  """Except in the background of a script, where shells have it ignored."""
+def test_ctrl_c_requests_a_stop_and_is_answered_at_once(handler, capfd):
+  """Ctrl-C stays ignored in the background of a script, where shells ignore SIGINT."""
   before = signal.signal(signal.SIGINT, handler)
   try:
     with StopRequest() as stop:
@@ -59,7 +59,7 @@ def test_ctrl_c_is_a_request_that_is_answered_at_once(handler, capfd):
         stop.check()
       else:
         assert stop.exit_code == 130
-        assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        assert "Ctrl-C again" in capfd.readouterr().err
         with pytest.raises(Stopped):
           stop.check()
     assert signal.getsignal(signal.SIGINT) is handler

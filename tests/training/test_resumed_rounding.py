@@ -1,4 +1,4 @@
-"""bfloat16 parameters over a save and a resume, and what their optimizer takes on a device."""
+"""bfloat16 parameters across a save and a resume, and the memory of their optimizer state."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def train(made, mesh, state, steps):
 
 
 @pytest.mark.parametrize("update", ["stochastic", "master"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(update, tmp_path):
+def test_resume_is_bitwise_with_bfloat16_parameters(update, tmp_path):
   mesh = sharding.make_mesh("2,2,2")
   made = program(update, mesh)
   plan, rng = made.plan, jax.random.key_data(KEY)
@@ -57,7 +57,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(update, tmp_path
   jax.tree.map(np.testing.assert_array_equal, resumed, expected)
 
 
-def test_a_master_copy_begins_with_all_that_the_source_holds():
+def test_a_master_copy_starts_at_full_precision():
   made = program("master", sharding.make_mesh("1,1,8"))
   assert made.plan.start_dtype == jnp.float32
   wide = made.plan.init(KEY)
@@ -72,8 +72,8 @@ def test_a_master_copy_begins_with_all_that_the_source_holds():
 @pytest.mark.parametrize(
   ("update", "bytes_of_a_parameter"), [("nearest", 4), ("stochastic", 4), ("master", 12)]
 )
-def test_the_state_takes_the_bytes_that_the_flags_help_says(update, bytes_of_a_parameter):
-  """Beside 2 of the parameter itself; the same numbers are those that `ll3m.plan` adds up."""
+def test_the_optimizer_state_takes_the_bytes_that_the_help_states(update, bytes_of_a_parameter):
+  """A parameter takes 2 more bytes itself; `ll3m.plan` adds up the same numbers."""
   plan = program(update, sharding.make_mesh("8,1,1")).plan
   assert bytes_per_device(plan.params) == 2 * plan.count()
   counters = bytes_per_device(plan.state.opt_state) - bytes_of_a_parameter * plan.count()

@@ -1,4 +1,4 @@
-"""bfloat16 parameters against numpy: stochastic rounding to the bit, the master copy to float32."""
+"""bfloat16 parameters against numpy: stochastic rounding and the master copy, to the bit."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KEY = jax.random.key(3)
 
 
 def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The bfloat16 values around each float32, as float64: towards zero, and away from it."""
+  """Returns the bfloat16 values around each float32, in float64: towards zero and away from it."""
   low = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
   infinity = np.copysign(np.inf, x).astype(ml_dtypes.bfloat16)
   above = np.nextafter(low.astype(ml_dtypes.bfloat16), infinity)
@@ -24,8 +24,8 @@ def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return low.astype(np.float64), np.where(exact, low, above.astype(np.float32)).astype(np.float64)
 
 
-def test_only_the_two_neighbours_and_the_exact_mean():
-  """How often a value is rounded up is binomial: within five deviations of its mean."""
+def test_values_round_to_a_neighbour_with_the_exact_mean():
+  """The number of times a value is rounded up is binomial: within five deviations of its mean."""
   rng = np.random.default_rng(0)
   x = np.concatenate([
     rng.normal(size=300) * 10.0 ** rng.integers(-30, 30, 300),
@@ -45,8 +45,8 @@ def test_only_the_two_neighbours_and_the_exact_mean():
   assert (np.signbit(rounded[0]) == np.signbit(x)).all()
 
 
-def test_every_lower_half_is_rounded_up_as_often_as_it_is_large():
-  """Brute force over all 2^16: it is added to the same random bits as numpy adds them."""
+def test_rounding_of_every_lower_half_matches_numpy():
+  """All 2^16 lower halves are added to the same random bits in numpy."""
   lower = np.arange(2**16, dtype=np.uint32)
   x = (np.uint32(0xC0490000) | lower).view(np.float32)  # -3.14...
   noise = np.asarray(jax.random.bits(KEY, x.shape, jnp.uint16)).astype(np.uint32)
@@ -55,7 +55,7 @@ def test_every_lower_half_is_rounded_up_as_often_as_it_is_large():
   np.testing.assert_array_equal(rounded.view(np.uint16), expected)
 
 
-def test_what_is_not_finite_stays_and_what_overflows_is_infinite():
+def test_non_finite_values_are_unchanged_and_overflow_is_infinite():
   biggest = np.finfo(np.float32).max
   x = jnp.array([np.inf, -np.inf, np.nan, biggest, -biggest], jnp.float32)
   x = x.at[2].set(jax.lax.bitcast_convert_type(jnp.uint32(0x7FFFFFFF), jnp.float32))
@@ -65,7 +65,7 @@ def test_what_is_not_finite_stays_and_what_overflows_is_infinite():
     assert rounded[3] >= 3.38e38 and rounded[4] <= -3.38e38
 
 
-def test_arrays_have_their_own_bits_wherever_they_lie():
+def test_random_bits_differ_by_array_and_do_not_depend_on_sharding():
   x = {"a": jnp.full((64, 32), 1 + 2**-8), "b": jnp.full((64, 32), 1 + 2**-8), "c": jnp.ones(8)}
   like = {"a": jnp.bfloat16(0), "b": jnp.bfloat16(0), "c": jnp.float32(0)}
   cast = jax.jit(lambda tree, key: cast_stochastically(tree, like, key))
@@ -91,7 +91,7 @@ def gradients(number):
 
 
 def after(step, params, state):
-  """Parameters and state after 60 steps."""
+  """Returns parameters and state after 60 steps."""
   step = jax.jit(step)
   for number in range(60):
     params, state = step(params, state, number)
@@ -99,7 +99,7 @@ def after(step, params, state):
 
 
 def trajectory(kind, update, params):
-  """What `apply` makes of parameters that are kept in bfloat16."""
+  """Returns the result of `apply` with parameters stored in bfloat16."""
   made = rule(kind, update)
 
   def step(params, state, number):
@@ -110,7 +110,7 @@ def trajectory(kind, update, params):
 
 
 def float32_trajectory(kind, params):
-  """The same in float32, as optax documents its use."""
+  """Returns the same in float32, with optax used as documented."""
   made = rule(kind, "nearest")
 
   def step(params, state, number):
@@ -123,7 +123,7 @@ def float32_trajectory(kind, params):
 
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 def test_updates_below_half_a_unit_are_lost_or_kept(kind):
-  """60 updates of about 1e-5 to parameters near 1, whose unit in the last place is 8e-3."""
+  """Parameters near 1 have a unit in the last place of 8e-3; the 60 updates are about 1e-5."""
   start = np.float32(1 + np.random.default_rng(0).uniform(0, 0.5, (40, 50)))
   start = start.astype(ml_dtypes.bfloat16).astype(np.float32)
   params = {"layer": {"w": jnp.array(start)}}
@@ -144,5 +144,6 @@ def test_updates_below_half_a_unit_are_lost_or_kept(kind):
 
   rounded, _ = trajectory(kind, "stochastic", narrow)
   drift = np.asarray(rounded).astype(np.float64) - start
-  # A sum of 60 draws per parameter, each at most a unit of 2^-7 off with a share of the update.
+  # Each of 60 draws per parameter is off by at most one unit, 2^-7, with a probability that is the
+  # update's share of the unit.
   assert abs(drift.mean() - moved.mean()) < 0.15 * abs(moved.mean())

@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints, whatever tokenizer it used."""
+"""Tokenizer and config files that a run saves beside its checkpoints; `show_batches`."""
 
 import importlib.util
 import json
@@ -28,14 +28,14 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "parity" / "llama2"
 
 @pytest.fixture(scope="module")
 def pieces() -> Path:
-  """A SentencePiece model."""
+  """Path of a SentencePiece model."""
   (package,) = importlib.util.find_spec("mistral_common").submodule_search_locations
   return Path(package) / "data" / "tokenizer.model.v1"
 
 
 @pytest.fixture(params=["published", "converted"])
 def make_source(request, tmp_path):
-  """Returns a function that opens a model with some tokenizer files beside it."""
+  """Returns a function that opens a model together with some tokenizer files."""
 
   def make(files):
     folder = shutil.copytree(FIXTURE, tmp_path / "published")
@@ -78,7 +78,7 @@ def leave(source, config, output):
 
 @pytest.mark.parametrize("own", ["json", "pieces"])
 @pytest.mark.parametrize("asked", ["own", "json", "pieces", "own and more"])
-def test_a_run_leaves_the_tokenizer_that_it_used(
+def test_a_run_saves_the_tokenizer_that_it_used(
   make_source, byte_tokenizer, pieces, tmp_path, own, asked
 ):
   json_files = {file.name: file.read_bytes() for file in byte_tokenizer.iterdir()}
@@ -93,20 +93,20 @@ def test_a_run_leaves_the_tokenizer_that_it_used(
     "pieces": TokenizerConfig(path=str(pieces)),
     "own and more": TokenizerConfig(extra_tokens=("<image>",)),
   }[asked]
-  # An earlier attempt in the same folder, with the other kind.
+  # An earlier attempt in the same folder used the other kind of tokenizer.
   other = pieces if own == "json" else byte_tokenizer
   leave(None, TokenizerConfig(path=str(other)), tmp_path / "run")
   used = leave(source, config, tmp_path / "run")
   again = load_tokenizer(TokenizerConfig(), checkpoint_dir=tmp_path / "run" / "tokenizer")
   assert (again.fingerprint, again.chat_template) == (used.fingerprint, used.chat_template)
   config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
-  if asked in ("json", "pieces"):  # another tokenizer's ids would be wrong
+  if asked in ("json", "pieces"):  # the source's ids would be wrong for this tokenizer
     assert config["eos_token_id"] == used.eos_id
   else:
     assert config == json.loads((source.source_dir / "config.json").read_text())
 
 
-def test_showing_batches_takes_none_of_them(byte_tokenizer, tmp_path, capsys):
+def test_showing_batches_does_not_advance_the_stream(byte_tokenizer, tmp_path, capsys):
   from ll3m.data import loaders
 
   rows = tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices."""
+"""Batches on the devices: padding, stacking and sharding."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def batch(value, rows=8, length=3):
 
 
 class Ends:
-  """Two batches, then nothing but padding."""
+  """Iterator of two batches, followed by padding."""
 
   def __iter__(self):
     return iter([batch(1), batch(2)])
@@ -27,13 +27,13 @@ class Ends:
 
 @pytest.mark.parametrize(("processes", "expected"), [(1, [1, 2]), (2, [1, 2, 0, 0])])
 def test_processes_stay_in_step_at_the_end_of_the_data(monkeypatch, processes, expected):
-  """A process whose stream ends first goes on with padding, or the others would wait for it."""
+  """A process whose stream ends first yields padding, or the others would wait for it."""
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   taken = itertools.islice(sharded_batches.in_step(Ends()), 4)
   assert [b.inputs[0, 0] for b in taken] == expected
 
 
-def test_micro_steps_are_stacked_and_rows_spread_over_the_mesh():
+def test_micro_steps_are_stacked_and_rows_sharded_over_the_mesh():
   mesh = sharding.make_mesh("2,2,2")
   rows = Batch(*(np.arange(24, dtype=np.int32).reshape(8, 3) for _ in Batch._fields))
   stacked = sharded_batches.stack_micro_steps(iter([rows, batch(5)]), 2)

@@ -1,4 +1,4 @@
-"""The training step against gradients and sums worked out directly with jax.nn on whole logits."""
+"""The training step against gradients and sums computed with jax.nn from whole logits."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ LENGTH = 11
 
 
 def make_batch(seed: int, rows: int, keep: float = 0.7) -> Batch:
-  """Rows of two documents each, with a random loss mask."""
+  """Returns rows of two documents each, with a random loss mask."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, CONFIG.vocab_size, (rows, LENGTH + 1), dtype=np.int32)
   cut = 4
@@ -37,7 +37,7 @@ def make_batch(seed: int, rows: int, keep: float = 0.7) -> Batch:
 
 
 def direct_loss(model, params, batch, z_loss=0.0):
-  """Mean loss over all tokens from whole logits, with jax.nn alone."""
+  """Returns the mean loss over all target tokens, computed with jax.nn from whole logits."""
   batch = jax.tree.map(jnp.asarray, batch)
   logits = model.logits(
     params, model.hidden(params, batch.inputs, batch.positions, batch.segment_ids)
@@ -83,8 +83,8 @@ def test_step_is_gradient_descent_on_the_mean_loss(model, params):
   assert float(metrics.sums.tokens) == 3 * LENGTH
 
 
-def test_ragged_accumulation_equals_the_big_batch(model, params):
-  """One micro-step with few targets, one with many: the mean of means would differ."""
+def test_ragged_accumulation_equals_one_large_batch(model, params):
+  """With few targets in one micro-step and many in the other, the mean of means would differ."""
   few, many = make_batch(1, 2, keep=0.2), make_batch(2, 2, keep=0.95)
   assert few.mask.sum() * 4 < many.mask.sum()
   big = jax.tree.map(lambda a, b: np.concatenate([a, b]), few, many)
@@ -120,7 +120,7 @@ def test_accuracy_counts_the_largest_logit(model, params):
   )
   best = np.asarray(jnp.argmax(logits, -1))
   even = (np.arange(LENGTH) % 2 == 0)[None]
-  half = np.where(even, best, batch.targets).astype(np.int32)  # about half are right
+  half = np.where(even, best, batch.targets).astype(np.int32)  # about half are correct
   batch = batch._replace(targets=jnp.asarray(half))
   sums = jax.jit(make_eval_step(model))(params, batch)
   assert float(sums.correct) == ((best == half) * np.asarray(batch.mask)).sum()
@@ -130,7 +130,7 @@ def test_accuracy_counts_the_largest_logit(model, params):
 
 
 @pytest.mark.parametrize("mesh_dim", ["8,1,1", "2,2,2", "1,4,2"])
-def test_a_sharded_step_is_the_same(model, params, mesh_dim):
+def test_a_sharded_step_equals_the_unsharded_one(model, params, mesh_dim):
   mesh = sharding.make_mesh(mesh_dim)
   batch = stack(make_batch(5, 8), make_batch(6, 8))
   rule = optax.sgd(lambda updates: 1.0)
@@ -141,7 +141,7 @@ def test_a_sharded_step_is_the_same(model, params, mesh_dim):
   assert float(metrics.sums.loss) == pytest.approx(float(alone_metrics.sums.loss), rel=1e-6)
 
 
-def test_stack_micro_steps_takes_them_in_order():
+def test_micro_steps_are_stacked_in_order():
   batches = [make_batch(seed, 2) for seed in range(3)]
   stacked = sharded_batches.stack_micro_steps(iter(batches), 2)
   np.testing.assert_array_equal(stacked.inputs, np.stack([batches[0].inputs, batches[1].inputs]))

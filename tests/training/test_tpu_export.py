@@ -1,7 +1,7 @@
-"""Every family's training step, lowered for TPUs on meshes of two and of eight devices.
+"""The training step of every family, lowered for TPUs on meshes of two and eight devices.
 
-A kernel that GSPMD would have to partition is refused only when a program is lowered for a TPU:
-on a CPU, where kernels are interpreted, the same program passes.
+A kernel that GSPMD would have to partition is refused only when lowering for a TPU. On a CPU, where
+kernels are interpreted, the same program passes.
 """
 
 import re
@@ -23,7 +23,7 @@ from ll3m.training.train_state import plan_state
 from ll3m_kernels import Sharding
 
 SIZES = {"vocab_size": 512, "d_model": 64, "d_ff": 128, "num_layers": 2, "max_positions": 256}
-# One preset of each family, with as many heads as show its kind.
+# One preset of each family, with heads that show its kind of attention.
 MODELS = {
   "llama2_7b": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16},
   "mistral_7b": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "sliding_window": 100},
@@ -31,7 +31,7 @@ MODELS = {
   "phi_2": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 40},
   "smollm2_135m": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 8},  # heads do not divide
 }
-# Layers are a loop, so that their kernels stand in the module once.
+# Layers are a loop, so their kernels are in the module once.
 KERNELS = (
   "flash_attention_forward", "flash_attention_backward", "rotary_embedding",
   "rotary_embedding_inverse", "norm_forward", "norm_backward",
@@ -43,7 +43,7 @@ def config_of(name):
 
 
 def lowered(config, mesh, implementation):
-  """The StableHLO of a training step, for TPUs."""
+  """Returns the StableHLO of a training step for TPUs."""
   optimizer_config = OptimizerConfig()
   optimizer = make_optimizer(optimizer_config, 10)
   schedule = make_schedule(optimizer_config.chosen, 10)
