@@ -63,6 +63,7 @@ def _convert(given: flags.Flags) -> None:
 
   from ll3m.core.checkpoint import SOURCE, TOKENIZER
   from ll3m.core.object_store import writing
+  from ll3m.core.progress import aligned
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.conversion import convert_model
   from ll3m.hf.model_files import open_model
@@ -85,8 +86,14 @@ def _convert(given: flags.Flags) -> None:
   ):
     print(f"{fault}; later commands need another tokenizer in --tokenizer.path")
   print(
-    f"converted a {model.family} model of {done.parameters:,} parameters "
-    f"({done.tensors} tensors, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) to {output}"
+    aligned(
+      [
+        ("converted", f"{model.family}, {done.parameters:,} parameters in {done.tensors} tensors"),
+        ("written", f"{done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s to {output}"),
+        ("to use it", f"python -m ll3m.generate --checkpoint={output} --prompt=..."),
+        ("to train it", f"python -m ll3m.train --load_checkpoint=params::{output} ..."),
+      ]
+    )
   )
 
 

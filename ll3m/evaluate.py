@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ll3m.core import distributed, flags, sharding
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.options import option, require
+from ll3m.core.progress import aligned
 from ll3m.data import gin_settings
 from ll3m.data.batching import open_dataset
 from ll3m.data.config import (
@@ -121,9 +122,15 @@ def _evaluate(given: flags.Flags) -> None:
     print(json.dumps(record))
     return
   print(
-    f"loss {record['loss']:.4f}  perplexity {record['perplexity']:.3f}  "
-    f"accuracy {record['accuracy']:.4f}  over {record['targets']:.0f} target tokens  "
-    f"({record['tokens_per_second']:.0f} tokens/s)"
+    aligned(
+      [
+        ("loss", f"{record['loss']:.4f} nats per token"),
+        ("perplexity", f"{record['perplexity']:.3f}"),
+        ("accuracy", f"{record['accuracy']:.4f}"),
+        ("measured on", f"{record['targets']:,.0f} target tokens"),
+        ("speed", f"{record['tokens_per_second']:,.0f} tokens/s"),
+      ]
+    )
   )
 
 

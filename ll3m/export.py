@@ -43,6 +43,7 @@ def _export(given: flags.Flags) -> None:
   config = given[""]
 
   from ll3m.core.object_store import writing
+  from ll3m.core.progress import aligned
   from ll3m.data.tokenizer import find_fault
   from ll3m.hf.exporting import export_checkpoint, parse_size
   from ll3m.hf.model_source import open_converted
@@ -66,10 +67,16 @@ def _export(given: flags.Flags) -> None:
     checkpoint.tokenizer_dir, checkpoint.config.vocab_size, source_dir=checkpoint.source_dir
   ):
     print(f"the tokenizer was exported unchanged: {fault}")
+  dtypes = " and ".join(done.dtypes)
   print(
-    f"exported a {checkpoint.family} model of {done.parameters:,} parameters ({done.tensors} "
-    f"tensors of {' and '.join(done.dtypes)}, {done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s) "
-    f"to {config.output_dir}"
+    aligned(
+      [
+        ("exported", f"{checkpoint.family}, {done.parameters:,} parameters"),
+        ("tensors", f"{done.tensors} of {dtypes}"),
+        ("written", f"{done.nbytes / 1e9:.2f} GB in {done.seconds:.1f} s to {config.output_dir}"),
+        ("to use it", f'AutoModelForCausalLM.from_pretrained("{config.output_dir}")'),
+      ]
+    )
   )
 
 

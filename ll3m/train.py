@@ -18,6 +18,7 @@ from ll3m.core.checkpoint_manager import RunCheckpoints
 from ll3m.core.object_store import require_bucket, writing
 from ll3m.core.options import require
 from ll3m.core.output_lock import claim
+from ll3m.core.progress import aligned
 from ll3m.data import gin_settings
 from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
@@ -64,7 +65,10 @@ def _train(given: flags.Flags) -> int:
   run = read_run(given)
   options = run.options
   if run.resumed is not None and run.resumed.step >= options.total_steps:
-    print(f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}")
+    print(
+      f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}; "
+      f"raise --total_steps to train longer"
+    )
     return 0
   program = make_program(options, run.optimizer, run.config, run.mesh)
   plan, train_step = program.plan, program.step
@@ -128,14 +132,17 @@ def _train(given: flags.Flags) -> int:
         profiler=profiler,
         stop=stop,
       )
-      _, finished = loop.run(state)
+      state, finished = loop.run(state)
   for name, stream in (("train", batches), ("eval", held_out_batches)):
     if stream is not None and (skipped := stream.skipped.describe_unreported()):
       say(f"{name}_dataset: {skipped}")
+  output_dir = run.logger.output_dir
   if finished:
+    use = f"python -m ll3m.generate --checkpoint={output_dir} --prompt=..."
+    say(aligned([("finished", f"step {state.step} in {output_dir}"), ("to use it", use)]))
     return 0
   signal = "Ctrl-C" if stop.exit_code == INTERRUPTED else "SIGTERM"
-  say(f"stopped by {signal}; the same command resumes from here")
+  say(f"stopped by {signal} at step {state.step}; to resume, give the same command again")
   return stop.exit_code
 
 

@@ -23,7 +23,7 @@ def test_converts_and_reports_ignored_tensors(tmp_path):
   assert "convert: 100%" in done.stderr and "B/s" in done.stderr
   assert "ignored 2 tensors" in done.stdout
   assert "  model.layers.1.self_attn.rotary_emb.inv_freq\n" in done.stdout
-  assert "converted a llama model of 30,680 parameters" in done.stdout
+  assert "llama, 30,680 parameters" in done.stdout
   assert json.loads((output / "ll3m.json").read_text())["family"] == "llama"
 
 

@@ -95,8 +95,9 @@ def journey(shell) -> str:
 
 
 def test_commands_of_the_readme_walkthrough(journey, clone):
-  assert "converted a llama model" in journey and "exported a llama model" in journey
-  assert re.search(r"^loss \d\.\d+  perplexity", journey, re.MULTILINE)
+  assert re.search(r"^converted +llama, ", journey, re.MULTILINE)
+  assert re.search(r"^exported +llama, ", journey, re.MULTILINE)
+  assert re.search(r"^loss +\d\.\d+ nats", journey, re.MULTILINE)
   assert (clone / "runs" / "mine" / "checkpoints" / "2").is_dir()
   assert (clone / "exported" / "model.safetensors").is_file()
 

@@ -26,7 +26,7 @@ def test_exports_shards_in_another_dtype(tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "export: 100%" in done.stderr
-  assert "exported a llama model of 15,336 parameters (21 tensors of bfloat16, " in done.stdout
+  assert "llama, 15,336 parameters\n" in done.stdout and " 21 of bfloat16\n" in done.stdout
   found = {k: v for file in output.glob("*.safetensors") for k, v in load_file(file).items()}
   expected = load_file(FIXTURE / "model.safetensors")
   assert found.keys() == expected.keys()

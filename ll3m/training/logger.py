@@ -221,13 +221,14 @@ class Logger:
     return path.read_text().strip()
 
   def _show(self, step: int, record: Mapping[str, float]) -> None:
+    place = f"step {step}/{self._total_steps}"
     if "eval_loss" in record:
       self.say(
-        f"step {step}/{self._total_steps}  eval loss {record['eval_loss']:.4f}  "
+        f"{place}  eval loss {record['eval_loss']:.4f}  "
         f"perplexity {record['eval_perplexity']:.2f}  accuracy {record['eval_accuracy']:.4f}"
       )
     elif "loss" not in record:
-      self.say(f"step {step}/{self._total_steps}  no step had a finite loss and gradient")
+      self.say(f"{place}  no step had a finite loss and gradient")
     elif self._bar is not None:
       self._bar.set_postfix_str(
         f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
@@ -245,7 +246,7 @@ class Logger:
         if key in record  # custom losses have no accuracy, custom optimizers no known rate
       ]
       self.say(
-        f"step {step}/{self._total_steps}  {'  '.join(shown)}  "
+        f"{place}  {'  '.join(shown)}  "
         f"{record['tokens_per_second']:.0f} tokens/s  ETA {_duration(remaining)}"
       )
 
