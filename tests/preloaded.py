@@ -26,6 +26,7 @@ _IMPORTED = (
   "ll3m.evaluate",
   "ll3m.generate",
   "ll3m.data.row_corpus",
+  "tests.tensorflow_preloaded",
   "matplotlib.pyplot",
   "tests.preloaded",
 )
