@@ -90,13 +90,16 @@ class RunCheckpoints:
     self._manager.close()
 
   def check(self) -> None:
-    """Raises if a save in the background has failed.
+    """Raises if a save in the background has failed; does not wait for one that is running.
 
     Raises:
       OSError: A save has failed.
     """
-    with self._explaining():
-      self._manager.check_for_errors()
+    # Orbax's own thread must see the error, or it deletes older steps as if the save had succeeded.
+    # `check_for_errors` would clear the error before that; `wait_until_finished` does not.
+    if not self._manager.is_saving_in_progress():
+      with self._explaining():
+        self._manager.wait_until_finished()
 
   def save(
     self,

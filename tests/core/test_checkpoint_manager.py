@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import threading
+import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from ll3m import families
-from ll3m.core import checkpoint, checkpoint_items, checkpoint_manager
+from ll3m.core import checkpoint, checkpoint_items, checkpoint_manager, checksums
 from ll3m.core.checkpoint_manager import CheckpointerConfig, RunCheckpoints
 from ll3m.training.step import TrainState
 
@@ -225,6 +229,34 @@ def test_bug_during_a_save_is_reported_with_its_type(tmp_path):
     saved,
   ):
     saved.save(3, params=PARAMS, opt_state=STATE, meta={"step": object()}, dataset={})
+
+
+def test_failed_save_deletes_no_older_step_whenever_it_is_noticed(tmp_path, monkeypatch):
+  """The run checks for errors after the save has failed, before Orbax's own thread has seen it."""
+  checked = threading.Event()
+  wait = ocp.CheckpointManager._wait_for_checkpointers
+
+  def wait_later(manager):
+    assert checked.wait(60)
+    return wait(manager)
+
+  with RunCheckpoints(tmp_path, CheckpointerConfig(max_to_keep=1)) as saved:
+    save(saved, 1)
+    saved._manager.wait_until_finished()
+    monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", wait_later)
+    monkeypatch.setattr(checksums, "write", mock.Mock(side_effect=OSError("no space")))
+    save(saved, 2)
+    writer = next(thread for thread in threading.enumerate() if thread.name == "async_save")
+    writer.join()
+    try:
+      saved.check()
+    finally:
+      checked.set()
+    with pytest.raises(OSError, match="step 2 could not be saved.*no space"):
+      while True:
+        saved.check()
+        time.sleep(0.01)
+  assert checkpoint.finished_steps(tmp_path) == [1]
 
 
 def test_damaged_steps_are_moved_after_all_processes_have_checked_them(tmp_path, monkeypatch):
