@@ -127,5 +127,5 @@ def evaluate(
       break
     sums.append(jax.device_get(eval_step(model.params, batch)))
   if not sums or metrics.add(sums).weight == 0:
-    raise ValueError("the evaluation batches contain no token to predict")
+    raise ValueError("the evaluation batches have no target tokens")
   return metrics.eval_record(metrics.add(sums), time.perf_counter() - start)

@@ -70,21 +70,35 @@ def prepare_output(output: epath.Path, nbytes: int) -> None:
     ValueError: The folder holds anything else, or there is too little disk space.
   """
   require_bucket(output)
-  if output.exists() and not output.is_dir():
-    raise ValueError(f"the output folder {output} is a file")
-  unfinished = (output / UNFINISHED).exists()
-  if output.exists() and any(output.iterdir()) and not unfinished:
-    raise ValueError(f"the output folder {output} is not empty; choose a new one")
-  if unfinished:
+  if (output / UNFINISHED).exists():
     output.rmtree()
+  require_empty(output)
   output.mkdir(parents=True, exist_ok=True)
   if not is_remote(output):
-    free = shutil.disk_usage(output).free
-    if free < nbytes:
-      raise ValueError(
-        f"{output} needs {nbytes / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
-      )
+    require_space(output, nbytes)
   (output / UNFINISHED).write_text("An ll3m checkpoint is being written here.\n")
+
+
+def require_empty(output: epath.Path) -> None:
+  """Raises a `ValueError` if an output folder exists and is not an empty folder."""
+  if output.exists() and not output.is_dir():
+    raise ValueError(f"the output folder {output} is a file")
+  if output.exists() and any(output.iterdir()):
+    raise ValueError(f"the output folder {output} is not empty; choose a new one")
+
+
+def require_space(output: epath.Path, nbytes: int) -> None:
+  """Raises a `ValueError` if a local disk has too little space.
+
+  Args:
+    output: A folder on the disk; it or its parent exists.
+    nbytes: Number of bytes that will be written.
+  """
+  free = shutil.disk_usage(output if output.exists() else output.parent).free
+  if free < nbytes:
+    raise ValueError(
+      f"{output} needs {nbytes / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
+    )
 
 
 def finish_output(

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from ll3m import families
 from ll3m.core import parameter_store
 from ll3m.core.checkpoint import Checkpoint
 from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_folder import require_empty, require_space
 from ll3m.core.object_store import is_remote
 from ll3m.core.parameter_store import read_slices
 from ll3m.core.progress import byte_bar
@@ -125,7 +127,7 @@ def export_model(
   if is_remote(output):
     raise ValueError(f"models are exported to a local disk, got {output}")
   output = Path(output)
-  _check_output(output)
+  require_empty(epath.Path(output))
   found = families.FAMILIES[family]
   check_parameters(found, config, arrays, origin)
   specs = expected_tensors(found.rules, config)
@@ -143,11 +145,7 @@ def export_model(
   shutil.rmtree(unfinished, ignore_errors=True)
   unfinished.mkdir(parents=True)
   try:
-    free = shutil.disk_usage(unfinished).free
-    if free < nbytes:
-      raise ValueError(
-        f"{output} needs {nbytes / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left"
-      )
+    require_space(epath.Path(output), nbytes)
     with SafetensorsWriter(unfinished, tensors, max_shard_bytes) as writer:
       _write_tensors(arrays, specs, tensors, writer)
     for name, content in files.items():
@@ -160,11 +158,6 @@ def export_model(
   dtypes = collections.Counter(info.dtype.name for info in tensors.values())
   names = tuple(name for name, _ in dtypes.most_common())
   return Export(len(tensors), count, names, nbytes, time.perf_counter() - start)
-
-
-def _check_output(output: Path) -> None:
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise ValueError(f"the output folder {output} is not empty; give a new one")
 
 
 def _write_tensors(
