@@ -6,23 +6,24 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from tests.compiled import quickly
 
 # Set before any import of jax: tests run on eight CPU devices, whatever the machine has. Programs
 # are not optimised, because most of a test's time goes into compiling a program that runs once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ |= quickly(devices=8)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import jax
 import pytest
 
-from tests.compiled import quickly
 from tests.kept import KeptOutcomes
 from tests.preloaded import Command
+from tests.shell_python import ShellPython
 
 # Tracing allocates many objects, few of them garbage: with the default of 700 allocations, a tenth
 # of the kernel tests' time went into looking for it.
@@ -87,6 +88,13 @@ def free_port() -> Callable[[], int]:
         return port
 
   return find
+
+
+@pytest.fixture(scope="session")
+def shell_python() -> Iterator[Path]:
+  """A folder for PATH whose `python` forks our commands from the preloaded server."""
+  with tempfile.TemporaryDirectory(prefix="ll3m-python-") as folder, ShellPython(Path(folder)):
+    yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,7 @@ def _run(
   os.environ.update(env)
   if cwd is not None:
     os.chdir(cwd)
+  sys.path.insert(0, os.getcwd())  # as `python -m` does
   import importlib
 
   import jax

@@ -70,13 +70,13 @@ def clone(tmp_path_factory, byte_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shell(clone):
+def shell(clone, shell_python):
   """Returns a function that runs commands in the clone until one fails, and returns the output."""
 
   def run(commands: str) -> str:
     foreign = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS", "LL3M_DATA_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in foreign} | quickly()
-    environment["PATH"] = f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"
+    environment["PATH"] = f"{shell_python}:{clone / '.venv' / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
       ["bash", "-e", "-c", commands],
       cwd=clone, env=environment, text=True, capture_output=True, timeout=300,

@@ -46,7 +46,9 @@ def test_step_that_the_compiler_refuses_is_explained():
   layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
   held = 3 * 2 * (2 * layer + 2 * 32000 * 4096 + 4096)  # bfloat16, with two moments
   assert said.startswith("MemoryError: the run does not fit in")
-  assert f"parameters and optimizer take {held / GIB:.2f} GiB of each, the training step " in said
+  assert (
+    f"parameters and optimizer need {held / GIB:.2f} GiB per device, the training step " in said
+  )
   wanted = ", or ".join(
     [
       "`remat`=dots",

@@ -18,13 +18,19 @@ SMALL = (
 )
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-  path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-  inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "BUCKET")}
-  return subprocess.run(
-    ["bash", str(RECIPE), *arguments],
-    env=inherited | {"PATH": path} | environment, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
+@pytest.fixture
+def run(shell_python):
+  """Returns a function that runs the recipe."""
+
+  def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    path = f"{shell_python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "BUCKET")}
+    return subprocess.run(
+      ["bash", str(RECIPE), *arguments],
+      env=inherited | {"PATH": path} | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+  return run
 
 
 def test_the_recipe_has_every_flag_of_the_reference():
@@ -35,7 +41,7 @@ def test_the_recipe_has_every_flag_of_the_reference():
   assert len(names) > 20 and names - own == {"update_model_config"}
 
 
-def test_a_dry_run_plans_the_run():
+def test_a_dry_run_plans_the_run(run):
   done = run("--dry_run", *SMALL)
   assert done.returncode == 0, done.stderr
   assert "64 devices of TPU v3 on 32 chips" in done.stdout
@@ -52,13 +58,13 @@ def test_a_dry_run_plans_the_run():
     ("--gin_bindings=data.nothing.name=1", "data.nothing"),
   ],
 )
-def test_a_dry_run_checks_the_flags(flag, message):
+def test_a_dry_run_checks_the_flags(run, flag, message):
   done = run("--dry_run", flag)
   assert done.returncode in (1, 2)
   assert done.stderr.startswith("error: ") and message in done.stderr
 
 
-def test_a_run_requires_a_bucket():
+def test_a_run_requires_a_bucket(run):
   done = run()
   assert done.returncode != 0
   assert "set BUCKET to the gs:// folder" in done.stderr
