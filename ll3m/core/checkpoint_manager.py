@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: saved asynchronously, kept by policy, restored exactly."""
+"""The checkpoints of a training run: saved asynchronously and retained by policy."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from ll3m.core import checksums, options
 from ll3m.core.checkpoint_items import BytesHandler, BytesSave, nest
 from ll3m.core.object_store import is_remote
 
-_TIMES = "_CHECKPOINT_METADATA"  # Orbax's file, which it rewrites after all others
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax rewrites this file after all others
 DAMAGED = "damaged"  # folder, beside `checkpoints/`, of steps that cannot be resumed from
 
 
@@ -95,8 +95,8 @@ class RunCheckpoints:
     Raises:
       OSError: A save has failed.
     """
-    # Orbax's own thread must see the error, or it deletes older steps as if the save had succeeded.
-    # `check_for_errors` would clear the error before that; `wait_until_finished` does not.
+    # If Orbax's own thread does not see the error, it deletes older steps as if the save had
+    # succeeded. `check_for_errors` could clear the error first; `wait_until_finished` does not.
     if not self._manager.is_saving_in_progress():
       with self._explaining():
         self._manager.wait_until_finished()
@@ -123,23 +123,23 @@ class RunCheckpoints:
       items[folders.OPTIMIZER] = ocp.args.PyTreeSave(folders.name_leaves(opt_state))
       items[folders.DATASET] = BytesSave(dict(dataset))
     with self._explaining():
-      self._manager.wait_until_finished()  # attributes errors of the previous save to its step
+      self._manager.wait_until_finished()  # so that errors of the previous save name that step
     self._saving = step
     with self._explaining():
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   @contextlib.contextmanager
   def _explaining(self) -> Iterator[None]:
-    """Adds to any error the number of the step that could not be saved.
+    """Converts any error to an `OSError` that names the step.
 
     Raises:
-      OSError: Replaces whatever was raised.
+      OSError: Saving failed, for whatever reason.
     """
     try:
       yield
     except Exception as error:
       said = str(error).strip().partition("\n")[0].partition(" [")[0]
-      # The message of a disk error is enough; a bug is only understood with its type.
+      # The message of a disk error is enough; other errors need their type.
       kind = "" if said and isinstance(error, OSError | ValueError) else type(error).__name__
       reason = ": ".join(part for part in (kind, said) if part)
       raise OSError(
@@ -148,19 +148,19 @@ class RunCheckpoints:
       ) from error
 
   def _seal(self) -> None:
-    """Adds the digests to the saved step; Orbax calls this before the step counts as complete."""
+    """Writes the digests of the step's files; Orbax calls this before it completes the step."""
     if jax.process_index():
       return
     step = self._manager.directory / str(self._saving)
-    # Object stores cannot rename folders, so a step has its final name there from the start.
+    # A local step still has its temporary name; in an object store, it already has its final one.
     for folder in (step, step.with_name(f"{step.name}{ocp.utils.TMP_DIR_SUFFIX}")):
       if folder.exists():
         checksums.write(folder, leave_out=[_TIMES])
 
   def set_aside_after(self, step: int) -> None:
-    """Moves the steps after `step`, which cannot be resumed from, to output_dir/damaged.
+    """Moves the later steps, which cannot be resumed from, to output_dir/damaged.
 
-    The run will reach these steps again, and Orbax saves no step twice.
+    The run will reach these steps again, and Orbax does not overwrite steps.
 
     Raises:
       FileExistsError: One of these steps is good: another job has just saved it.
@@ -170,7 +170,7 @@ class RunCheckpoints:
       with contextlib.suppress(ValueError):
         folders.open_checkpoint(self._manager.directory / str(damaged))
         raise FileExistsError(
-          f"step {damaged} was saved by another job after this one listed the steps; start again"
+          f"step {damaged} was saved by another job after this job listed the steps; rerun this job"
         )
     if later:
       _meet("all processes have checked the damaged steps")
@@ -192,9 +192,9 @@ class RunCheckpoints:
 def _clear_unfinished(steps: epath.Path, unfinished: Sequence[int]) -> None:
   """Deletes the steps in an object store whose save did not finish.
 
-  Orbax's own cleanup is disabled, because it would delete foreign folders, too. A step that another
-  job has finished since the listing is kept. A step begun since the listing also stays; Orbax
-  replaces it when that step is saved.
+  Orbax's own cleanup is disabled, because it would also delete unrelated folders. A step that
+  another job has finished since the listing is kept. An unfinished step begun since then also
+  stays; Orbax replaces it when this run saves it.
   """
   if jax.process_index() == 0:
     for folder in (steps / str(step) for step in unfinished):

@@ -1,6 +1,6 @@
 """Documents of json and huggingface datasets: rows -> TextProcessor -> shuffle buffer (streams).
 
-This module is plain Python: runs on such data import neither TensorFlow nor seqio.
+Plain Python: training on such data imports neither TensorFlow nor seqio.
 """
 
 import json
@@ -18,9 +18,9 @@ from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
 
-# Size of the shuffle buffer of a streamed shard, in documents; it is saved with the position.
+# Documents in the shuffle buffer of a streamed shard; the buffer is saved with the position.
 _BUFFER = 128
-# Format of saved positions. Early positions of streams have this format without its number.
+# Version of the position format. Older stream positions have this format but no number.
 _FORMAT = 1
 
 
@@ -67,7 +67,7 @@ class RowCorpus(Corpus):
 class RowDocuments(DocumentIterator):
   """Iterator over the documents of one shard.
 
-  Streams have a shuffle buffer here because the buffer of `datasets` is not part of its state.
+  Streams are shuffled here because the state of `datasets` excludes its own buffer.
   """
 
   def __init__(
@@ -122,7 +122,7 @@ class RowDocuments(DocumentIterator):
     ]
 
   def _read(self) -> Document | None:
-    """Returns the next row's document, which is empty if unusable, or None at the end."""
+    """Returns the next row's document (empty if the row is unusable), or None at the end."""
     try:
       row = next(self._rows, None)
       return None if row is None else self._processor(row)
@@ -140,9 +140,8 @@ def _parse(state: bytes, label: str) -> dict[str, Any]:
   if loaded is None or loaded.get("format", 1) != _FORMAT:
     raise ValueError(
       f"the saved data position of {label} has {found}; expected format {_FORMAT}. The order of "
-      "the data is unchanged, but this position cannot be converted: start a new run from the "
-      "saved parameters (`load_checkpoint`), which reads the data from its beginning, without "
-      "`load_dataset_state`"
+      "the data is unchanged, but this position cannot be converted: start a new run with "
+      "`load_checkpoint` and without `load_dataset_state`; it reads the data from the beginning"
     )
   return loaded
 
@@ -193,6 +192,6 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
     label=f"{config.type} dataset {path}",
     num_shards=num_shards,
     num_examples=num_examples,
-    buffer_seed=shuffle_seed if is_streamed else None,  # numbers are shuffled, not documents
+    buffer_seed=shuffle_seed if is_streamed else None,  # otherwise row numbers are shuffled
     skipped=skipped,
   )

@@ -24,7 +24,7 @@ from ll3m.training.step import StepMetrics, TrainState
 
 @runtime_checkable
 class Batches(Protocol):
-  """Iterator over batches [b, T] whose position can be saved."""
+  """Iterator over this process's batches [b, T]; its position can be saved."""
 
   def __iter__(self) -> Iterator[Batch]: ...
   def __next__(self) -> Batch: ...
@@ -42,9 +42,9 @@ class Loop:
     step: Compiled training step: (state, batch [A, B, T]) -> (state, metrics).
     batches: This process's rows of the training data.
     accumulate: A, number of micro-batches per step.
-    mesh: Devices.
-    held_out: Evaluation: parameters -> record; None for no evaluation.
-    summarise: Maps (metrics of consecutive steps, seconds=) to the record to log.
+    mesh: Mesh of devices.
+    held_out: Evaluation (parameters -> record), or None.
+    summarise: Function from metrics of consecutive steps, and `seconds`, to a log record.
     meta: Metadata to save with every step, in addition to its number and RNG state.
     watch: Handler of steps with a non-finite loss or gradient.
     checkpoints: Manager of the saved steps.
@@ -125,7 +125,7 @@ class Loop:
       with self.profiler.step(step + 1):
         batch = stack_micro_steps(self.batches, self.accumulate)
         state, step_metrics = self.step(state, to_devices(batch, self.mesh))
-        if under_way:  # the devices run one step while the host reads the next batch
+        if under_way:  # waits only now: devices run while the host reads the next batch
           finish(*under_way)
       step += 1
       self.profiler.finish(step, step_metrics)
@@ -141,7 +141,7 @@ class Loop:
           self.logger.log(step, self.held_out(state.params))
         if saving.due(step):
           save()
-        since += time.perf_counter() - pause  # evaluation and saving do not count in tokens/s
+        since += time.perf_counter() - pause  # tokens/s excludes evaluation and saving
       except Stopped:
         if pending:
           log()

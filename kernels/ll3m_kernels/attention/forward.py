@@ -1,16 +1,17 @@
 """The forward pass of attention on a TPU (Dao, 2023, FlashAttention-2).
 
-A grid step has block_q queries of one head and block_kv keys of its KV head, which it processes in
-tiles. Its position in the grid determines which tiles are full, partial or empty (see
-`tile_schedule` and its glossary); tiles of other segments are skipped by the ranges of their ids.
+A grid step processes block_q queries of a head and block_kv keys of the head's KV head, in tiles.
+The step's position in the grid determines which tiles are full, partial or empty (see
+`tile_schedule` and its glossary); tiles whose range of segment ids does not overlap are skipped.
 
-Scores are [queries, keys]: each square of K^T is loaded into the matrix unit once for all queries
-of a step, and so is V, unless that would leave columns of the matrix unit empty
-(`block_sizes.is_transposed`). In partial blocks whose diagonal offset is static, queries are
-processed in bands, each multiplied only by the keys that it can see (`forward_schedule`). Both
-edges of a sliding window share one softmax update.
+Scores are [queries, keys]: each block of K^T is loaded into the matrix unit once for all queries of
+a softmax update, and so is V, unless that would leave columns of the matrix unit empty
+(`block_sizes.is_transposed`). In partial blocks whose diagonal offset is known at trace time,
+queries are processed in bands, each multiplied only by the keys that it can see
+(`forward_schedule`). Both edges of a sliding window share one softmax update.
 
-Dimensions in the kernel: r queries and n keys of a piece, H and Hv head dims of keys and values.
+Dimensions in the kernel: r queries and n keys of a piece (`forward_schedule`), H and Hv head dims
+of keys and values.
 """
 
 import enum
@@ -72,7 +73,7 @@ def forward(
   num_kv_blocks = pl.cdiv(num_keys, layout.block_kv)
 
   def kv_index(i, j):
-    """Returns the index of the block_kv to fetch, clamped to those that the queries see."""
+    """Returns the index of the block of keys to fetch, among those that the queries see."""
     if num_kv_blocks == 1:
       return 0
     first = i * layout.block_q
@@ -94,8 +95,8 @@ def forward(
     )
 
   scaling = _scaling(spec, query.dtype, head_dim)
-  # Whole registers. Columns beyond the head hold arbitrary values: they are cut off from acc, and
-  # zeroed in queries and keys. Without halves, queries and keys need no such columns.
+  # Padded to whole registers. Columns beyond the head dim hold arbitrary values: they are sliced
+  # off acc, and zeroed in queries and keys. Without HALVES, queries and keys need no padding.
   columns = up(head_dim, LANES) if scaling is _Scaling.HALVES else head_dim
   value_columns = up(value_dim, LANES)
   in_specs = [q_spec(columns), kv_spec(columns), kv_spec(value_columns)]
@@ -144,14 +145,14 @@ def forward(
 
 
 class _Scaling(enum.Enum):
-  """Where scale * log2(e) is multiplied in without rounding, for weights that are powers of two.
+  """Where scores are scaled by scale * log2(e), without rounding, so that weights are exp2(s - m).
 
   Attributes:
     EXPONENTS: Scales the differences of scores, before `exp2`.
-    SCORES: Scales the scores. Slower, but allows a soft cap and a scale that reverses their order.
+    SCORES: Scales the scores. Slower, but allows a soft cap, and scales below 1e-6 or negative.
     QUERIES: Scales float32 queries.
-    HALVES: Scales bfloat16 queries, each of which becomes the sum of two bfloat16: [high, low] is
-      multiplied by [k, k], which is free where the matrix unit is deep enough for both.
+    HALVES: Scales bfloat16 queries, each split into two bfloat16 terms: [high, low] times [k, k]
+      costs nothing where the matrix unit is deep enough for both.
   """
 
   EXPONENTS = enum.auto()
@@ -161,12 +162,12 @@ class _Scaling(enum.Enum):
 
   @property
   def needs_queries(self) -> bool:
-    """Whether the kernel multiplies other queries than the caller's."""
+    """Whether the kernel uses scaled copies of the queries."""
     return self in (_Scaling.QUERIES, _Scaling.HALVES)
 
 
 def _scaling(spec: specs.Spec, dtype: Any, head_dim: int) -> _Scaling:
-  # Masked scores must have weight 0 also when they are scaled late.
+  # Scaling after masking by a tiny or negative scale could unmask scores.
   if spec.logits_soft_cap is not None or spec.scale < 1e-6:
     return _Scaling.SCORES
   if dtype == jnp.float32:
@@ -185,7 +186,7 @@ def _kernel(
   is_transposed = sizes.is_transposed(output_ref.shape[3], generation)
   softmax = online_softmax.Softmax(acc_ref, m_ref, l_ref, is_transposed, exponent_scale)
 
-  # Whether position hides everything beyond the last key from all existing queries.
+  # Whether the positional mask hides all padding keys from all real queries.
   right = spec.span.right
   hides_end = right is not None and layout.num_queries + right <= layout.num_keys
 
@@ -222,7 +223,7 @@ def _kernel(
         finish(rows)
 
   def score(piece: forward_schedule.Piece, may_overrun: bool) -> tuple[Array, Array]:
-    """Returns the scores and values of a piece; only position is not masked yet."""
+    """Returns the scores and values of a piece, masked except by position."""
     columns = piece.columns
     count = columns.stop - columns.start
     index = keys_at(layout, piece.tile, columns.start, count)
@@ -255,8 +256,8 @@ def _kernel(
     Args:
       step: The queries and keys.
       scored: The result of `score` for each piece of the step.
-      ahead: Yields the results of `score` for the next step. They are computed between the products
-        of this step.
+      ahead: Yields the results of `score` for the next step. Their computation is interleaved with
+        this step's products.
 
     Returns:
       All results that `ahead` yields.
@@ -292,7 +293,7 @@ def _kernel(
     scored: Sequence[tuple[Array, Array]] = []
     for step, following in itertools.zip_longest(steps, steps[1:]):
       scored = scored or [score(piece, may_overrun) for piece in step.pieces]
-      # While weights are loaded into the matrix unit, it computes the next step's scores.
+      # If transposed, the next step's scores are computed while weights are loaded.
       next_pieces = following.pieces if following is not None and is_transposed else []
       scored = run_step(step, scored, (score(piece, may_overrun) for piece in next_pieces))
       if ends.finishes:
@@ -333,7 +334,7 @@ def _kernel(
 
 
 def _within_piece(piece: forward_schedule.Piece, rows: slice) -> slice:
-  """Returns the range, within a piece, of some queries of the block."""
+  """Converts a range of the block's queries to a range within a piece."""
   return slice(rows.start - piece.rows.start, rows.stop - piece.rows.start)
 
 
