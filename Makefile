@@ -13,7 +13,7 @@ demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
 
 test: lint
-	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 # The fault suite with 20 repetitions of what is left to chance.
 soak: .venv/installed-test

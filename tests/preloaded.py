@@ -27,7 +27,9 @@ _IMPORTED = (
   "ll3m.generate",
   "ll3m.data.row_corpus",
   "tests.tensorflow_preloaded",
+  "datasets",
   "matplotlib.pyplot",
+  "tensorboardX",
   "tests.preloaded",
 )
 

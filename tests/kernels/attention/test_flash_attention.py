@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
@@ -16,6 +15,7 @@ from benchmarks import shapes
 from ll3m_kernels import flash_attention
 from tests.kernels.attention import oracle
 from tests.kernels.attention.sizes import sizes
+from tests.kernels.interpreting import plainly
 from tests.kernels.tolerances import assert_close
 
 # Several block_q and block_kv even in short sequences.
@@ -224,7 +224,7 @@ def test_xla_matches_the_oracle(case):
 def test_kernel_matches_the_oracle(case):
   options = CASES[case][1]
   arrays, expected = drawn(case)
-  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with plainly():
     check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
@@ -239,7 +239,7 @@ def test_kernel_with_acc_not_transposed(case):
   """This is so on v6e, and elsewhere for head dims of 128 or more."""
   options = CASES[case][1]
   arrays, expected = drawn(case)
-  with kernels.target("v6e"), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with kernels.target("v6e"), plainly():
     check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
@@ -257,13 +257,20 @@ def test_kernel_has_no_races_in_any_order(case):
 
 
 @pytest.mark.parametrize(
-  "case", ["tails", "causal_window", "segments_of_both", "odd_heads", "nothing_seen", "few_queries"]
-)
-def test_kernel_in_plain_interpret_mode(case, monkeypatch):
+  "case",
+  [
+    "tails", "causal_more_keys", "causal_more_queries", "window", "causal_window", "odd_heads",
+    "nothing_seen", "segments_of_both", "unsorted_segments", "bands_of_other_segments",
+    "bands_to_both_sides", "three_stairs_together", "stairs_beyond_the_last_key", "few_queries",
+    "one_query_of_each_head",
+  ],
+)  # fmt: skip
+def test_kernel_uses_nothing_outside_of_arrays(case):
+  """Memory outside of arrays, and that of outputs, holds NaN."""
   options = CASES[case][1]
   arrays, expected = drawn(case)
-  monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-  check(run("pallas", arrays, **options), expected, jnp.float32)
+  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+    check(run("pallas", arrays, **options), expected, jnp.float32)
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
@@ -275,7 +282,7 @@ def test_bfloat16_kernel_is_as_exact_as_plain_jnp(case, generation):
   options = CASES[case][1]
   arrays, expected = drawn(case, jnp.bfloat16)
   xla = plain_bfloat16(case)
-  with kernels.target(generation), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with kernels.target(generation), plainly():
     actual = run("pallas", arrays, **options)
   assert [x.dtype for x in actual] == [x.dtype for x in xla]
   check(actual, expected, jnp.bfloat16, xla)
@@ -289,7 +296,7 @@ def test_bfloat16_scaling_does_not_round_on_any_generation(generation, head_dim)
   arrays = (query * 16, *rest)
   options = {"is_causal": True}
   xla = run("xla", arrays, **options)
-  with kernels.target(generation), pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with kernels.target(generation), plainly():
     actual = run("pallas", arrays, **options)
   compare(actual, arrays, jnp.bfloat16, xla, **options)
 
@@ -306,7 +313,7 @@ def test_shapes_of_the_models(model):
   if family.window:
     options["local_window_size"] = (40 - 1, 0)
   xla = run("xla", arrays, **options)
-  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with plainly():
     actual = run("pallas", arrays, **options)
   compare(actual, arrays, jnp.bfloat16, xla, **options)
 
@@ -345,6 +352,6 @@ def test_matches_jax_nn_dot_product_attention(implementation):
   query, key, value, *_ = draw((2, 130, 130, 4, 2, 16, 16))
   options = {"is_causal": True, "local_window_size": (20, 5), "scale": 0.3}
   expected = jax.nn.dot_product_attention(query, key, value, **options)
-  with pltpu.force_tpu_interpret_mode(INTERPRETERS["nan_memory"]):
+  with plainly():
     actual = flash_attention(query, key, value, implementation=implementation, **options)
   assert_close(actual, np.asarray(expected, np.float64), jnp.float32)
