@@ -12,6 +12,7 @@ install: .venv/installed-train
 demo: .venv/installed-train
 	$(PY) tools/demo.py --output_dir=$(RUN_DIR)
 
+# Three processes on two cores, because some tests wait; files in order, since the last ones are short.
 test: lint
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
