@@ -49,9 +49,13 @@ class GenerateConfig(options.VerifyConfig):
     1.0, "Probability mass of the most likely tokens to sample from; 1 for all."
   )
   seed: int = options.option(0, "Random seed for sampling; unused if the temperature is 0.")
-  stream: bool = options.option(False, "Show the text of a single prompt while it is generated.")
+  stream: bool = options.option(
+    False, "Show the continuation of a single prompt as it is generated."
+  )
   json: bool = options.option(
-    False, "Print a line of JSON per prompt: prompt, completion, tokens, and whether it ended."
+    False,
+    "Print a line of JSON per prompt: prompt, completion, number of tokens, and whether the text "
+    "ended by itself.",
   )
   batch_size: int = options.option(8, "Number of prompts of a file that are continued together.")
   dtype: str = options.option(

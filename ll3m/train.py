@@ -1,7 +1,10 @@
-"""Trains or fine-tunes a model: `python -m ll3m.train --help`.
+"""Trains or fine-tunes a model.
+
+python -m ll3m.train --load_checkpoint=params::DIR --logger.output_dir=DIR ...
 
 All checks that need no weights are performed before weights are loaded. A run with the same flags
-and output_dir resumes bitwise where it stopped, and no longer needs the model that it started from.
+and output_dir resumes where it stopped, bit for bit, and no longer needs the model that it started
+from.
 """
 
 import functools

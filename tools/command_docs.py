@@ -18,7 +18,11 @@ HEAD = """# Commands
 
 Each command is `python -m ll3m.NAME --flag=value ...`. Its exit code is 0 on success, 2 if a flag
 is wrong, 1 for any other error, 75 if SIGTERM stopped a training run after saving it, and 130 after
-Ctrl-C. Flags can also be read from files (`--config`)."""
+Ctrl-C. Flags can also be read from files (`--config`).
+
+`--[no]flag` is written `--flag`, `--noflag` or `--flag=False`. In groups of flags that several
+commands share, GROUP is the name of the group; for datasets it is `train_dataset` or
+`eval_dataset`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ def shared_groups(commands: Mapping[str, Mapping[str, type]]) -> dict[type, str]
 
 def table(prefix: str, cls: type) -> Iterator[str]:
   """Yields the lines of a table of a class's flags."""
-  yield "| flag | default | |"
+  yield "| flag | default | meaning |"
   yield "|---|---|---|"
   for usage, default, text in flag_help.entries(prefix, cls):
     cells = (f"`{usage}`", f"`{default}`" if default else "", text)

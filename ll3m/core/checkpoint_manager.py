@@ -23,7 +23,7 @@ DAMAGED = "damaged"  # folder, beside `checkpoints/`, of steps that cannot be re
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointerConfig:
-  """The options of checkpointing."""
+  """Options of checkpointing."""
 
   save_optimizer_state: bool = options.option(
     True, "Save everything that resuming needs. False saves only the parameters."

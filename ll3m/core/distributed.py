@@ -25,7 +25,7 @@ _OWN = ("jax_distributed.process_id",)
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-  """The options of a run with several processes."""
+  """Options of a run with several processes."""
 
   coordinator_address: str | None = options.option(
     None,

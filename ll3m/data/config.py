@@ -165,7 +165,7 @@ _READ_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """Choice of the tokenizer of a run."""
+  """Options of a run's tokenizer."""
 
   type: str | None = options.option(
     None,

@@ -83,7 +83,7 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
   )
   load_dataset_state: str | None = options.option(
     None,
-    "Run whose position in the training data to start from: its output_dir or one of its step "
+    "Run from whose position in the training data to start: its output_dir or one of its step "
     "folders.",
   )
   seed: int = options.option(42, "Random seed for parameter initialisation and data order.")

@@ -124,7 +124,7 @@ class OptimizerConfig:
   )
   bf16_update: str = options.option(
     "nearest",
-    "Method of updating parameters of param_dtype=bf16. nearest: round to the nearest value, which "
+    "How parameters with param_dtype=bf16 are updated. nearest: round to the nearest value, which "
     "loses updates below half a unit in the last place. stochastic: round up or down at random, "
     "with the exact mean; needs no extra memory. master: update a float32 copy, with moments in "
     "float32; needs 4 bytes per parameter for the copy and 2 more for each moment. Parameters and "
