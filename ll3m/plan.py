@@ -80,7 +80,12 @@ def _plan(given: flags.Flags) -> None:
     plan = dataclasses.replace(plan, advice=given.spell(remedies.advise(job, plan, try_job)))
   if wanted.search_batch:
     plan = dataclasses.replace(plan, largest_batch=training_plan.largest_batch(job, try_job))
-  print(json.dumps(plan.to_json()) if wanted.json else plan_table.table(plan))
+  if wanted.json:
+    print(json.dumps(plan.to_json()))
+    return
+  print(plan_table.table(plan))
+  if plan.fits and wanted.mode == "train":
+    print("to run it   python -m ll3m.train with the same flags, without those of ll3m.plan")
 
 
 def read_job(given: flags.Flags) -> training_plan.TrainingJob:

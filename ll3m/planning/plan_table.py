@@ -1,10 +1,12 @@
 """A plan as a human-readable table."""
 
+import textwrap
 from collections.abc import Iterator
 
 from ll3m.core.tpu_specs import GIB
 from ll3m.planning.program_plan import Plan
 
+_COLUMNS = 80
 _MOST_COLLECTIVES = 12
 
 
@@ -28,7 +30,8 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield "fits"
   yield from _largest(plan)
   yield ""
-  yield f"{'kernels':12}{', '.join(plan.kernels) or f'none: {plan.why_no_kernels}'}"
+  kernels = ", ".join(plan.kernels) or f"none: {plan.why_no_kernels}"
+  yield textwrap.fill(f"{'kernels':12}{kernels}", _COLUMNS, subsequent_indent=" " * 12)
   yield f"{'compiled in':12}{plan.compile_seconds:.0f} s"
   yield f"{'FLOPs':12}{plan.flops:.3g} per step"
   yield ""
