@@ -63,7 +63,7 @@ def entries(prefix: str, cls: type) -> Iterator[Entry]:
 
 def _placeholder(base: Any, field: dataclasses.Field) -> str:
   if field.metadata[REPEATED]:
-    return "TEXT (may be repeated)"
+    return "TEXT"
   if field.metadata[CHOICES]:
     return "|".join(field.metadata[CHOICES])
   if typing.get_origin(base) is tuple:
