@@ -29,7 +29,7 @@ class CheckConfig:
     ",".join(dispatch.GENERATIONS), "Generations to compile for, separated by commas."
   )
   kernels: str = options.option("", "Operations to compile, separated by commas; all by default.")
-  quick: bool = options.option(False, "Whether to compile only the shapes of the test suite.")
+  quick: bool = options.option(False, "Compile only the shapes of the test suite.")
 
   def __post_init__(self):
     for name in self.generations.split(","):

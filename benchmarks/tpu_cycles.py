@@ -32,7 +32,7 @@ class CyclesConfig:
   generations: str = options.option("", "TPU generations, separated by commas; all by default.")
   rows: str = options.option("", "Regular expression that selects rows by name; all by default.")
   quick: bool = options.option(
-    False, "Whether to price only a few rows, for v5e and v6e, in less than ten minutes."
+    False, "Estimate only a few rows, for v5e and v6e, in less than ten minutes."
   )
   output_dir: str = options.option("runs/cycles", "Folder for the results and the estimates.")
   workers: int = options.option(2, "Number of kernels that are compiled in parallel.")

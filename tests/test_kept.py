@@ -1,4 +1,4 @@
-"""Outcomes that are kept: found once for the same sources, and again once those have changed."""
+"""Kept outcomes: computed once for the same sources, and again after a source has changed."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests import kept
 
 
 class Cache(dict):
-  """What pytest's cache offers, in memory."""
+  """pytest's cache, in memory."""
 
   def set(self, key, value):
     self[key] = value
@@ -19,24 +19,24 @@ def root(tmp_path):
   return tmp_path
 
 
-def test_an_outcome_is_found_once_for_each_case_and_source(root):
+def test_outcome_is_computed_once_for_each_case_and_source(root):
   cache, found = Cache(), []
 
   def get(*case):
     kept.digest.cache_clear()  # as in another process
     return kept.KeptOutcomes(cache, root).get(case, lambda: found.append(case) or {1: (case[0],)})
 
-  assert get("a") == get("a") == {"1": ["a"]}  # new or kept, it is the same
+  assert get("a") == get("a") == {"1": ["a"]}  # a kept outcome equals a new one
   assert get("b") == {"1": ["b"]}
   assert found == [("a",), ("b",)]
   (root / "kernels" / "kernel.py").write_text("second")
   get("a")
-  (root / "kernels" / "notes.md").write_text("decides nothing")
+  (root / "kernels" / "notes.md").write_text("not a source")
   get("a")
   assert found == [("a",), ("b",), ("a",)]
 
 
-def test_a_failure_is_not_kept(root):
+def test_failure_is_not_kept(root):
   def fails():
     raise RuntimeError("refused")
 

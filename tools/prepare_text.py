@@ -62,7 +62,7 @@ class PrepareConfig:
   )
   workers: int = options.option(os.cpu_count() or 1, "Number of processes that parse.")
   strict: bool = options.option(
-    False, "Whether to stop at the first unusable document instead of skipping it."
+    False, "Stop at the first unusable document instead of skipping it."
   )
 
   def __post_init__(self):

@@ -40,12 +40,12 @@ class SeqioDatasetConfig:
   )
   shuffle: bool | None = options.option(
     None,
-    "Whether to shuffle the documents (every dataset type). Default: only for training.",
+    "Shuffle the documents (every dataset type). Default: only for training.",
   )
   pack: bool = options.option(
     True,
-    "Whether to fill rows with consecutive documents (every dataset type); False starts a new row "
-    "for each document.",
+    "Fill rows with consecutive documents (every dataset type); False starts a new row for each "
+    "document.",
   )
   num_shards: int = options.option(
     8,
@@ -101,7 +101,7 @@ class HuggingFaceDatasetConfig:
     "evaluation.",
   )
   streaming: bool = options.option(
-    False, "Whether to read over the network while training instead of downloading first."
+    False, "Read over the network while training instead of downloading first."
   )
 
 
@@ -146,8 +146,8 @@ class StrictConfig:
 
   strict: bool = options.option(
     False,
-    "Whether to stop at the first unusable example, reporting its file, line and fault, instead of "
-    "skipping it (type=json and type=huggingface).",
+    "Stop at the first unusable example, reporting its file, line and fault, instead of skipping "
+    "it (type=json and type=huggingface).",
   )
 
 

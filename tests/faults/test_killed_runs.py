@@ -145,7 +145,8 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(start, uninterrupted, tmp_pa
     job.wait_for(lambda: "compiling" in job.said())
     job.signal(signal.SIGINT)
     assert job.end(5) == preemption.INTERRUPTED, job.said()
-  assert job.said().splitlines()[-1] == "stopped by Ctrl-C before the first step"
+  last = job.said().splitlines()[-1]
+  assert "Ctrl-C" in last and "before the first step" in last
   assert not checkpoint.finished_steps(output)
 
   with start(output, *rarely) as job:
@@ -165,8 +166,8 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(start, uninterrupted, tmp_pa
     job.wait_for(lambda: "Ctrl-C again" in job.said())
     job.signal(signal.SIGINT)
     assert job.end(5) == preemption.INTERRUPTED, job.said()
-  last = "stopped by Ctrl-C without saving; earlier checkpoints are intact"
-  assert job.said().splitlines()[-1] == last
+  last = job.said().splitlines()[-1]
+  assert "Ctrl-C" in last and "without saving" in last
   assert checkpoint.finished_steps(output) == [first]
 
   with start(output, *rarely) as job:
