@@ -64,7 +64,7 @@ def _convert(given: flags.Flags) -> None:
   from ll3m.core.checkpoint import SOURCE, TOKENIZER
   from ll3m.core.object_store import writing
   from ll3m.core.progress import aligned
-  from ll3m.data.tokenizer import find_fault
+  from ll3m.data.tokenizer_faults import find_fault
   from ll3m.hf.conversion import convert_model
   from ll3m.hf.model_files import open_model
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,11 +24,14 @@ from ll3m.data.config import (
 from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.model_source import open_source
+from ll3m.training import config as train_config
 from ll3m.training.evaluation import evaluate
 from ll3m.training.logger import say
 from ll3m.training.model_choice import ModelOptions, build_model, check_length, choose_model
 from ll3m.training.sharded_batches import batch_shapes, in_step
 from ll3m.training.step import make_eval_step
+
+_STEPS = 100  # batches of data of unknown size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,16 @@ class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
   checkpoint: str | None = option(
     None, "Converted folder, output_dir of a run, step folder of a run, or hf::DIR."
   )
-  eval_steps: int = option(100, "Maximum number of batches; fewer if the data ends earlier.")
+  eval_steps: int | None = option(
+    None,
+    "Maximum number of batches; fewer if the data ends earlier. Default: all of files and "
+    "downloaded datasets, 100 of mixtures and streams, whose size is unknown.",
+  )
+  eval_fraction: float = option(
+    0.0,
+    "Fraction of the rows that training with the same value held out: only these are read. 0 reads "
+    "all rows.",
+  )
   data_dir: str | None = option(
     None, "Folder of the text shards, local or gs://; $LL3M_DATA_DIR or ./data by default."
   )
@@ -46,10 +59,16 @@ class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
 
   def __post_init__(self):
     require(self, "checkpoint")
-    if self.eval_steps < 1:
+    if self.eval_steps is not None and self.eval_steps < 1:
       raise ValueError(f"`eval_steps` must be at least 1, got {self.eval_steps}")
 
 
+# Short names of flags.
+SHORT = {
+  name: full.replace("train_dataset.", "eval_dataset.")
+  for name, full in train_config.SHORT.items()
+  if name != "eval_data"
+}
 FLAG_GROUPS = {
   "": EvaluateOptions,
   "tokenizer": TokenizerConfig,
@@ -63,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   See `flags.call` for `argv` and the returned exit code.
   """
-  return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__)
+  return flags.call(_evaluate, FLAG_GROUPS, argv, doc=__doc__, short=SHORT)
 
 
 def _evaluate(given: flags.Flags) -> None:
@@ -73,17 +92,20 @@ def _evaluate(given: flags.Flags) -> None:
     ValueError: The flags, the model's files or the data are invalid.
   """
   options, dataset = given[""], given["eval_dataset"]
-  if dataset.type == "seqio":
-    given.refuse({"strict": "on datasets of type seqio"})
   with given.within("eval_dataset"):
     data = resolve(
       dataset,
-      split_default="validation",
-      repeat=False,
+      is_evaluation=True,
       seed=options.seed,
       strict=options.strict,
       data_dir=options.data_dir,
+      eval_fraction=options.eval_fraction,
+      workers=os.cpu_count() or 1,
     )
+  if not data.is_rows:
+    given.refuse({"strict": "on mixtures"})
+  if options.eval_steps is None and data.is_countable:
+    data = data.counted()
   source = open_source(options.checkpoint, verify=options.verify)
   family, config = choose_model(options, source)
   with given.within("eval_dataset.seqio_dataset"):
@@ -99,6 +121,7 @@ def _evaluate(given: flags.Flags) -> None:
     embedding_size=config.vocab_size,
   )
   batches = open_dataset(data, tokenizer, rows=rows)
+  eval_steps = options.eval_steps or batches.num_batches or _STEPS
   model = build_model(config, mesh, dtype=options.dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   params = source.load_params(
@@ -106,12 +129,12 @@ def _evaluate(given: flags.Flags) -> None:
   )
   shape = (dataset.seqio_dataset.batch_size, dataset.seqio_dataset.length)
   eval_step = jax.jit(make_eval_step(model)).lower(params, batch_shapes(mesh, *shape)).compile()
-  with tqdm(total=options.eval_steps, unit="batch", disable=None, leave=False) as bar:
+  with tqdm(total=eval_steps, unit="batch", disable=None, leave=False) as bar:
     record = evaluate(
       eval_step,
       params,
       in_step(batches),
-      steps=options.eval_steps,
+      steps=eval_steps,
       mesh=mesh,
       skipped=batches.skipped,
       on_batch=bar.update,

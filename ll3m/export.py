@@ -44,7 +44,7 @@ def _export(given: flags.Flags) -> None:
 
   from ll3m.core.object_store import writing
   from ll3m.core.progress import aligned
-  from ll3m.data.tokenizer import find_fault
+  from ll3m.data.tokenizer_faults import find_fault
   from ll3m.hf.exporting import export_checkpoint, parse_size
   from ll3m.hf.model_source import open_converted
 

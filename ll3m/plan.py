@@ -18,7 +18,7 @@ from ll3m.data import gin_settings
 from ll3m.hf.model_source import open_source
 from ll3m.planning import decoding_plan, plan_table, remedies, topology, training_plan
 from ll3m.planning.program_plan import Plan
-from ll3m.training.config import FALLBACKS, TrainOptions, without_effect
+from ll3m.training.config import DEFAULT_STEPS, FALLBACKS, SHORT, TrainOptions, without_effect
 from ll3m.training.config import FLAG_GROUPS as TRAIN_GROUPS
 from ll3m.training.model_choice import check_length, choose_model
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   # Only the compiler is needed: keep jax from initialising an accelerator, unless it already has.
   jax.config.update("jax_platforms", "cpu")
   try:
-    return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
+    return flags.call(_plan, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS, short=SHORT)
   finally:
     jax.config.update("jax_platforms", platforms)
 
@@ -95,7 +95,7 @@ def read_job(given: flags.Flags) -> training_plan.TrainingJob:
     ValueError: A flag is invalid.
   """
   options, optimizer, dataset = given[""], given["optimizer"], given["train_dataset"]
-  given.refuse(without_effect(options))
+  given.refuse(without_effect(options, has_eval_data=given.given("eval_dataset.data")))
   gin_settings.apply(options, given["tokenizer"])
   rows = dataset.seqio_dataset
   source = None
@@ -107,7 +107,9 @@ def read_job(given: flags.Flags) -> training_plan.TrainingJob:
   with given.within("train_dataset.seqio_dataset"):
     check_length(rows.length, preset.config)
   return training_plan.TrainingJob(
-    options=options,
+    options=dataclasses.replace(
+      options, total_steps=options.total_steps or DEFAULT_STEPS, epochs=None
+    ),
     optimizer=optimizer,
     preset=preset,
     devices=topology.devices(options.topology, options.num_slices),

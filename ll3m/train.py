@@ -8,6 +8,7 @@ from.
 """
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.planning.remedies import advising
 from ll3m.planning.training_plan import job_of
-from ll3m.training import metrics
-from ll3m.training.config import FALLBACKS, FLAG_GROUPS, without_effect
+from ll3m.training import memory, metrics
+from ll3m.training.config import FALLBACKS, FLAG_GROUPS, SHORT, without_effect
 from ll3m.training.logger import Logger, say
 from ll3m.training.loop import Loop
 from ll3m.training.model_choice import check_length, check_same_model, choose_model
@@ -37,6 +38,7 @@ from ll3m.training.preemption import INTERRUPTED, StopRequest
 from ll3m.training.profiling import Profiler
 from ll3m.training.program import make_program
 from ll3m.training.run import (
+  PARTS,
   Run,
   find_start,
   fixed_settings,
@@ -47,6 +49,7 @@ from ll3m.training.run import (
   show_batches,
   write_companions,
 )
+from ll3m.training.run_length import held_out_part, with_length
 from ll3m.training.step import make_eval_step
 
 
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit code of `flags.call`, or that of an interrupted run.
   """
-  return flags.call(_train, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS)
+  return flags.call(_train, FLAG_GROUPS, argv, doc=__doc__, fallbacks=FALLBACKS, short=SHORT)
 
 
 def _train(given: flags.Flags) -> int:
@@ -103,8 +106,19 @@ def _train(given: flags.Flags) -> int:
     write_companions(run)
     start = time.perf_counter()
     say("compiling the training step")
-    train_step = train_step.lower(plan.state, run.batch_shapes()).compile()
+    fewest, most = _allowed_parts(given, run)
+    train_step, parts = memory.compile_to_fit(
+      train_step, plan.state, run.batch_shapes, fewest=fewest, most=most
+    )
     say(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+    say(
+      memory.describe(
+        memory.used_bytes(train_step),
+        run.mesh.devices.flat[0],
+        rows=run.train_dataset.seqio_dataset.batch_size,
+        parts=parts,
+      )
+    )
     held_out = None
     if held_out_batches is not None:
       evaluate = jax.jit(make_eval_step(program.model))
@@ -124,11 +138,12 @@ def _train(given: flags.Flags) -> int:
         step=train_step,
         batches=batches,
         accumulate=run.optimizer.accumulate_gradient_steps,
+        parts=parts,
         mesh=run.mesh,
         held_out=held_out,
         summarise=functools.partial(metrics.summarise, config=run.config, length=run.length),
         meta=model_meta(run.family.name, run.config)
-        | {"settings": fixed_settings(options, run.optimizer, run.train_dataset)},
+        | {"settings": fixed_settings(options, run.optimizer, run.train_dataset) | {PARTS: parts}},
         watch=NonFiniteWatch(run.logger.output_dir, run.tokenizer, options.max_nonfinite_steps),
         checkpoints=checkpoints,
         logger=logger,
@@ -149,6 +164,22 @@ def _train(given: flags.Flags) -> int:
   return stop.exit_code
 
 
+def _allowed_parts(given: flags.Flags, run: Run) -> tuple[int, int]:
+  """Returns the fewest and the most parts into which a micro-batch may be divided to fit.
+
+  Only the default batch size is divided, on CPUs, whose memory other programs need too. The update
+  is that of the whole batch, but for rounding; a resumed run therefore keeps its number of parts.
+  """
+  if run.resumed is not None:
+    parts = run.resumed.meta.get("settings", {}).get(PARTS, 1)
+    return parts, parts
+  chosen = ("train_dataset.seqio_dataset.batch_size", "optimizer.accumulate_gradient_steps")
+  if any(map(given.given, chosen)) or jax.process_count() > 1 or run.mesh.size > 1:
+    return 1, 1
+  is_cpu = run.mesh.devices.flat[0].platform == "cpu"
+  return 1, run.train_dataset.seqio_dataset.batch_size if is_cpu else 1
+
+
 def read_run(given: flags.Flags) -> Run:
   """Checks all flags against each other and against the files that they name.
 
@@ -158,7 +189,8 @@ def read_run(given: flags.Flags) -> Run:
   """
   options, logger, optimizer = given[""], given["logger"], given["optimizer"]
   train_dataset, eval_dataset = given["train_dataset"], given["eval_dataset"]
-  given.refuse(without_effect(options))
+  has_eval_data = given.given("eval_dataset.data")
+  given.refuse(without_effect(options, has_eval_data=has_eval_data))
   if not options.dry_run:
     with given.within("logger"):
       require(logger, "output_dir")
@@ -167,26 +199,38 @@ def read_run(given: flags.Flags) -> Run:
         raise ValueError(
           f"`output_dir`={logger.output_dir} holds a converted model; give the run its own folder"
         )
-  read = [train_dataset, eval_dataset] if options.eval_steps else [train_dataset]
-  if all(dataset.type == "seqio" for dataset in read):
-    given.refuse({"strict": "on datasets of type seqio"})
   mesh = sharding.make_mesh(options.mesh_dim)
-  of_run = {"seed": options.seed, "strict": options.strict, "data_dir": options.data_dir}
+  of_run = {
+    "seed": options.seed,
+    "strict": options.strict,
+    "data_dir": options.data_dir,
+    "eval_fraction": options.eval_fraction,
+    "workers": os.cpu_count() or 1,
+  }
   with given.within("train_dataset.seqio_dataset"):
     sharding.local_rows(mesh, train_dataset.seqio_dataset.batch_size)
   with given.within("train_dataset"):
     train_data, eval_data = resolve(train_dataset, **of_run), None
-  if options.eval_steps:
+  if options.eval_fraction:
+    eval_dataset = held_out_part(train_dataset)
+    eval_data = resolve(eval_dataset, is_evaluation=True, **of_run)
+  elif options.eval_steps or (has_eval_data and options.eval_steps is None):
     with given.within("eval_dataset.seqio_dataset"):
       sharding.local_rows(mesh, eval_dataset.seqio_dataset.batch_size)
+    if eval_dataset.data is None and train_dataset.data is not None:
+      raise ValueError(
+        "`eval_dataset.data` (or `eval_fraction`) must be given, because held-out text is separate"
+      )
     if eval_dataset.type == "json" and not eval_dataset.json_dataset.path:
       raise ValueError(
         "`eval_dataset.json_dataset.path` must be given, because held-out text is read from "
         "separate files"
       )
     with given.within("eval_dataset"):
-      eval_data = resolve(eval_dataset, split_default="validation", repeat=False, **of_run)
-  settings = fixed_settings(options, optimizer, train_dataset)
+      eval_data = resolve(eval_dataset, is_evaluation=True, **of_run)
+  if not any(data.is_rows for data in (train_data, eval_data) if data is not None):
+    given.refuse({"strict": "on mixtures"})
+  settings = fixed_settings(options, optimizer, train_data.config)
   start = find_start(options, logger.output_dir, settings)
   resumed, source = start.resumed, start.source
   family, config = choose_model(options, resumed or source)
@@ -194,7 +238,7 @@ def read_run(given: flags.Flags) -> Run:
     check_same_model(config, resumed.config)
   with given.within("train_dataset.seqio_dataset"):
     check_length(train_dataset.seqio_dataset.length, config)
-  if options.eval_steps:
+  if eval_data is not None:
     with given.within("eval_dataset.seqio_dataset"):
       check_length(eval_dataset.seqio_dataset.length, config)
   tokenizer_config = gin_settings.apply(options, given["tokenizer"])
@@ -206,7 +250,7 @@ def read_run(given: flags.Flags) -> Run:
     family=family.name,
     embedding_size=config.vocab_size,
   )
-  return Run(
+  run = Run(
     options=options,
     optimizer=optimizer,
     checkpointer=given["checkpointer"],
@@ -222,6 +266,7 @@ def read_run(given: flags.Flags) -> Run:
     mesh=mesh,
     settings=given.settings(leave_out=["jax_distributed"]),
   )
+  return with_length(run)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_a_run_resumes_without_the_checkpoint_it_was_loaded_from(finished, run_c
   done = train("--total_steps=1")
   assert done.returncode == 0, done.stderr
   file = tmp_path / "lines.jsonl"
-  skipped = f"{file}: 9 usable lines, skipped 1: no field 'text' (1); the first: {bad}"
+  skipped = f"{file}: 9 usable rows, skipped 1: no field 'text' (1); the first: {bad}"
   assert done.stderr.splitlines().count(f"warning: {skipped}") == 1
   assert done.stderr.count(str(bad)) == 1  # not repeated at the end
   shutil.rmtree(tmp_path / "source")

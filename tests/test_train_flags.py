@@ -128,7 +128,7 @@ CASES = {
   ),
   "strict without rows": (
     {"strict": "true"},
-    "--strict has no effect on datasets of type seqio",
+    "--strict has no effect on mixtures",
   ),
   "features beside files": (
     JSON | {"train_dataset.seqio_dataset.task_feature_field": "('targets',)"},

@@ -7,11 +7,11 @@ import collections
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ll3m.core import flag_help, flags
 
-VERBS = ("convert", "train", "evaluate", "generate", "export", "plan")
+VERBS = ("convert", "inspect", "train", "evaluate", "generate", "export", "plan")
 HEAD = """# Commands
 
 <!-- Written by tools/command_docs.py: change the help texts in the code, and run it again. -->
@@ -45,9 +45,12 @@ def page() -> str:
   parts = [HEAD]
   for verb, module in commands.items():
     parts += ["", f"## {verb}", "", documentation(module.__doc__)]
+    if short := getattr(module, "SHORT", None):
+      sections = [("", prefix, cls) for prefix, cls in module.FLAG_GROUPS.items()]
+      parts += ["", *table(flag_help.short_entries(sections, short))]
     for prefix, cls in module.FLAG_GROUPS.items():
       if cls not in shared:
-        parts += ["", *table(prefix, cls)]
+        parts += ["", *table(flag_help.entries(prefix, cls))]
     also = [
       f"[`--{prefix}.*`](#{shared[cls]})"
       for prefix, cls in module.FLAG_GROUPS.items()
@@ -56,8 +59,15 @@ def page() -> str:
     also.append("[`--config`, `--debug`](#flags-of-every-command)")
     parts += ["", f"Also: {', '.join(also)}."]
   for cls, anchor in shared.items():
-    parts += ["", f"## {anchor}", "", cls.__doc__.strip(), "", *table("GROUP", cls)]
-  parts += ["", "## Flags of every command", "", *table("", flags.CommonOptions)]
+    parts += [
+      "",
+      f"## {anchor}",
+      "",
+      cls.__doc__.strip(),
+      "",
+      *table(flag_help.entries("GROUP", cls)),
+    ]
+  parts += ["", "## Flags of every command", "", *table(flag_help.entries("", flags.CommonOptions))]
   return "\n".join(parts)
 
 
@@ -86,11 +96,11 @@ def shared_groups(commands: Mapping[str, Mapping[str, type]]) -> dict[type, str]
   }
 
 
-def table(prefix: str, cls: type) -> Iterator[str]:
-  """Yields the lines of a table of a class's flags."""
+def table(entries: Iterable[flag_help.Entry]) -> Iterator[str]:
+  """Yields the lines of a table of flags."""
   yield "| flag | default | meaning |"
   yield "|---|---|---|"
-  for usage, default, text in flag_help.entries(prefix, cls):
+  for _, usage, default, text in entries:
     cells = (f"`{usage}`", f"`{default}`" if default else "", text)
     yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -28,7 +28,14 @@ from ll3m.core.object_store import require_bucket
 from ll3m.data.row_files import KINDS, as_row, is_array, kind_of, open_rows
 from ll3m.data.shard_files import SPLITS, list_files
 from ll3m.data.skipped_examples import Skipped, Unusable, require_unicode
-from ll3m.data.text_files import HEAD, open_stream, require_utf8, split_lines
+from ll3m.data.text_files import (
+  HEAD,
+  decode_text,
+  open_stream,
+  require_utf8,
+  split_lines,
+  split_text,
+)
 
 _BLOCK = 1 << 23  # bytes that a worker parses at a time
 
@@ -270,7 +277,7 @@ def parse(block: Block, text_field: str, id_field: str) -> Parsed:
         if not isinstance(text, str):
           raise Unusable(f"field {text_field!r} is not text")
       else:
-        text = _decode(piece)
+        text = _decode(piece, block.kind)
       if not text.strip():
         raise Unusable("empty text")
       require_unicode(identity + text)
@@ -284,27 +291,23 @@ def _pieces(block: Block) -> Iterator[tuple[int, bytes]]:
   """Yields documents with their line numbers, without the blank lines between them."""
   if block.kind == "rows":
     yield from block.data
-  elif block.kind in ("json", "line"):
-    for line, start, end in split_lines(block.data, block.first_line):
+  elif block.kind == "file":
+    yield 1, block.data.removeprefix(codecs.BOM_UTF8)  # even if it is blank
+  else:
+    parts = (
+      split_lines(block.data, block.first_line)
+      if block.kind == "json"
+      else split_text(block.data, block.kind, block.first_line)
+    )
+    for line, start, end in parts:
       piece = block.data[start:end]
       if piece.strip():
         yield line, piece
-  else:
-    # Line ends in a document of several lines become \n, including those of old Macs (\r).
-    text = block.data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if block.kind == "file":
-      yield 1, text
-      return
-    line = 1
-    for piece in text.split(b"\n\n"):
-      if piece.strip():
-        yield line, piece
-      line += piece.count(b"\n") + 2
 
 
-def _decode(piece: bytes) -> str:
+def _decode(piece: bytes, kind: str) -> str:
   try:
-    return piece.decode("utf-8").strip("\n")
+    return piece.decode() if kind == "line" else decode_text(piece)
   except UnicodeDecodeError:
     raise Unusable("not UTF-8") from None
 

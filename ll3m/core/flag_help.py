@@ -4,7 +4,7 @@ import dataclasses
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ll3m.core.options import CHOICES, HELP, REPEATED
@@ -17,11 +17,13 @@ class Entry(NamedTuple):
   """One flag.
 
   Attributes:
+    name: Its name, without dashes.
     usage: How it is written, as "--seed=N" or "--[no]json".
     default: Its default, as it would be written; empty if it has none.
     text: What it sets.
   """
 
+  name: str
   usage: str
   default: str
   text: str
@@ -58,7 +60,7 @@ def entries(prefix: str, cls: type) -> Iterator[Entry]:
     else:
       usage = f"--{name}={_placeholder(base, field)}"
       default = "" if field.default in (None, "", ()) else str(field.default)
-    yield Entry(usage, default, field.metadata[HELP])
+    yield Entry(name, usage, default, field.metadata[HELP])
 
 
 def _placeholder(base: Any, field: dataclasses.Field) -> str:
@@ -71,17 +73,40 @@ def _placeholder(base: Any, field: dataclasses.Field) -> str:
   return _PLACEHOLDERS[base]
 
 
-def render(doc: str, sections: Iterable[tuple[str, str, type]]) -> str:
+def short_entries(
+  sections: Iterable[tuple[str, str, type]], short: Mapping[str, str]
+) -> Iterator[Entry]:
+  """Yields an entry for every short name of a flag, with the flag's text.
+
+  Args:
+    sections: Heading, prefix and dataclass of each group of flags.
+    short: Short names, with the flags' own names.
+  """
+  found = {entry.name: entry for _, prefix, cls in sections for entry in entries(prefix, cls)}
+  for name, own in short.items():
+    entry = found[own]
+    yield entry._replace(
+      usage=entry.usage.replace(own, name, 1), text=f"{entry.text} Short for --{own}."
+    )
+
+
+def render(
+  doc: str, sections: Iterable[tuple[str, str, type]], short: Mapping[str, str] | None = None
+) -> str:
   """Returns what --help prints.
 
   Args:
     doc: What the command does.
     sections: Heading, prefix and dataclass of each group of flags.
+    short: Short names of flags, which come first.
   """
-  lines = [doc.strip()]
-  for heading, prefix, cls in sections:
+  lines, sections = [doc.strip()], list(sections)
+  groups = [(heading, list(entries(prefix, cls))) for heading, prefix, cls in sections]
+  if short:
+    groups.insert(0, ("short names of flags", list(short_entries(sections, short))))
+  for heading, found in groups:
     lines += ["", f"{heading}:"]
-    for entry in entries(prefix, cls):
+    for entry in found:
       default = f" (default: {entry.default})" if entry.default else ""
       text = textwrap.fill(f"{entry.text}{default}", _COLUMNS - 6)
       lines += [f"  {entry.usage}", textwrap.indent(text, " " * 6)]

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, override
 
 import absl.flags
@@ -59,6 +59,12 @@ def names(cls: type, prefix: str = "") -> Iterator[str]:
       yield f"{prefix}{field.name}"
     else:
       yield from names(hints[field.name], f"{prefix}{field.name}.")
+
+
+def expand(argument: str, short: Mapping[str, str]) -> str:
+  """Returns an argument of a command line with the own name of its flag instead of a short one."""
+  dashes, name, rest = re.fullmatch(r"(-*)([\w.]*)(.*)", argument, re.DOTALL).groups()
+  return dashes + short[name] + rest if dashes and name in short else argument
 
 
 def define(values: absl.flags.FlagValues, prefix: str, cls: type) -> None:

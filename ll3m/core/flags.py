@@ -26,7 +26,7 @@ from typing import Any
 import absl.flags
 
 from ll3m.core import config_files, flag_help, library_logs, object_store
-from ll3m.core.flag_types import TupleParser, define, names
+from ll3m.core.flag_types import TupleParser, define, expand, names
 from ll3m.core.options import HELP, REPEATED, Fallback, option
 
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
@@ -79,6 +79,7 @@ class Flags:
     arguments: Sequence[str],
     *,
     fallbacks: Mapping[str, Fallback] | None = None,
+    short: Mapping[str, str] | None = None,
     doc: str = "",
   ):
     """Parses a command line.
@@ -87,6 +88,7 @@ class Flags:
       groups: The dataclass of options of each prefix ("" for none).
       arguments: The command line, without the command's name.
       fallbacks: Sources of values that were not given, by the prefix of the group.
+      short: Short names of flags, with the flags' own names.
       doc: Text that --help prints before the flags.
 
     Raises:
@@ -95,7 +97,10 @@ class Flags:
     """
     self._groups = dict(groups)
     self._fallbacks = dict(fallbacks or {})
-    self._doc = doc
+    self._short, self._doc = dict(short or {}), doc
+    # How messages name a flag that has a short name: as it was typed, or else by the short name.
+    typed = {argument.lstrip("-").partition("=")[0] for argument in arguments}
+    self._as_typed = {name: short for short, name in self._short.items() if name not in typed}
     self._values = absl.flags.FlagValues()
     self._from_file: set[str] = set()
     for prefix, cls in (*groups.items(), ("", CommonOptions)):
@@ -104,7 +109,7 @@ class Flags:
       self._values.mark_as_parsed()
       return
     try:
-      rest = self._values(["command", *arguments])
+      rest = self._values(["command", *(expand(argument, self._short) for argument in arguments)])
     except absl.flags.Error as error:
       raise UsageError(str(error)) from error
     if len(rest) > 1:
@@ -123,11 +128,15 @@ class Flags:
 
   def help(self) -> str:
     """Returns what --help prints."""
-    return flag_help.render(self._doc, help_sections(self._groups))
+    return flag_help.render(self._doc, help_sections(self._groups), self._short)
 
   def _read_file(self, file: str, typed: Iterable[str]) -> None:
-    known = [name for name in self._values if name != "config"]
-    for name, (value, place) in config_files.read(file, known).items():
+    known = [*(name for name in self._values if name != "config"), *self._short]
+    read = config_files.read(file, known)
+    for short, (value, place) in read.items():
+      name = self._short.get(short, short)
+      if name != short and read.get(name, (None,))[0] is not None:
+        raise UsageError(f"`config`: {place}: {short} is {name}, which the file sets too")
       if value is None or name in typed:
         continue
       flag = self._values[name]
@@ -254,9 +263,8 @@ class Flags:
 
   def spell(self, text: str) -> str:
     """Returns a text with its backticked options written as flags."""
-    return _BACKTICKED.sub(
-      lambda match: f"--{match[1]}" if match[1] in self._values else match[0], text
-    )
+    known, typed = {*self._values, *self._short}, self._as_typed
+    return _BACKTICKED.sub(lambda m: f"--{typed.get(m[1], m[1])}" if m[1] in known else m[0], text)
 
   def exit_code(self, error: Exception) -> int:
     """Returns 2 if an error is about a flag (its message begins with one), else 1."""
@@ -271,6 +279,7 @@ def call(
   *,
   doc: str | None = "",
   fallbacks: Mapping[str, Fallback] | None = None,
+  short: Mapping[str, str] | None = None,
 ) -> int:
   """Runs a command: parses its flags, connects its processes, and reports errors in one sentence.
 
@@ -282,6 +291,7 @@ def call(
       ends the process at once, even if threads of libraries are still running.
     doc: Text that --help prints before the flags.
     fallbacks: Sources of values that were not given, by the prefix of the group.
+    short: Short names of flags, with the flags' own names.
 
   Returns:
     The exit code: that of `run`; 0 for --help; 2 if a flag is wrong; 130 if the command was
@@ -290,10 +300,10 @@ def call(
   arguments = sys.argv[1:] if argv is None else list(argv)
   if not absl.flags.FLAGS.is_parsed():
     absl.flags.FLAGS.mark_as_parsed()  # libraries read flags of their own from it
-  flags = Flags(groups, (), doc=doc or "")
+  flags = Flags(groups, (), short=short, doc=doc or "")
   debug = "--debug" in arguments
   try:
-    flags = Flags(groups, arguments, fallbacks=fallbacks, doc=doc or "")
+    flags = Flags(groups, arguments, fallbacks=fallbacks, short=short, doc=doc or "")
     if any(argument in _HELP_FLAGS for argument in arguments):
       print(flags.help())
       return 0

@@ -1,7 +1,7 @@
 """Data pipeline from text to batches: tokenizers, seqio tasks, packing and resumable streams.
 
-`jsonl`, `huggingface` and `mixture` open a stream of batches (`ll3m.data.loaders`); `show` prints a
-batch as text (`ll3m.data.preview`).
+`load`, `jsonl`, `huggingface` and `mixture` open a stream of batches (`ll3m.data.loaders`); `show`
+prints a batch as text (`ll3m.data.preview`).
 """
 
 import importlib
@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
   "huggingface": "ll3m.data.loaders",
   "jsonl": "ll3m.data.loaders",
+  "load": "ll3m.data.loaders",
   "mixture": "ll3m.data.loaders",
   "show": "ll3m.data.preview",
 }

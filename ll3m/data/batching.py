@@ -19,7 +19,7 @@ from absl import logging
 
 from ll3m.core import stderr
 from ll3m.core.options import to_dict
-from ll3m.data import row_corpus
+from ll3m.data import epochs, row_corpus
 from ll3m.data.batch import Batch
 from ll3m.data.config import SeqioDatasetConfig
 from ll3m.data.corpus import Corpus, DocumentIterator
@@ -27,30 +27,41 @@ from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Packer, Row, make_row
 from ll3m.data.tokenizer import Tokenizer
 
-# A repeating shard fails after this many consecutive unusable documents, or after twice the number
-# of examples (two passes or more) if that is known and smaller.
+# A shard whose passes are unknown fails after this many consecutive unusable documents.
 _PATIENCE = 10_000
 # Options that may change when a saved position is restored: how documents are cut into rows and
 # batches, and where the files are. All other options determine which document comes next.
 _MAY_CHANGE = {
   *(f"seqio_dataset.{name}" for name in ("batch_size", "task_feature_lengths", "pack", "module")),
   "json_dataset.path",
+  "data",
+  "overflow",
+}
+
+# Options that positions of earlier versions do not have, with their defaults, which are not saved.
+_NONE = object()
+_ADDED = {
+  "data_format": "auto",
+  "prompt_template": None,
+  "completion": None,
+  "plain_text": "file",
 }
 
 
 class _Shard:
   """One pipeline of the stream, from documents to rows.
 
+  A shard of an endless stream whose rows are all unusable gives padding, with a warning.
+
   Attributes:
-    exhausted: Whether the documents have ended.
+    exhausted: Whether the documents have ended, or none of many is usable.
     num_read: Number of usable documents read since the shard was opened.
     has_target: Whether any of these documents has a trained token.
   """
 
-  def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, repeat: bool):
+  def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, endless: bool):
     self._documents, self._packer, self._corpus = documents, packer, corpus
-    self._repeat = repeat
-    self._patience = min(_PATIENCE, 2 * (corpus.num_examples or _PATIENCE))
+    self._endless = endless
     self.exhausted = self.has_target = False
     self.num_read = 0
 
@@ -65,35 +76,65 @@ class _Shard:
         self._packer.add(document)
         self.num_read += 1
         self.has_target = self.has_target or bool(document.loss[1:].any())
-      idle = 0 if document is not None and len(document.tokens) else idle + 1
-      if self._repeat and (self.exhausted or idle > self._patience):
-        why = self._corpus.skipped.describe()
-        raise ValueError(
-          f"{self._corpus.label}: a shard has no usable document; "
-          + (why or "lower seqio_dataset.num_shards or provide more data")
-        )
+        idle = 0
+        continue
+      idle += 1
+      if self._endless and (self.exhausted or self._is_hopeless(idle)):
+        self._end()
     return row
+
+  def _is_hopeless(self, idle: int) -> bool:
+    """Returns whether no document of an endless shard is usable, after `idle` unusable ones."""
+    hopeless = self._documents.is_hopeless
+    return idle > _PATIENCE if hopeless is None else hopeless
+
+  def _end(self) -> None:
+    """Ends an endless shard without usable documents.
+
+    Raises:
+      ValueError: The shard has no documents at all, or it is unknown whether one is usable.
+    """
+    if self.exhausted or self._documents.is_hopeless is None:
+      why = self._corpus.skipped.describe()
+      raise ValueError(
+        f"{self._corpus.label}: a shard has no usable document; "
+        + (why or "lower seqio_dataset.num_shards or provide more data")
+      )
+    self.exhausted = True
+    logging.warning(
+      "%s: one of %d pipelines has no usable example, so its rows are padding; %s",
+      self._corpus.label,
+      self._corpus.num_shards,
+      self._corpus.skipped.describe(),
+    )
 
   def state(self) -> dict[str, np.ndarray]:
     documents = np.frombuffer(self._documents.state(), np.uint8)
-    return self._packer.state() | {"documents": documents, "exhausted": np.array(self.exhausted)}
+    return self._packer.state() | {
+      "documents": documents,
+      "exhausted": np.array(self.exhausted),
+    }
 
   def set_state(self, state: Mapping[str, np.ndarray]) -> None:
     self._documents.set_state(state["documents"].tobytes())
     self._packer.set_state({name: state[name] for name in ("lengths", "tokens", "loss")})
-    self.exhausted = bool(state["exhausted"])
+    # More passes may have been asked for since the documents ended.
+    self.exhausted = self._endless and bool(state["exhausted"])
 
 
 class BatchIterator:
   """Iterator over this process's rows of every batch.
 
-  When `repeat` is False, rows past the end of a shard are padding (segment ids and mask 0), and
+  In a stream that ends, rows past the end of a shard are padding (segment ids and mask 0), and
   iteration stops when all shards that this process reads are exhausted. Other processes may stop
   a batch earlier or later; a process that must stay in step with them continues with `padding()`.
 
   Attributes:
+    corpus: The source of the documents.
     skipped: Unusable examples so far.
     num_shards: S, the number of shards.
+    num_batches: Number of batches of all processes in a stream that ends, if tokens were counted;
+      else None.
   """
 
   def __init__(
@@ -102,16 +143,19 @@ class BatchIterator:
     options: SeqioDatasetConfig,
     *,
     rows: Sequence[int],
-    repeat: bool,
+    endless: bool,
     definition: Mapping[str, Any],
+    num_batches: int | None = None,
   ):
     """Starts at the beginning of the stream; pipelines are built on first use."""
     if not rows or not all(0 <= r < options.batch_size for r in rows):
       raise ValueError(
         f"rows must be one or more indices into a batch of {options.batch_size}, got {list(rows)}"
       )
-    self._corpus, self._options = corpus, options
-    self._rows, self._repeat, self._definition = tuple(rows), repeat, dict(definition)
+    self.corpus, self._options = corpus, options
+    self._rows, self._endless, self._definition = tuple(rows), endless, dict(definition)
+    self.num_batches = num_batches
+    self._end_row = options.batch_size * (num_batches or 0)
     self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
     self._next_row = 0
     self._shards: dict[int, _Shard] = {}
@@ -124,9 +168,11 @@ class BatchIterator:
     """Reads the next batch.
 
     Raises:
-      StopIteration: The stream does not repeat and has ended.
-      ValueError: The stream repeats and has nothing to read.
+      StopIteration: The stream has ended.
+      ValueError: The stream is endless, but has nothing to read.
     """
+    if self.num_batches is not None and self._next_row >= self._end_row:
+      raise StopIteration
     mine, found = {}, False
     own = self._own_shards()
     for r in range(self._options.batch_size):
@@ -137,7 +183,13 @@ class BatchIterator:
         if r in self._rows:
           mine[r] = row or make_row([], self._options.length)
     if not found and all(self._shard(index).exhausted for index in own):
-      raise StopIteration
+      if self._endless:
+        raise ValueError(
+          f"{self.corpus.label} has no usable example: {self.corpus.skipped.describe()}"
+        )
+      # If the end is known, other processes may have rows until then.
+      if self.num_batches is None:
+        raise StopIteration
     if self._is_first:
       self._is_first = False
       self._warn_if_untrained()
@@ -204,7 +256,7 @@ class BatchIterator:
       logging.warning(
         "%s: none of the first %d documents has a token to train on: their loss masks are all 0 "
         "(print them with `show_batches`), so training has no effect",
-        self._corpus.label,
+        self.corpus.label,
         read,
       )
 
@@ -217,10 +269,12 @@ class BatchIterator:
   def _shard(self, index: int) -> _Shard:
     if index not in self._shards:
       self._shards[index] = _Shard(
-        self._corpus.open_shard(index),
-        Packer(self._options.length, pack=self._options.pack),
-        self._corpus,
-        repeat=self._repeat,
+        self.corpus.open_shard(index),
+        Packer(
+          self._options.length, pack=self._options.pack, whole=self.corpus.overflow != "split"
+        ),
+        self.corpus,
+        endless=self._endless,
       )
     return self._shards[index]
 
@@ -239,31 +293,58 @@ def _entry(shard: int) -> str:
   return f"shard_{shard:05d}"
 
 
-def open_dataset(spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int]) -> BatchIterator:
+def open_dataset(
+  spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int], multiple: int = 1
+) -> BatchIterator:
   """Opens a dataset as a stream of batches.
 
   Args:
     spec: The dataset.
     tokenizer: The run's tokenizer.
     rows: Rows of every batch that this process reads, in [0, batch_size).
+    multiple: Number of which the number of batches is a multiple, if it is known; batches of
+      padding are appended if necessary.
 
   Raises:
     ValueError: The data does not match `spec`.
   """
-  if spec.config.type == "seqio":
+  num_batches = None
+  if spec.is_rows:
+    corpus = row_corpus.open_corpus(spec, tokenizer)
+    if spec.passes is not None and spec.count_tokens:
+      num_batches = -(-epochs.count_batches(corpus, spec) // multiple) * multiple
+      if not num_batches:
+        raise ValueError(
+          f"{corpus.label} has no row with a token to train on: {corpus.skipped.describe()}"
+        )
+  else:
     with stderr.tensorflow_import():
       from ll3m.data import seqio_corpus
     corpus = seqio_corpus.open_corpus(spec, tokenizer)
-  else:
-    corpus = row_corpus.open_corpus(spec, tokenizer)
   options = spec.config.seqio_dataset
-  definition = {k: v for k, v in to_dict(spec.config).items() if k not in _MAY_CHANGE} | {
+  definition = {
+    name: value
+    for name, value in to_dict(spec.config).items()
+    if name not in _MAY_CHANGE and value != _ADDED.get(name, _NONE)
+  } | {
+    "type": "rows" if spec.config.data is not None and spec.is_rows else spec.config.type,
     "seqio_dataset.split": options.split or spec.split_default,
     "seqio_dataset.shuffle": spec.shuffle,
     "seqio_dataset.num_shards": corpus.num_shards,
     "number of examples": corpus.num_examples,
     "tokenizer": tokenizer.fingerprint,
     "seed": spec.seed,
-    "repeat": spec.repeat,
+    "repeat": not spec.is_evaluation,
   }
-  return BatchIterator(corpus, options, rows=rows, repeat=spec.repeat, definition=definition)
+  if spec.eval_fraction:
+    definition["eval_fraction"] = spec.eval_fraction
+  if any(source.weight for source in spec.sources):
+    definition["weights"] = [source.weight for source in spec.sources]
+  return BatchIterator(
+    corpus,
+    options,
+    rows=rows,
+    endless=spec.passes is None,
+    definition=definition,
+    num_batches=num_batches,
+  )

@@ -22,10 +22,12 @@ class Rendered(NamedTuple):
   Attributes:
     text: Rendered text; control strings from messages have the marks of `Tokenizer.quote`.
     spans: Start and end of each trained part, in characters of `text`.
+    is_only_answers: Whether all messages are the assistant's.
   """
 
   text: str
   spans: list[tuple[int, int]]
+  is_only_answers: bool = False
 
 
 def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
@@ -61,8 +63,9 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
   apply = _renderer(tokenizer, messages, tools)
   whole = apply(messages)
   _check_calls(apply, messages, tools, whole)
+  only_answers = len(answers) == len(messages)
   if OPEN in whole:
-    found = _unmark(whole)
+    found = _unmark(whole)._replace(is_only_answers=only_answers)
     if len(trained) == len(answers):
       return found
     if len(found.spans) != len(answers):
@@ -71,8 +74,9 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
         "it is unknown which part has weight 0"
       )
     spans = [span for i, span in zip(answers, found.spans, strict=True) if i in trained]
-    return Rendered(found.text, spans)
-  return Rendered(whole, [_find_turn(tokenizer, apply, messages, whole, i) for i in trained])
+    return found._replace(spans=spans)
+  turns = [_find_turn(tokenizer, apply, messages, whole, i) for i in trained]
+  return Rendered(whole, turns, only_answers)
 
 
 def encode(
@@ -153,15 +157,35 @@ def _checked(messages: Any) -> list[dict]:
   for message in messages:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
       raise ValueError("a message must have text as its role and content")
-    content, calls = message.get("content"), message.get("tool_calls")
+    content, calls = _joined(message.get("content")), message.get("tool_calls")
     # In the OpenAI API, the content of an answer that only calls functions is null.
     if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
       raise ValueError("a message must have text as its role and content")
     if calls and not isinstance(calls, list):
       raise ValueError("tool_calls is not a list")
     _weight(message)
+    message = {**message, "content": content}
     found.append({key: value for key, value in message.items() if value is not None})
   return found
+
+
+def _joined(content: Any) -> Any:
+  """Returns the text of content that is a list of parts, as in the OpenAI API.
+
+  Raises:
+    ValueError: A part is not text.
+  """
+  if not isinstance(content, list):
+    return content
+  texts = []
+  for part in content:
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", None):
+      kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+      raise ValueError(f"content has a part of type {kind!r}; only text is supported")
+    if not isinstance(part.get("text"), str):
+      raise ValueError("content has a part without text")
+    texts.append(part["text"])
+  return "".join(texts)
 
 
 def _checked_tools(tools: Any) -> list | None:

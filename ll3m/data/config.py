@@ -10,6 +10,12 @@ import re
 from ll3m.core import options
 
 TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
+# Shapes of rows, in the order in which they are tried; `shapes.py` describes them.
+ROW_SHAPES = (
+  "messages", "conversations", "chosen", "prompt_completion", "instruction", "dolly", "text"
+)  # fmt: skip
+OVERFLOWS = ("split", "truncate", "keep_end", "drop")
+PLAIN_TEXT = ("file", "paragraph", "line")
 
 _MOST_LISTED = 2**20  # rows and shards are lists in memory
 
@@ -47,19 +53,21 @@ class SeqioDatasetConfig:
     "Fill rows with consecutive documents (every dataset type); False starts a new row for each "
     "document.",
   )
-  num_shards: int = options.option(
-    8,
+  num_shards: int | None = options.option(
+    None,
     "Number of independent pipelines into which the stream is split (every dataset type). It "
     "determines the order of the data, whatever the number of processes, and must not change "
-    "within a run.",
+    "within a run. Default: 1 for files and datasets that data names, which every process then "
+    "reads as a whole; else 8.",
   )
 
   def __post_init__(self):
     for name in ("batch_size", "num_shards"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-      if getattr(self, name) > _MOST_LISTED:
-        raise ValueError(f"`{name}` must be at most {_MOST_LISTED}, got {getattr(self, name)}")
+      value = 1 if getattr(self, name) is None else getattr(self, name)
+      if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+      if value > _MOST_LISTED:
+        raise ValueError(f"`{name}` must be at most {_MOST_LISTED}, got {value}")
     fields, lengths = self.task_feature_field, self.task_feature_lengths
     if not fields or len(fields) != len(lengths):
       raise ValueError(
@@ -107,13 +115,13 @@ class HuggingFaceDatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextProcessorConfig:
-  """Conversion of json and huggingface examples to documents."""
+  """Fields of rows that form a document; an alternative to data_format."""
 
   fields: str = options.option(
     "",
     "Fields that form a document: commas separate fields, + joins subfields, brackets mean "
     "no loss, e.g. '[system+prompt],answer'. 'messages' applies the tokenizer's chat template, "
-    "with loss on assistant turns. Default: messages if an example has them, else text.",
+    "with loss on assistant turns. Default: see data_format.",
   )
   subfield_separator: str = options.option(" ", "Text between subfields that + joins.")
 
@@ -125,16 +133,64 @@ class TextProcessorConfig:
 class DatasetConfig:
   """A stream of batches: the source of the text and its division into rows and batches."""
 
+  data: str | None = options.option(
+    None,
+    "What to read: files, globs or folders of JSON, CSV, TSV, parquet, Arrow or text, local or "
+    "gs://; a folder of save_to_disk or of TFRecord shards; a Hugging Face dataset as NAME, "
+    "NAME:SPLIT or NAME:CONFIGURATION:SPLIT; or mixture:NAME. Several are separated by commas, and "
+    "may have weights: a.jsonl=0.7,b.parquet=0.3.",
+  )
+  data_format: str = options.option(
+    "auto",
+    "Shape of the rows; docs/dataset.md describes each. auto recognises it from the columns.",
+    choices=("auto", *ROW_SHAPES),
+  )
+  prompt_template: str | None = options.option(
+    None,
+    "Text that is read but not trained on, with columns in braces, for rows of any columns: "
+    "'Question: {question}\\nAnswer: '. Needs completion.",
+  )
+  completion: str | None = options.option(
+    None, "Text that is trained on, with columns in braces: '{answer}'."
+  )
+  plain_text: str = options.option(
+    "file", "Unit of a plain text file that becomes a document.", choices=PLAIN_TEXT
+  )
+  overflow: str | None = options.option(
+    None,
+    "What happens to a document that is longer than a row. split: it continues in the next row. "
+    "truncate, keep_end: its end or its beginning is cut off. drop: it is skipped. Except with "
+    "split, no document is divided. Default: truncate for prompts and conversations, split for "
+    "plain text and text_processor.fields.",
+    choices=OVERFLOWS,
+  )
   type: str = options.option(
-    "seqio", "Source of the text.", choices=("seqio", "json", "huggingface")
+    "seqio", "Source of the text if data is not given.", choices=("seqio", "json", "huggingface")
   )
   seqio_dataset: SeqioDatasetConfig = options.group(SeqioDatasetConfig)
   json_dataset: JsonDatasetConfig = options.group(JsonDatasetConfig)
   huggingface_dataset: HuggingFaceDatasetConfig = options.group(HuggingFaceDatasetConfig)
   text_processor: TextProcessorConfig = options.group(TextProcessorConfig)
 
+  def __post_init__(self):
+    ways = {
+      "data_format": self.data_format != "auto",
+      "prompt_template": self.prompt_template is not None,
+      "completion": self.completion is not None,
+      "text_processor.fields": bool(self.text_processor.fields),
+    }
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1 and given != ["prompt_template", "completion"]:
+      raise ValueError(
+        f"`{given[0]}` cannot be combined with `{given[1]}`: each says what the rows contain"
+      )
+
   def without_effect(self) -> dict[str, str]:
     """Returns the options that a dataset of this type does not read, by name, with the reasons."""
+    if self.data is not None:
+      kind = "mixture" if self.data.startswith("mixture:") else "rows"
+      unread = [name for name, kinds in _READ_BY.items() if kind not in kinds]
+      return dict.fromkeys(unread, "with `data`" if kind == "rows" else f"with `data`={self.data}")
     return {
       name: f"with `type`={self.type}" for name, types in _READ_BY.items() if self.type not in types
     }
@@ -151,15 +207,26 @@ class StrictConfig:
   )
 
 
-# Dataset options that only some types read, with those types.
+# Dataset options that only some types read, with those types. For `data`, the type is "mixture" or
+# "rows".
+_ROWS = ("json", "huggingface", "rows")
 _READ_BY = {
+  "type": ("seqio", "json", "huggingface"),
   "json_dataset": ("json",),
-  "huggingface_dataset": ("huggingface",),
-  "text_processor": ("json", "huggingface"),
+  "huggingface_dataset.path": ("huggingface",),
+  "huggingface_dataset.name": ("huggingface",),
+  "huggingface_dataset.split": ("huggingface",),
+  "huggingface_dataset.streaming": ("huggingface", "rows"),
+  "text_processor": _ROWS,
+  "data_format": _ROWS,
+  "prompt_template": _ROWS,
+  "completion": _ROWS,
+  "plain_text": _ROWS,
+  "overflow": _ROWS,
   "seqio_dataset.mixture_or_task_name": ("seqio",),
-  "seqio_dataset.module": ("seqio",),
-  "seqio_dataset.split": ("seqio",),
-  "seqio_dataset.task_feature_field": ("seqio",),
+  "seqio_dataset.module": ("seqio", "mixture"),
+  "seqio_dataset.split": ("seqio", "mixture"),
+  "seqio_dataset.task_feature_field": ("seqio", "mixture"),
 }
 
 

@@ -16,6 +16,11 @@ class DocumentIterator(abc.ABC):
   def __next__(self) -> Document:
     """Returns the next document, which is empty if its example was unusable."""
 
+  @property
+  def is_hopeless(self) -> bool | None:
+    """Whether a whole pass of the shard had no usable example; None if passes are unknown."""
+    return None
+
   @abc.abstractmethod
   def state(self) -> bytes:
     """Returns the position, including all buffered data."""
@@ -37,12 +42,14 @@ class Corpus(abc.ABC):
     num_shards: Number of shards; lower than requested if there are fewer examples.
     num_examples: Number of examples, or None if unknown.
     skipped: Unusable examples so far.
+    overflow: What happens to documents that are longer than a row; see `packing.fit`.
   """
 
   label: str
   num_shards: int
   num_examples: int | None
   skipped: Skipped
+  overflow: str
 
   @abc.abstractmethod
   def open_shard(self, shard: int) -> DocumentIterator:

@@ -5,10 +5,13 @@ where 0 is padding, and positions restart at each segment.
 """
 
 import collections
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
+
+from ll3m.data.skipped_examples import Unusable
 
 
 class Row(NamedTuple):
@@ -28,21 +31,59 @@ class Document(NamedTuple):
   loss: Int32[np.ndarray, "n"]
 
 
+def fit(document: Document, length: int, overflow: str, *, prefix: Sequence[int] = ()) -> Document:
+  """Returns what is left of a document that may be longer than a row.
+
+  Args:
+    document: The document.
+    length: T, the length of a row.
+    overflow: "split" for a document that may continue in the next row, "truncate" to keep its
+      beginning, "keep_end" to keep its end (and `prefix`), "drop" to keep nothing.
+    prefix: Token ids with which documents begin, such as BOS.
+
+  Raises:
+    Unusable: Nothing is left to train on.
+  """
+  tokens, loss = document
+  if overflow == "split" or len(tokens) <= length:
+    return document
+  if overflow == "drop":
+    raise Unusable(f"longer than {length} tokens")
+  if overflow == "truncate":
+    kept = Document(tokens[:length], loss[:length])
+  else:
+    head = len(prefix) if tokens[: len(prefix)].tolist() == list(prefix) else 0
+    end = len(tokens) - (length - head)
+    kept = Document(*(np.concatenate([part[:head], part[end:]]) for part in (tokens, loss)))
+  if not kept.loss[1:].any():
+    raise Unusable(f"no token to train on within {length} tokens (overflow={overflow})")
+  return kept
+
+
+# With whole documents, a row is filled from the documents waiting in this many rows' tokens.
+_CHOICE = 4
+
+
 class Packer:
-  """Row packer, which places every token of its documents in exactly one row, in order.
+  """Row packer, which places every token of its documents in exactly one row.
 
   With `pack`, a row holds T consecutive tokens of the documents. A document that does not fit
   continues in the next row, as another segment. Without `pack`, every document starts a new row.
+
+  With `pack` and `whole`, no document of at most T tokens is divided. A row takes the document that
+  has waited longest, and then, in order, the waiting ones that still fit; the rest is padding.
   """
 
-  def __init__(self, length: int, *, pack: bool):
+  def __init__(self, length: int, *, pack: bool, whole: bool = False):
     """Creates an empty packer.
 
     Args:
       length: T, the length of a row.
       pack: Whether documents share rows.
+      whole: Whether documents stay whole.
     """
-    self._length, self._pack = length, pack
+    self._length, self._pack, self._whole = length, pack, whole
+    self._enough = length * (_CHOICE if whole else 1)
     self._pending: collections.deque[Document] = collections.deque()
     self._num_pending = 0  # tokens
 
@@ -57,9 +98,15 @@ class Packer:
     Args:
       last: Whether no document will follow, so that a row may end in padding.
     """
-    enough = self._num_pending >= self._length if self._pack else self._pending
+    enough = self._num_pending >= self._enough if self._pack else self._pending
     if not enough and not (last and self._pending):
       return None
+    segments = self._take_whole() if self._pack and self._whole else self._take()
+    self._num_pending -= sum(len(segment.tokens) for segment in segments)
+    return make_row(segments, self._length)
+
+  def _take(self) -> list[Document]:
+    """Removes the first T tokens of the pending documents, or those of the first document."""
     segments, room = [], self._length
     while room and self._pending and (self._pack or not segments):
       document = self._pending.popleft()
@@ -67,8 +114,19 @@ class Packer:
       if len(document.tokens) > room:
         self._pending.appendleft(Document(*(part[room:] for part in document)))
       room -= len(segments[-1].tokens)
-    self._num_pending -= self._length - room
-    return make_row(segments, self._length)
+    return segments
+
+  def _take_whole(self) -> list[Document]:
+    """Removes pending documents that fit into a row together."""
+    segments, left, room = [], [], self._length
+    for document in self._pending:
+      if len(document.tokens) <= room:
+        segments.append(document)
+        room -= len(document.tokens)
+      else:
+        left.append(document)
+    self._pending = collections.deque(left)
+    return segments
 
   def state(self) -> dict[str, np.ndarray]:
     """Returns the tokens that are not yet part of a returned row."""

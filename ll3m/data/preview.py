@@ -6,6 +6,7 @@ from io import TextIOBase
 import numpy as np
 
 from ll3m.data.batch import Batch
+from ll3m.data.packing import Document
 from ll3m.data.text_stream import TextStream
 from ll3m.data.tokenizer import Tokenizer
 
@@ -64,6 +65,21 @@ def describe_row(number: int, row: Batch, tokenizer: Tokenizer, *, color: bool) 
     lines.append(f"-- document {segment}: {here.sum()} tokens, {trained[here].sum()} trained")
     lines.append(_mark(_pieces(row.inputs[here].tolist(), tokenizer), trained[here], color=color))
   return "\n".join(lines) + "\n\n"
+
+
+def describe_document(title: str, document: Document, tokenizer: Tokenizer, *, color: bool) -> str:
+  """Returns a document as text: its tokens, and which of them are trained.
+
+  Args:
+    title: Text before the number of tokens.
+    document: The document.
+    tokenizer: The tokenizer that made it.
+    color: Whether to use colors.
+  """
+  trained = np.concatenate([[False], document.loss[1:] != 0])  # the first is never predicted
+  pieces = _pieces(document.tokens.tolist(), tokenizer)
+  head = f"-- {title}: {len(trained):,} tokens, {trained.sum():,} trained"
+  return f"{head}\n{_mark(pieces, trained, color=color)}\n"
 
 
 def trained_tokens(row: Batch) -> np.ndarray:

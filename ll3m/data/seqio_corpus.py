@@ -8,7 +8,7 @@ from typing import override
 import seqio
 import tensorflow as tf
 
-from ll3m.data import run_context, seqio_tasks
+from ll3m.data import mixtures, run_context, seqio_tasks
 from ll3m.data.corpus import Corpus, DocumentIterator
 from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Document
@@ -36,9 +36,9 @@ class SeqioCorpus(Corpus):
     self._provider, self._fields = provider, options.task_feature_field
     self._context = run_context.RunContext(tokenizer, spec.data_dir, files=files)
     self._arguments = {"split": spec.split, "shuffle": spec.shuffle, "seed": spec.seed}
-    self._repeat = spec.repeat
+    self._passes = spec.passes
     self.num_shards, self.num_examples = options.num_shards, None
-    self.skipped = Skipped()
+    self.skipped, self.overflow = Skipped(), "split"
     self.label = provider.name
     missing = [name for name in self._fields if name not in provider.output_features]
     if missing:
@@ -51,7 +51,7 @@ class SeqioCorpus(Corpus):
       dataset = self._provider.get_dataset(
         sequence_length=None,
         shard_info=seqio.ShardInfo(shard, self.num_shards),
-        num_epochs=None if self._repeat else 1,
+        num_epochs=self._passes,
         trim_output_features=False,
         **self._arguments,
       )
@@ -141,7 +141,10 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> SeqioCorpus:
     ValueError: The mixture, split or feature is unknown.
   """
   options = spec.config.seqio_dataset
-  provider = seqio_tasks.find(options.mixture_or_task_name, options.module)
+  name = options.mixture_or_task_name
+  if name in spec.files and name not in mixtures.known_names():  # a folder of shards
+    seqio_tasks.ensure_shard_task(name)
+  provider = seqio_tasks.find(name, options.module)
   if spec.split not in provider.splits:
     raise ValueError(
       f"{provider.name} has the splits {', '.join(sorted(provider.splits))}, got {spec.split!r}"

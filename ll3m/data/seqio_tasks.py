@@ -73,6 +73,12 @@ def add_text_task(name: str, source: seqio.DataSource) -> None:
   )
 
 
+def ensure_shard_task(name: str) -> None:
+  """Registers a task for a folder of text shards, unless there is one of this name."""
+  if name not in seqio.TaskRegistry.names():
+    add_text_task(name, seqio_sources.TextShardSource(name))
+
+
 def add_mixture(name: str, rates: Sequence[tuple[str, float | int]]) -> None:
   """Registers a mixture that draws from its tasks in proportion to their rates.
 

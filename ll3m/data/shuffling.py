@@ -31,7 +31,13 @@ class NumberOrder:
   """Iterator over the example numbers of one shard."""
 
   def __init__(
-    self, count: int, *, shard: int, num_shards: int, shuffle_seed: int | None, repeat: bool
+    self,
+    count: int,
+    *,
+    shard: int,
+    num_shards: int,
+    shuffle_seed: int | None,
+    passes: int | None = None,
   ):
     """Starts at the beginning of the first pass.
 
@@ -40,10 +46,10 @@ class NumberOrder:
       shard: Index s of the shard.
       num_shards: S, the number of shards.
       shuffle_seed: Seed of the order; None for no shuffling.
-      repeat: Whether to start another pass after each pass.
+      passes: Number of passes; None for no end.
     """
     self._numbers = range(shard, count, num_shards)
-    self._seed, self._repeat = shuffle_seed, repeat
+    self._seed, self._passes = shuffle_seed, passes
     self._last = count - 1
     self._permuted: tuple[int, list[int]] = (-1, [])
     self._start_pass(0)
@@ -53,7 +59,7 @@ class NumberOrder:
 
   def __next__(self) -> int:
     if self._taken == len(self._numbers):
-      if not self._repeat:
+      if self._passes is not None and self._pass + 1 >= self._passes:
         raise StopIteration
       self._start_pass(self._pass + 1)
     self._taken += 1
@@ -67,6 +73,11 @@ class NumberOrder:
     number, waiting[chosen] = waiting[chosen], waiting[0]
     waiting.popleft()
     return number
+
+  @property
+  def pass_number(self) -> int:
+    """Number of the pass, from 0, to which the last returned number belongs."""
+    return self._pass
 
   def state(self) -> dict[str, Any]:
     """Returns the position in a form that JSON can represent."""

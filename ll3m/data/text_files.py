@@ -11,6 +11,7 @@ import gzip
 import io
 import mmap
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, override
@@ -170,3 +171,47 @@ def split_lines(data: bytes | mmap.mmap, first: int = 1) -> Iterator[tuple[int, 
     end = newline - 1 if newline > start and data[newline - 1] == 13 else newline
     yield line, start, end
     start, line = newline + 1, line + 1
+
+
+_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
+
+
+def split_text(
+  data: bytes | mmap.mmap, unit: str, first: int = 1
+) -> Iterator[tuple[int, int, int]]:
+  r"""Yields the line, start and end of every document of plain text that is not blank.
+
+  Args:
+    data: Content of a file, or a part of it.
+    unit: "file", "paragraph" or "line". Paragraphs are separated by blank lines. For files and
+      paragraphs, a lone \r (the line end of old Macs) ends a line too.
+    first: Number of the first line.
+  """
+  if unit == "line":
+    for line, start, end in split_lines(data, first):
+      if data[start:end].strip():
+        yield line, start, end
+    return
+  start = len(codecs.BOM_UTF8) if first == 1 and data[:3] == codecs.BOM_UTF8 else 0
+  line, ends = first, [] if unit == "file" else _BLANK_LINE.finditer(data, start)
+  for match in (*ends, None):
+    end = match.start() if match else len(data)
+    piece = data[start:end]
+    if piece.strip():
+      yield line, start, end
+    if match:
+      line += _count_lines(piece + match[0])
+      start = match.end()
+
+
+def _count_lines(piece: bytes) -> int:
+  return piece.count(b"\n") + piece.count(b"\r") - piece.count(b"\r\n")
+
+
+def decode_text(piece: bytes) -> str:
+  r"""Decodes a document of plain text: every line end becomes \n, and those at its ends go.
+
+  Raises:
+    UnicodeDecodeError: It is not UTF-8.
+  """
+  return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().strip("\n")

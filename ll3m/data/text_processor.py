@@ -1,125 +1,135 @@
-"""Conversion of json and huggingface examples to documents."""
+"""Conversion of rows to documents: a shape reads the row, the tokenizer makes tokens of it."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int32
 
 from ll3m.data import chat
-from ll3m.data.config import TextField, TextProcessorConfig, parse_fields
 from ll3m.data.packing import Document
-from ll3m.data.skipped_examples import Unusable, require_unicode
+from ll3m.data.shapes import Conversation, Parts, Shape
+from ll3m.data.skipped_examples import Unusable
 from ll3m.data.tokenizer import Tokenizer
 
-_MESSAGES = "messages"
+# A row that has been read: a rendered conversation, or parts of a text.
+Readable = chat.Rendered | Parts
 
 
 class TextProcessor:
-  """Conversion of an example's chosen fields to a document: BOS, the text's tokens, EOS.
+  """Conversion of rows of one shape to documents: BOS, the text's tokens, EOS.
 
-  The joined text is tokenised as a whole, as a model reads it, so a token may span two fields.
-  Tokens that hold a character of a field outside brackets are trained. `messages` (with `tools`, if
-  an example has them) is rendered by the tokenizer's chat template instead.
+  The parts of a text are tokenised together, as a model reads them, so a token may span two parts.
+  Tokens that hold a character of a trained part are trained. A conversation (with its tools, if
+  there are any) is rendered by the tokenizer's chat template instead.
   """
 
-  def __init__(self, config: TextProcessorConfig, tokenizer: Tokenizer):
-    """Binds the choice of fields to a tokenizer.
+  def __init__(self, shape: Shape, tokenizer: Tokenizer):
+    """Binds a shape to a tokenizer.
 
     Raises:
-      ValueError: `messages` is combined with other fields, or the tokenizer has no chat template.
+      ValueError: The shape needs a chat template, which the tokenizer does not have.
     """
-    self._tokenizer = tokenizer
-    self._separator = config.subfield_separator
-    self._fields = parse_fields(config.fields)
+    self.shape, self._tokenizer = shape, tokenizer
+    self._has_template = bool(tokenizer.chat_template)
     self._warned = False
-    names = {name for field in self._fields for name in field.names}
-    if _MESSAGES in names and len(names) > 1:
+    if shape.is_chat and not self._has_template:
       raise ValueError(
-        f"text_processor.fields: messages must be the only field, got {config.fields!r}"
+        f"rows with {shape.title} need a chat template, which the tokenizer does not have: use the "
+        "tokenizer of an instruction-tuned model, or name the columns with `prompt_template` and "
+        "`completion`"
       )
-    if _MESSAGES in names and not tokenizer.chat_template:
-      raise ValueError("text_processor.fields=messages: the tokenizer has no chat template")
 
-  def check(self, example: dict[str, Any]) -> None:
-    """Checks an example without tokenising it.
+  @property
+  def prefix(self) -> list[int]:
+    """Token ids that begin every document that is not a conversation."""
+    return self._tokenizer.prefix
+
+  @property
+  def unknown_id(self) -> int:
+    """Id of the token that stands for characters that the tokenizer does not have, or -1."""
+    return self._tokenizer.unknown_id
+
+  @property
+  def rendering(self) -> str:
+    """How rows become text, for messages, if their shape leaves it open; else ""."""
+    if self.shape.name not in ("instruction", "dolly"):
+      return ""
+    return ", with the chat template" if self._has_template else ", with Alpaca's prompts"
+
+  def read(self, row: dict[str, Any]) -> Readable:
+    """Reads a row without tokenising it.
 
     Raises:
-      Unusable: The example cannot become a document.
+      Unusable: The row cannot become a document.
     """
-    self._read(example)
+    lacking = self.shape.lacks(list(row))
+    if lacking:
+      raise Unusable(f"no field {lacking[0]!r}")
+    found = self.shape.convert(row, self._has_template)
+    if not isinstance(found, Conversation):
+      return found
+    if not self._has_template:
+      raise Unusable("the tokenizer has no chat template for messages")
+    try:
+      rendered = chat.render(self._tokenizer, found.messages, found.tools)
+    except ValueError as error:
+      raise Unusable(str(error)) from error
+    return rendered
 
-  def __call__(self, example: dict[str, Any]) -> Document:
-    """Returns the example as a document.
+  def text(self, row: dict[str, Any]) -> str:
+    """Returns the text of a row, as the tokenizer reads it.
 
     Raises:
-      Unusable: The example cannot become a document.
+      Unusable: The row cannot become a document.
     """
-    parts = self._read(example)
-    if isinstance(parts, chat.Rendered):
-      document = Document(*chat.encode(self._tokenizer, parts))
-      roles = {message["role"] for message in example[_MESSAGES]}
-      if document.loss.all() and roles != {"assistant"} and not self._warned:
+    return self._prepare(self.read(row))[0]
+
+  def __call__(self, row: dict[str, Any]) -> Document:
+    """Returns a row as a document.
+
+    Raises:
+      Unusable: The row cannot become a document.
+    """
+    (document,) = self.documents([self.read(row)])
+    if isinstance(document, Unusable):
+      raise document
+    return document
+
+  def documents(self, rows: Sequence[Readable]) -> list[Document | Unusable]:
+    """Tokenises rows that `read` has returned, in parallel; `Unusable` takes a document's place."""
+    encoded = self._tokenizer.encode_batch([self._prepare(row) for row in rows])
+    return [self._document(row, *found) for row, found in zip(rows, encoded, strict=True)]
+
+  def _prepare(self, row: Readable) -> tuple[str, list[tuple[int, int]] | None]:
+    """Returns the text for the encoder and its trained spans; None if all of it is trained."""
+    if isinstance(row, chat.Rendered):
+      return self._tokenizer.seal(row.text, row.spans)
+    text = "".join(part for part, _ in row)
+    if all(learn for _, learn in row):
+      return text, None
+    spans, end = [], 0
+    for part, learn in row:
+      if learn:
+        spans.append((end, end + len(part)))
+      end += len(part)
+    return text, spans
+
+  def _document(self, row: Readable, ids: list[int], loss: np.ndarray) -> Document | Unusable:
+    if isinstance(row, chat.Rendered):
+      document = Document(np.array(ids, np.int32), loss)
+      if document.loss.all() and not row.is_only_answers and not self._warned:
         self._warned = True
         logging.warning(
           "the chat template marks whole conversations as generated by the assistant, so the turns "
           "of other roles are trained too"
         )
     else:
-      prefix, (ids, loss) = self._tokenizer.prefix, self._encode(parts)
+      prefix = self._tokenizer.prefix
       tokens = np.array([*prefix, *ids, self._tokenizer.eos_id], np.int32)
       document = Document(tokens, np.zeros_like(tokens))
       document.loss[len(prefix) : -1] = loss
-      document.loss[-1] = parts[-1][1]  # EOS is trained if the last field is
+      document.loss[-1] = row[-1][1]  # EOS is trained if the last part is
     if not document.loss[1:].any():  # the first token is never predicted
-      raise Unusable("no token to train on")
+      return Unusable("no token to train on")
     return document
-
-  def _encode(
-    self, parts: list[tuple[str, bool]]
-  ) -> tuple[list[int], int | Int32[np.ndarray, "n"]]:
-    """Returns the ids of the joined parts, and 1 for those that are trained."""
-    text = "".join(part for part, _ in parts)
-    if all(learn for _, learn in parts):
-      return self._tokenizer.encode(text), 1
-    spans, end = [], 0
-    for part, learn in parts:
-      if learn:
-        spans.append((end, end + len(part)))
-      end += len(part)
-    return self._tokenizer.encode_spans(text, spans)
-
-  def _read(self, example: dict[str, Any]) -> chat.Rendered | list[tuple[str, bool]]:
-    fields = self._fields
-    if not fields:
-      has_messages = _is_given(example.get(_MESSAGES))
-      fields = (TextField((_MESSAGES if has_messages else "text",), loss=True),)
-    if fields[0].names == (_MESSAGES,):
-      tools = example.get("tools")
-      try:
-        return chat.render(
-          self._tokenizer, example.get(_MESSAGES), tools if _is_given(tools) else None
-        )
-      except ValueError as error:
-        raise Unusable(str(error)) from error
-    parts = [
-      (self._separator.join(_text(example, name) for name in field.names), field.loss)
-      for field in fields
-    ]
-    if not any(text.strip() for text, learn in parts if learn):
-      raise Unusable("no text to train on")
-    return parts
-
-
-def _is_given(value: Any) -> bool:
-  """Returns whether a value is present; for a missing value, pandas writes NaN and Arrow null."""
-  return value is not None and not (isinstance(value, float) and math.isnan(value))
-
-
-def _text(example: dict[str, Any], name: str) -> str:
-  if name not in example:
-    raise Unusable(f"no field {name!r}")
-  if not isinstance(example[name], str):
-    raise Unusable(f"field {name!r} is not text")
-  return require_unicode(example[name])

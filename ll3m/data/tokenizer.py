@@ -16,15 +16,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsInt
+from typing import SupportsInt
 
 import numpy as np
-import tokenizers
 from etils import epath
 from jaxtyping import Int32
 
 from ll3m.data import chat_template
 from ll3m.data.config import TOKENIZER_NAMES, TokenizerConfig
+from ll3m.data.encodings import ids_before_text, owned_by, token_of
 from ll3m.data.generation_config import eos_ids
 from ll3m.data.sealed_encoder import SEAL, build_sealed
 from ll3m.data.tokenizer_files import (
@@ -55,6 +55,7 @@ class Tokenizer:
     chat_templates: Jinja sources by name.
     control_ids: Ids of `control_tokens`.
     byte_ids: Ids of tokens that stand for one byte each, whose text depends on adjacent bytes.
+    unknown_id: Id of the token that stands for characters that the vocabulary does not have, or -1.
     silent_ids: Ids of tokens that `decode` omits: those flagged special.
   """
 
@@ -78,8 +79,11 @@ class Tokenizer:
     self.chat_templates = files.chat_templates
     self.special_tokens = dict(files.special_tokens)
     if "eos_token" not in self.special_tokens and end_ids:
-      self.special_tokens["eos_token"] = _token_of(end_ids[0], ids, vocabulary)
-    self._files = dataclasses.replace(files, special_tokens=self.special_tokens)
+      self.special_tokens["eos_token"] = token_of(end_ids[0], ids, vocabulary)
+    self._files, self._end_ids = (
+      dataclasses.replace(files, special_tokens=self.special_tokens),
+      end_ids,
+    )
     turns = [
       chat_template.find_turn_tokens(template, self.special_tokens, added)
       for template in self.chat_templates.values()
@@ -102,7 +106,7 @@ class Tokenizer:
       )
     self.eos_id: int = eos
     # Only the post-processor determines the ids before a text, as in transformers 5.
-    self.prefix: list[int] = _ids_before_text(self._encoder)
+    self.prefix: list[int] = ids_before_text(self._encoder)
     self.bos_id: int | None = self.prefix[0] if self.prefix else None
     self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in ends)})
     vocab = self._encoder.get_vocab(with_added_tokens=True)
@@ -110,6 +114,10 @@ class Tokenizer:
     self.silent_ids = frozenset(
       i for i, token in self._encoder.get_added_tokens_decoder().items() if token.special
     )
+    unknown = source["model"].get("unk_token")
+    if unknown is None and isinstance(source["model"].get("unk_id"), int):
+      unknown = vocabulary[source["model"]["unk_id"]][0]  # a Unigram vocabulary is a list
+    self.unknown_id: int = -1 if unknown is None else self._id_or_minus_one(unknown)
     has_bytes = "ByteFallback" in json.dumps(source.get("decoder"))
     self.byte_ids = frozenset(
       i for piece, i in vocab.items() if has_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
@@ -119,6 +127,10 @@ class Tokenizer:
         (files.encoder, self.bos_id, self.eos_id, self.special_tokens, self.chat_templates)
       ).encode()
     ).hexdigest()[:16]
+
+  def __reduce__(self) -> tuple[type, tuple[TokenizerFiles, Sequence[int]]]:
+    """Rebuilds the tokenizer in another process, whose private names differ."""
+    return Tokenizer, (self._files, self._end_ids)
 
   def _check_ids(self, ids: dict[str, int]) -> None:
     """Checks that the library gives added tokens the ids in the file.
@@ -165,8 +177,28 @@ class Tokenizer:
     Returns:
       The token ids, and for each token 1 if it belongs to a span, else 0.
     """
-    encoding = self._encoder.encode_batch([text], add_special_tokens=False)[0]
-    return encoding.ids, _owned_by(spans, encoding)
+    return self.encode_batch([(text, spans)])[0]
+
+  def encode_batch(
+    self, texts: Sequence[tuple[str, Sequence[tuple[int, int]] | None]]
+  ) -> list[tuple[list[int], Int32[np.ndarray, "n"]]]:
+    """Tokenises texts like `encode_spans`, in parallel.
+
+    Args:
+      texts: Texts with their spans; None stands for the whole text.
+    """
+    plain = [text for text, _ in texts]
+    if all(spans is None for _, spans in texts):  # faster without the characters' places
+      encoded = self._encoder.encode_batch_fast(plain, add_special_tokens=False)
+    else:
+      encoded = self._encoder.encode_batch(plain, add_special_tokens=False)
+    return [
+      (
+        found.ids,
+        np.ones(len(found), np.int32) if spans is None else owned_by(spans, found),
+      )
+      for (_, spans), found in zip(texts, encoded, strict=True)
+    ]
 
   def quote(self, text: str) -> str:
     """Marks the control strings in user text as plain text for `encode_rendered`."""
@@ -180,6 +212,15 @@ class Tokenizer:
     Args:
       text: The text; control strings that `quote` has marked are plain text.
       spans: See `encode_spans`.
+    """
+    return self.encode_batch([self.seal(text, spans)])[0]
+
+  def seal(
+    self, text: str, spans: Sequence[tuple[int, int]] = ()
+  ) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the output of a chat template, and its spans, in the form that the encoder reads.
+
+    Control strings get their private names, except those that `quote` has marked.
     """
     pieces, before, after, base, length = [], [0], [0], 0, 0
     for match in self._marks.finditer(text):
@@ -195,7 +236,7 @@ class Tokenizer:
       i = bisect.bisect_right(before, position) - 1
       return after[i] + position - before[i]
 
-    return self.encode_spans("".join(pieces), [(moved(a), moved(b)) for a, b in spans])
+    return "".join(pieces), [(moved(a), moved(b)) for a, b in spans]
 
   def decode(self, ids: Iterable[SupportsInt], *, keep_control: bool = False) -> str:
     """Returns the text of ids; special tokens are omitted unless `keep_control`."""
@@ -206,6 +247,17 @@ class Tokenizer:
     """Returns the id of the token with this text, or None."""
     sealed = self._encoder.token_to_id(SEAL + token + SEAL)
     return self._encoder.token_to_id(token) if sealed is None else sealed
+
+  def unknown_characters(self, text: str) -> set[str]:
+    """Returns the characters of a text that the vocabulary does not have."""
+    encoding = self._encoder.encode(text, add_special_tokens=False)
+    pairs = zip(encoding.ids, encoding.offsets, strict=True)
+    found = {c for i, (start, end) in pairs if i == self.unknown_id for c in text[start:end]}
+    return {c for c in found if not c.isspace()}
+
+  def _id_or_minus_one(self, token: str) -> int:
+    found = self.token_id(token)
+    return -1 if found is None else found
 
   def files(self) -> dict[str, bytes]:
     """Returns the files of a tokenizer folder that `load_tokenizer` and transformers read."""
@@ -281,62 +333,3 @@ def _own_configs(path: epath.Path) -> epath.Path | None:
   if not path.is_dir():
     return path.parent if path.name == ENCODER else None
   return path / "hf" if (path / "hf").is_dir() else path
-
-
-def find_fault(
-  folder: epath.Path, embedding_size: int, *, source_dir: epath.Path | None = None
-) -> str | None:
-  """Returns why a checkpoint's own tokenizer cannot be used with it, or None if it can.
-
-  Args:
-    folder: Tokenizer folder of the checkpoint.
-    embedding_size: V, the number of embedding rows.
-    source_dir: Folder of the checkpoint's config files.
-  """
-  try:
-    load_tokenizer(
-      TokenizerConfig(),
-      checkpoint_dir=folder,
-      source_dir=source_dir,
-      embedding_size=embedding_size,
-    )
-  except (ValueError, OSError, NotImplementedError) as error:
-    return str(error)
-  return None
-
-
-def _ids_before_text(encoder: tokenizers.Tokenizer) -> list[int]:
-  """Returns the ids that the post-processor puts before a text."""
-  ids, text = (encoder.encode("x", add_special_tokens=special).ids for special in (True, False))
-  starts = range(len(ids) - len(text) + 1)
-  return ids[: next((i for i in starts if ids[i : i + len(text)] == text), 0)]
-
-
-def _token_of(token_id: int, added: dict[str, int], vocabulary: Any) -> str:
-  """Returns the text of the token with this id, or ""."""
-  items = (
-    vocabulary.items()
-    if isinstance(vocabulary, dict)
-    else ((piece, i) for i, (piece, *_) in enumerate(vocabulary))
-  )
-  return next((text for text, i in (*added.items(), *items) if i == token_id), "")
-
-
-def _owned_by(
-  spans: Sequence[tuple[int, int]], encoding: tokenizers.Encoding
-) -> Int32[np.ndarray, "n"]:
-  """Returns 1 for each token that shares a character with a span, else 0."""
-  owned = np.zeros(len(encoding), np.int32)
-  for start, end in spans:
-    # Characters that normalisation removes have no token.
-    held = (encoding.char_to_token(i) for i in range(start, end))
-    first = next((token for token in held if token is not None), None)
-    if first is None:
-      continue
-    held = (encoding.char_to_token(i) for i in range(end - 1, start - 1, -1))
-    last = next(token for token in held if token is not None)
-    # `last` is only the first token of a character that is split into bytes.
-    while last + 1 < len(owned) and encoding.token_to_chars(last + 1)[0] < end:
-      last += 1
-    owned[first : last + 1] = 1
-  return owned

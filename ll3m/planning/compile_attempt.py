@@ -7,6 +7,7 @@ import time
 import jax
 
 from ll3m.planning import hlo
+from ll3m.training.memory import used_bytes
 
 # The compiler's messages about a program that is too large, before and after scheduling.
 _NEEDED = re.compile(
@@ -46,15 +47,7 @@ def compile_program(lowered: jax.stages.Lowered) -> Attempt:
       raise
     return Attempt(time.perf_counter() - start, needed, None)
   seconds = time.perf_counter() - start
-  memory = compiled.memory_analysis()
-  used = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-  )
-  return Attempt(seconds, used, hlo.read(compiled))
+  return Attempt(seconds, used_bytes(compiled), hlo.read(compiled))
 
 
 def needed_bytes(error: Exception) -> int | None:

@@ -15,6 +15,9 @@ from ll3m.training.model_choice import TrainModelOptions
 from ll3m.training.optimizer import OptimizerConfig
 from ll3m.training.profiling import parse_steps
 
+DEFAULT_EPOCHS = 3
+DEFAULT_STEPS = 10_000  # for data of unknown size
+_UNKNOWN_STEPS = 2**31 - 1
 LOAD_KINDS = ("params", "trainstate", "trainstate_params", "hf")
 
 
@@ -74,6 +77,29 @@ class LoopOptions:
 class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
   """Options of the command itself."""
 
+  total_steps: int | None = options.option(
+    None, "Total number of optimizer steps in the run. Default: what epochs amount to."
+  )
+  epochs: int | None = options.option(
+    None,
+    "Number of passes through the training data, instead of total_steps. Default: 3 for files and "
+    "downloaded datasets; for mixtures and streams, whose size is unknown, total_steps is 10000.",
+  )
+  eval_steps: int | None = options.option(
+    None,
+    "Number of batches per evaluation; 0 disables evaluation. Default: all of eval_data or "
+    "eval_fraction, else 0.",
+  )
+  eval_freq: int | None = options.option(
+    None,
+    "Number of optimizer steps between evaluations; 0 evaluates only before the first step and "
+    "after the last. Default: an epoch with eval_data or eval_fraction, else 0.",
+  )
+  eval_fraction: float = options.option(
+    0.0,
+    "Fraction of the rows of the training data to hold out for evaluation, evenly spread; 0 for "
+    "none.",
+  )
   load_checkpoint: str | None = options.option(
     None,
     "Checkpoint to start from: params::PATH (parameters of a converted folder or a run), "
@@ -109,6 +135,11 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
     super().__post_init__()
     _require_least(self, "show_batches", 0)
     _require_least(self, "z_loss", 0)
+    _require_least(self, "epochs", 1)
+    if self.epochs is not None and self.total_steps is not None:
+      raise ValueError("`epochs` cannot be combined with `total_steps`: each is a run's length")
+    if not 0 <= self.eval_fraction <= 0.5:
+      raise ValueError(f"`eval_fraction` must lie between 0 and 0.5, got {self.eval_fraction}")
     kind, _, path = (self.load_checkpoint or "").partition("::")
     if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
       raise ValueError(
@@ -119,14 +150,28 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
 
   def profiled(self) -> range:
     """Returns the steps to trace."""
-    return parse_steps(self.profile_steps, self.total_steps) if self.profile_steps else range(0)
+    if not self.profile_steps:
+      return range(0)
+    return parse_steps(self.profile_steps, self.total_steps or _UNKNOWN_STEPS)
 
 
 def _require_least(config: LoopOptions, name: str, least: int) -> None:
-  if not getattr(config, name) >= least:
+  if getattr(config, name) is not None and not getattr(config, name) >= least:
     raise ValueError(f"`{name}` must be at least {least}, got {getattr(config, name)}")
 
 
+# Short names of flags.
+SHORT = {
+  "data": "train_dataset.data",
+  "data_format": "train_dataset.data_format",
+  "prompt_template": "train_dataset.prompt_template",
+  "completion": "train_dataset.completion",
+  "plain_text": "train_dataset.plain_text",
+  "batch_size": "train_dataset.seqio_dataset.batch_size",
+  "max_length": "train_dataset.seqio_dataset.task_feature_lengths",
+  "overflow": "train_dataset.overflow",
+  "eval_data": "eval_dataset.data",
+}
 # Options of a run, by the prefix of their flags' names.
 FLAG_GROUPS = {
   "": TrainOptions,
@@ -144,6 +189,7 @@ FALLBACKS = {
   "eval_dataset": Fallback(
     "train_dataset",
     own=(
+      "data",
       "seqio_dataset.split",
       "seqio_dataset.shuffle",
       "json_dataset",
@@ -153,11 +199,21 @@ FALLBACKS = {
 }
 
 
-def without_effect(run: TrainOptions) -> dict[str, str]:
-  """Returns the options that have no effect, by name, with the reason for each."""
+def without_effect(run: TrainOptions, *, has_eval_data: bool = False) -> dict[str, str]:
+  """Returns the options that have no effect, by name, with the reason for each.
+
+  Args:
+    run: Options of the run.
+    has_eval_data: Whether `eval_dataset.data` is given.
+  """
   unused = {}
-  if not run.eval_steps:
+  if run.eval_steps == 0:
+    names = ("eval_dataset", "eval_freq", "eval_fraction")
+    unused |= dict.fromkeys(names, "with `eval_steps`=0")
+  elif not (run.eval_steps or run.eval_fraction or has_eval_data):
     unused |= dict.fromkeys(("eval_dataset", "eval_freq"), "without `eval_steps`")
+  elif run.eval_fraction:
+    unused["eval_dataset"] = "with `eval_fraction`, which takes rows of the training data"
   if DTYPES[run.param_dtype] != jnp.bfloat16:
     unused["optimizer.bf16_update"] = f"with `param_dtype`={run.param_dtype}"
   return unused

@@ -247,7 +247,7 @@ class Logger:
       ]
       self.say(
         f"{place}  {'  '.join(shown)}  "
-        f"{record['tokens_per_second']:.0f} tokens/s  ETA {_duration(remaining)}"
+        f"{record['tokens_per_second']:.0f} tokens/s  ETA {duration(remaining)}"
       )
 
   def _append(self, record: Mapping[str, Any]) -> None:
@@ -304,7 +304,8 @@ def plot_losses(records: list[dict[str, Any]], path: epath.Path) -> None:
   pyplot.close(figure)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Returns a time as hours:minutes:seconds."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -13,7 +13,8 @@ from ll3m.core.checkpoint_manager import RunCheckpoints
 from ll3m.data.batch import Batch
 from ll3m.models.transformer import Params
 from ll3m.training.config import LoopOptions
-from ll3m.training.logger import Logger
+from ll3m.training.logger import Logger, duration
+from ll3m.training.memory import divide
 from ll3m.training.nonfinite import NonFiniteWatch
 from ll3m.training.preemption import Stopped, StopRequest
 from ll3m.training.profiling import Profiler
@@ -42,6 +43,7 @@ class Loop:
     step: Compiled training step: (state, batch [A, B, T]) -> (state, metrics).
     batches: This process's rows of the training data.
     accumulate: A, number of micro-batches per step.
+    parts: Number of parts into which each micro-batch is divided, to fit into memory.
     mesh: Mesh of devices.
     held_out: Evaluation (parameters -> record), or None.
     summarise: Function from metrics of consecutive steps, and `seconds`, to a log record.
@@ -66,6 +68,7 @@ class Loop:
   logger: Logger
   profiler: Profiler
   stop: StopRequest
+  parts: int = 1
 
   def run(self, state: TrainState) -> tuple[TrainState, bool]:
     """Trains from the state's step to the last step, or until a stop is requested.
@@ -91,12 +94,15 @@ class Loop:
     pending: list[StepMetrics] = []
     since = time.perf_counter()
 
+    start = _Start(self.logger, step, options)
+
     def due(freq: int) -> bool:
       return step == options.total_steps or bool(freq and step % freq == 0)
 
     def finish(made: int, made_metrics: StepMetrics, rows: Batch) -> None:
       self.watch.look(made, made_metrics, rows)  # waits for the step
       self.logger.advance(made)
+      start.finish(made, made_metrics)
 
     def log() -> None:
       nonlocal pending, since
@@ -123,7 +129,7 @@ class Loop:
     self.stop.defer()
     while step < options.total_steps:
       with self.profiler.step(step + 1):
-        batch = stack_micro_steps(self.batches, self.accumulate)
+        batch = divide(stack_micro_steps(self.batches, self.accumulate), self.parts)
         state, step_metrics = self.step(state, to_devices(batch, self.mesh))
         if under_way:  # waits only now: devices run while the host reads the next batch
           finish(*under_way)
@@ -152,3 +158,23 @@ class Loop:
     if under_way:
       finish(*under_way)
     return state, step >= options.total_steps
+
+
+class _Start:
+  """Lines about the first steps of a run, before the first record: the first loss and the pace."""
+
+  def __init__(self, logger: Logger, first_step: int, options: LoopOptions):
+    self._logger, self._first, self._options = logger, first_step, options
+    self._finished = 0.0
+
+  def finish(self, step: int, metrics: StepMetrics) -> None:
+    """Reports a step that has been computed, unless a record of it follows at once."""
+    total, made, now = self._options.total_steps, step - self._first, time.perf_counter()
+    if made == 1 and self._options.log_freq > 1 and metrics.sums.weight:
+      loss = float(metrics.sums.loss / metrics.sums.weight)
+      self._logger.say(f"step {step}/{total}  loss {loss:.4f}")
+    elif made == 3 and self._options.log_freq > 3 and step < total:
+      seconds = now - self._finished
+      left = duration(seconds * (total - step))
+      self._logger.say(f"about {seconds:.2g} s per step, {left} for the rest")
+    self._finished = now

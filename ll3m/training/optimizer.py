@@ -37,6 +37,9 @@ class ScheduleConfig:
   lr_warmup_steps: int = options.option(
     0, "Number of optimizer steps of linear warm-up from init_lr to lr."
   )
+  lr_warmup_fraction: float = options.option(
+    0.0, "Length of the warm-up as a fraction of lr_decay_steps, instead of lr_warmup_steps."
+  )
   lr_decay_steps: int | None = options.option(
     None,
     "Optimizer step at which the cosine decay reaches end_lr, counted from the start of the run; "
@@ -56,6 +59,15 @@ class ScheduleConfig:
         raise ValueError(f"`{name}` must not be negative, got {value}")
     if self.end_lr is not None and self.end_lr > self.lr:
       raise ValueError(f"`end_lr` ({self.end_lr}) must not be above `lr` ({self.lr})")
+    if not 0 <= self.lr_warmup_fraction < 1:
+      raise ValueError(
+        f"`lr_warmup_fraction` must be at least 0 and below 1, got {self.lr_warmup_fraction}"
+      )
+    if self.lr_warmup_fraction and self.lr_warmup_steps:
+      raise ValueError(
+        "`lr_warmup_fraction` cannot be combined with `lr_warmup_steps`: each is the length of the "
+        "warm-up"
+      )
     if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
       raise ValueError(
         f"`lr_decay_steps` ({self.lr_decay_steps}) must be larger than `lr_warmup_steps` "
@@ -164,9 +176,10 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
   decay_steps = config.lr_decay_steps
   if decay_steps is None:
     decay_steps = max(total_steps, config.lr_warmup_steps + 1)
+  warmup_steps = config.lr_warmup_steps or round(config.lr_warmup_fraction * decay_steps)
   end_lr = 0.1 * config.lr if config.end_lr is None else config.end_lr
   schedule = optax.warmup_cosine_decay_schedule(
-    config.init_lr, config.lr, config.lr_warmup_steps, decay_steps, end_lr
+    config.init_lr, config.lr, warmup_steps, decay_steps, end_lr
   )
   return lambda step: schedule(step + 1)
 

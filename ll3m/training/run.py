@@ -17,7 +17,9 @@ from ll3m.core.checkpoint_manager import CheckpointerConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
+from ll3m.data.batching import BatchIterator, open_dataset
 from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.dataset_report import describe_rows
 from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.families.family import Family
@@ -31,6 +33,9 @@ from ll3m.training.preemption import StopRequest
 from ll3m.training.sharded_batches import batch_shapes, in_step
 from ll3m.training.step import TrainState
 from ll3m.training.train_state import StatePlan, bytes_per_device
+
+_FEW = 20
+_FEW_STEPS = "for more of them, lower batch_size or raise epochs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Run:
     dataset_state: Position in the data to start from; {} for the start of the data.
     settings: Value of every option, for the record; see `flags.Flags.settings`.
     unfinished: Steps in output_dir that an earlier job did not finish saving.
+    batches: The training data, opened to count its rows, at its start; None if it is not open yet.
+    held_out: The evaluation data, opened in the same way.
+    epochs: Number of passes through the training data; None if `total_steps` was given.
   """
 
   options: TrainOptions
@@ -66,6 +74,9 @@ class Run:
   mesh: Mesh
   settings: Mapping[str, Any]
   unfinished: Sequence[int] = ()
+  batches: BatchIterator | None = None
+  held_out: BatchIterator | None = None
+  epochs: int | None = None
 
   @property
   def train_dataset(self) -> DatasetConfig:
@@ -94,11 +105,22 @@ class Run:
         f"batch       {rows} x {steps} sequences of {self.length} tokens = "
         f"{rows * steps * self.length:,} tokens per optimizer step",
         f"state       {state_bytes / 2**30:.2f} GiB per device (parameters and optimizer)",
-        f"steps       {self.options.total_steps}",
+        *(f"{name:<11} {text}" for name, text in self._data()),
+        f"steps       {self.options.total_steps:,}{self._epochs()}",
         *self._lost_updates(),
         *(f"not split   {text}" for text in sharding.unsplit(plan.params, self.mesh)),
       ]
     )
+
+  def _data(self) -> list[tuple[str, str]]:
+    return [] if self.batches is None else describe_rows(self.batches.corpus, self.train_data)
+
+  def _epochs(self) -> str:
+    if self.epochs is None:
+      return ""
+    each = self.options.total_steps / self.epochs
+    few = f"; {_FEW_STEPS}" if self.options.total_steps < _FEW else ""
+    return f", {self.epochs} epochs of {each:,.1f} steps{few}"
 
   def _lost_updates(self) -> list[str]:
     if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":
@@ -107,14 +129,22 @@ class Run:
       "updates     rounded to the nearest bfloat16, which loses small ones (optimizer.bf16_update)"
     ]
 
-  def batch_shapes(self) -> Batch:
-    """Returns the shapes and shardings of an optimizer step's batch, [A, B, T]."""
+  def batch_shapes(self, parts: int = 1) -> Batch:
+    """Returns the shapes and shardings of an optimizer step's batch, [A, B, T].
+
+    Args:
+      parts: Number of parts into which micro-batches are divided: [A * parts, B / parts, T].
+    """
     return batch_shapes(
       self.mesh,
-      self.optimizer.accumulate_gradient_steps,
-      self.train_dataset.seqio_dataset.batch_size,
+      self.optimizer.accumulate_gradient_steps * parts,
+      self.train_dataset.seqio_dataset.batch_size // parts,
       self.length,
     )
+
+
+# Key of the number of parts of a micro-batch among the settings that are saved with a step.
+PARTS = "micro_batch_parts"
 
 
 def fixed_settings(
@@ -173,7 +203,7 @@ def find_start(options: TrainOptions, output_dir: str | None, settings: Mapping[
     start = start._replace(unfinished=steps.unfinished)
     if steps.finished:
       resumed = steps.open_latest(verify=options.verify)
-      if resumed.step < options.total_steps:
+      if options.total_steps is None or resumed.step < options.total_steps:
         check_settings(resumed, settings)
         start = start._replace(dataset_state=resumed.dataset_state())
       return start._replace(resumed=resumed)
@@ -214,15 +244,23 @@ def initial_state(run: Run, plan: StatePlan) -> TrainState:
   return plan.start(params, jax.random.key_data(jax.random.key(seed)))
 
 
-def open_batches(run: Run) -> Any:
+def open_training_data(run: Run, data: DataSpec) -> BatchIterator:
+  """Opens training data at its start."""
+  return open_dataset(
+    data,
+    run.tokenizer,
+    rows=run.rows(data.config),
+    multiple=run.optimizer.accumulate_gradient_steps,
+  )
+
+
+def open_batches(run: Run) -> BatchIterator:
   """Opens the training data at the run's starting position; imports TensorFlow for mixtures.
 
   Raises:
     ValueError: The data does not match the options, or the saved position belongs to other data.
   """
-  from ll3m.data.batching import open_dataset
-
-  batches = open_dataset(run.train_data, run.tokenizer, rows=run.rows(run.train_dataset))
+  batches = run.batches or open_training_data(run, run.train_data)
   if run.dataset_state:
     batches.set_state(run.dataset_state)
   return batches
@@ -241,17 +279,17 @@ def show_batches(run: Run, batches: Any) -> None:
   batches.set_state(state)
 
 
-def open_held_out(run: Run) -> Any:
+def open_held_out(run: Run) -> BatchIterator | None:
   """Opens the evaluation data; returns None if there is no evaluation.
 
   Raises:
     ValueError: The data does not match the options.
   """
-  from ll3m.data.batching import open_dataset
-
   if run.eval_data is None:
     return None
-  return open_dataset(run.eval_data, run.tokenizer, rows=run.rows(run.eval_dataset))
+  if run.held_out is not None:
+    return run.held_out
+  return open_dataset(run.eval_data, run.tokenizer, rows=run.rows(run.eval_data.config))
 
 
 def held_out_evaluation(

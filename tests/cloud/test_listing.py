@@ -36,7 +36,7 @@ def test_opening_a_mixture_lists_each_source_at_most_twice(gcs, in_store, byte_t
   tokenizer = load_tokenizer(TokenizerConfig(path=str(byte_tokenizer)))
   before = len(gcs.requests)
   stream = open_dataset(
-    DatasetConfig("seqio", options), tokenizer, rows=range(2), data_dir=in_store
+    DatasetConfig(seqio_dataset=options), tokenizer, rows=range(2), data_dir=in_store
   )
   assert next(stream).mask.any()
   lists = [r for r in gcs.requests[before:] if r.partition("?")[0].endswith("/o")]

@@ -1,16 +1,43 @@
 """Opens a dataset in one call."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from ll3m.data import batching
-from ll3m.data.config import DatasetConfig
+from ll3m.data.config import DatasetConfig, TextProcessorConfig
 from ll3m.data.dataset_spec import resolve
+from ll3m.data.examples import choose_shape
+from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
 
 
+def processor_for(
+  tokenizer: Tokenizer, row: dict[str, Any], fields: str = "", **options: Any
+) -> TextProcessor:
+  """Returns the processor of rows like `row`; `options` are those of `TextProcessorConfig`."""
+  config = DatasetConfig(text_processor=TextProcessorConfig(fields, **options))
+  return TextProcessor(choose_shape(config, row, "the row"), tokenizer)
+
+
 def open_dataset(
-  config: DatasetConfig, tokenizer: Tokenizer, *, rows: Sequence[int], **settings: Any
+  config: DatasetConfig,
+  tokenizer: Tokenizer,
+  *,
+  rows: Sequence[int],
+  repeat: bool = True,
+  split_default: str | None = None,
+  **settings: Any,
 ) -> batching.BatchIterator:
-  """Opens a stream; `settings` are those of `resolve`."""
-  return batching.open_dataset(resolve(config, **settings), tokenizer, rows=rows)
+  """Opens a stream for training, or for evaluation if it does not repeat.
+
+  `split_default` is the split to read if the options name none; other settings are those of
+  `resolve`.
+  """
+  split = split_default or (None if repeat else "train")
+  for group in ("seqio_dataset", "huggingface_dataset"):
+    options = getattr(config, group)
+    if options.split is None and split is not None:
+      config = dataclasses.replace(config, **{group: dataclasses.replace(options, split=split)})
+  spec = resolve(config, is_evaluation=not repeat, **settings)
+  return batching.open_dataset(spec, tokenizer, rows=rows)

@@ -13,11 +13,11 @@ import transformers
 from tokenizers import AddedToken
 
 from ll3m.data import chat
-from ll3m.data.config import TextProcessorConfig, TokenizerConfig
+from ll3m.data.config import TokenizerConfig
 from ll3m.data.skipped_examples import Unusable
-from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import load_tokenizer
 from tests.data import tokenizer_folders as folders
+from tests.data.opening import processor_for
 
 TOKENS = (
   "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>",
@@ -245,16 +245,15 @@ def test_control_strings_in_messages_tools_and_calls_stay_text(load):
 )
 def test_conversations_that_cannot_be_trained_on_are_unusable(load, messages, tools, reason):
   ours, _ = load(TEMPLATES["phi3"].replace("m['content']", "m['content'] or ''"))
-  processor = TextProcessor(TextProcessorConfig(), ours)
+  row = {"messages": messages, "tools": tools}
   with pytest.raises(Unusable, match=reason):
-    processor({"messages": messages, "tools": tools})
+    processor_for(ours, row)(row)
 
 
 def test_tools_may_be_json_text_and_have_their_own_template(load):
   ours, theirs = load(TEMPLATES["tools"])
   rows = [{"messages": CALLS, "tools": tools} for tools in (TOOLS, str(TOOLS).replace("'", '"'))]
-  processor = TextProcessor(TextProcessorConfig(), ours)
-  first, second = (processor(row) for row in rows)
+  first, second = (processor_for(ours, row)(row) for row in rows)
   assert np.array_equal(first.tokens, second.tokens)
   named, theirs = load(
     [
@@ -295,8 +294,9 @@ def test_reasoning_is_rendered_under_every_key(load):
 def test_a_template_that_marks_whole_conversations_causes_one_warning(load, caplog):
   whole = "{% generation %}" + unmarked(TEMPLATES["phi3"]) + "{% endgeneration %}"
   for template, count in ((TEMPLATES["phi3"], 0), (whole, 1)):
-    processor = TextProcessor(TextProcessorConfig(), load(template)[0])
+    row = {"messages": turns("a", "b")}
+    processor = processor_for(load(template)[0], row)
     for _ in range(2):
-      processor({"messages": turns("a", "b")})
+      processor(row)
     assert sum("whole conversations" in r.getMessage() for r in caplog.records) == count
-  assert processor({"messages": turns("a", "b")}).loss.all()
+  assert processor(row).loss.all()

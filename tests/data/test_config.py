@@ -52,7 +52,7 @@ def test_mixtures_have_the_rates_of_the_recipe():
   ("dataset", "message"),
   [
     (seqio_dataset("wikipedia_mixure"), "unknown mixture .*did you mean 'wikipedia_mixture'"),
-    (seqio_dataset(None), "^`seqio_dataset.mixture_or_task_name` must be given for"),
+    (seqio_dataset(None), "^`seqio_dataset.mixture_or_task_name`.* must be given for"),
     (seqio_dataset("python_mixture", split="test"), "train, validation, got 'test'"),
     (DatasetConfig(type="json"), "^`json_dataset.path` must be given .*json"),
     (DatasetConfig(type="huggingface"), "^`huggingface_dataset.path` must be given"),
@@ -78,7 +78,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
   (tmp_path / "wiki" / "train-00001-of-00003.tfrecord").touch()
   resolve(wiki)
   with pytest.raises(FileNotFoundError, match="validation-00000"):
-    resolve(wiki, split_default="validation")
+    resolve(wiki, is_evaluation=True)
   json_lines = DatasetConfig(
     type="json", json_dataset=config.JsonDatasetConfig(path=str(tmp_path / "*.jsonl"))
   )

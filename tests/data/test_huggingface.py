@@ -15,7 +15,7 @@ from ll3m.data.config import (
   SeqioDatasetConfig,
   TextProcessorConfig,
 )
-from ll3m.data.rows import load_huggingface
+from ll3m.data.hub_rows import load_dataset
 from ll3m.data.skipped_examples import Skipped
 from tests.data.opening import open_dataset
 
@@ -67,7 +67,7 @@ def test_every_example_is_read_once(source, tokenizer, streaming, num_shards):
   }  # fmt: skip
   tokens = np.concatenate([b.inputs[b.segment_ids > 0] for b in batches])
   assert counts == {"tokens": len(tokens), "ends": int(np.sum(tokens == tokenizer.eos_id))}
-  assert stream.skipped.counts == {"field 'prompt' is not text": len(EXAMPLES) - len(USABLE)}
+  assert stream.skipped.counts == {"field 'prompt' is null": len(EXAMPLES) - len(USABLE)}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -98,11 +98,9 @@ def test_a_dataset_without_the_field_is_an_error(source, tokenizer, streaming, c
   wrong = dataclasses.replace(
     config(source, streaming=streaming), text_processor=TextProcessorConfig("txt")
   )
-  with pytest.raises(ValueError, match=r"no usable document; skipped .*: no field 'txt' \("):
+  message = rf"{source} has no usable row.*skipped 60: no field 'txt' \(60\); the first: .*row 1: "
+  with pytest.raises(ValueError, match=message):
     next(open_dataset(wrong, tokenizer, rows=range(3)))
-  (warning,) = (record.getMessage() for record in caplog.records)  # one for all examples
-  assert "the first: " in warning
-  assert warning.endswith(f"{source}: no field 'txt'")
 
 
 def test_reported_examples_are_not_reported_again_at_the_end():
@@ -118,11 +116,13 @@ def test_reported_examples_are_not_reported_again_at_the_end():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_strict_stops_at_an_unusable_row(source, tokenizer, streaming):
-  stream = open_dataset(
-    config(source, streaming=streaming), tokenizer, rows=range(3), repeat=False, strict=True
-  )
-  with pytest.raises(ValueError, match=rf"{source}: field 'prompt' is not text \(`strict`\)$"):
-    list(stream)
+  place = source if streaming else f"{source}, row 5"
+  with pytest.raises(ValueError, match=rf"{place}: field 'prompt' is null \(`strict`\)$"):
+    list(
+      open_dataset(
+        config(source, streaming=streaming), tokenizer, rows=range(3), repeat=False, strict=True
+      )
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -146,5 +146,5 @@ def test_a_dataset_that_cannot_be_loaded_is_named(source, tokenizer):
 def test_local_files_may_be_compressed_and_have_a_byte_order_mark(source, tmp_path, streaming):
   text = b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n{"text": "c\xc2\x85d"}\n'
   (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(text))
-  options = HuggingFaceDatasetConfig(path=str(tmp_path), streaming=streaming)
-  assert [row["text"] for row in load_huggingface(options, "train")] == ["a\u2028b", "c\x85d"]
+  rows = load_dataset(str(tmp_path), None, "train", streaming=streaming)
+  assert [row["text"] for row in rows] == ["a\u2028b", "c\x85d"]

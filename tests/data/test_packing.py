@@ -1,10 +1,14 @@
 """Packed rows; the oracle is a packer that works token by token."""
 
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ll3m.data.packing import Document, Packer, make_row
+from ll3m.data.packing import Document, Packer, fit, make_row
+from ll3m.data.skipped_examples import Unusable
 
 # Documents as (length, loss of each token); ids are made unique so that any mix-up shows.
 DOCUMENTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=23), max_size=12)
@@ -87,3 +91,55 @@ def test_a_restored_packer_continues_at_the_same_token(losses, length, pack, sto
 def test_a_row_has_the_dtypes_of_the_batch():
   row = make_row([], 3)
   assert [a.dtype.name for a in row] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), max_size=30),
+  st.integers(9, 12),
+)
+def test_whole_documents_are_never_divided_and_never_starve(losses, length):
+  documents = make_documents(losses)
+  rows = all_rows(Packer(length, pack=True, whole=True), documents)
+  numbers, waiting = [], list(range(len(documents)))
+  for row in rows:
+    taken = []
+    for segment in range(1, row.segment_ids.max() + 1):
+      here = row.segment_ids == segment
+      matches = [
+        n for n in waiting
+        if n not in taken and row.inputs[here].tolist() == documents[n].tokens.tolist()
+      ]  # fmt: skip
+      taken.append(matches[0])
+      assert row.positions[here].tolist() == list(range(len(documents[matches[0]].tokens)))
+    assert taken[0] == waiting[0]  # the one that has waited longest
+    waiting = [n for n in waiting if n not in taken]
+    numbers += taken
+  assert sorted(numbers) == list(range(len(documents)))
+  used = [int((row.segment_ids > 0).sum()) for row in rows]
+  assert all(a + b > length for a, b in itertools.pairwise(used))  # no two rows fit into one
+
+
+@pytest.mark.parametrize(
+  ("overflow", "kept", "loss"),
+  [
+    ("split", [1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1]),
+    ("truncate", [1, 2, 3, 4], [0, 0, 1, 1]),
+    ("keep_end", [1, 4, 5, 6], [0, 1, 0, 1]),
+  ],
+)
+def test_long_documents_are_cut(overflow, kept, loss):
+  document = Document(np.arange(1, 7, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1], np.int32))
+  found = fit(document, 4, overflow, prefix=[1])
+  assert found.tokens.tolist() == kept and found.loss.tolist() == loss
+  assert fit(document, 6, overflow, prefix=[1]) == document
+  if overflow == "keep_end":  # a conversation need not begin with BOS
+    assert fit(document, 4, overflow, prefix=[9]).tokens.tolist() == [3, 4, 5, 6]
+
+
+def test_documents_without_an_answer_left_are_unusable():
+  prompt = Document(np.arange(6, dtype=np.int32), np.array([0, 0, 0, 0, 0, 1], np.int32))
+  with pytest.raises(Unusable, match="longer than 4 tokens"):
+    fit(prompt, 4, "drop")
+  with pytest.raises(Unusable, match="no token to train on within 4 tokens"):
+    fit(prompt, 4, "truncate")

@@ -4,13 +4,15 @@ import pytest
 import sentencepiece
 import transformers
 
-from ll3m.data.config import TextProcessorConfig, TokenizerConfig
+from ll3m.data.config import DatasetConfig, TextProcessorConfig, TokenizerConfig
+from ll3m.data.examples import choose_shape
 from ll3m.data.text_processor import TextProcessor, Unusable
 from ll3m.data.tokenizer import load_tokenizer
+from tests.data.opening import processor_for
 
 
 def document(tokenizer, example, fields="", **options):
-  tokens, loss = TextProcessor(TextProcessorConfig(fields, **options), tokenizer)(example)
+  tokens, loss = processor_for(tokenizer, example, fields, **options)(example)
   return tokens.tolist(), loss.tolist()
 
 
@@ -96,10 +98,12 @@ def test_by_default_messages_or_else_text_is_used(tokenizer):
   ("example", "fields", "reason"),
   [
     ({"prompt": "a"}, "[prompt],answer", "no field 'answer'"),
-    ({"prompt": "a", "answer": 3}, "[prompt],answer", "field 'answer' is not text"),
+    ({"prompt": "a", "answer": [3]}, "[prompt],answer", "field 'answer' is a list"),
+    ({"prompt": "a", "answer": {"b": 3}}, "[prompt],answer", "field 'answer' is an object"),
+    ({"prompt": "a", "answer": None}, "[prompt],answer", "field 'answer' is null"),
     ({"prompt": "a", "answer": ""}, "[prompt],answer", "no text"),
     ({"prompt": "a", "answer": " \n"}, "[prompt],answer", "no text"),
-    ({"prompt": "a", "answer": float("nan")}, "[prompt],answer", "field 'answer' is not text"),
+    ({"prompt": "a", "answer": float("nan")}, "[prompt],answer", "field 'answer' is null"),
     ({}, "", "no field 'text'"),
     ({"text": "a\ud800b"}, "", "not Unicode text"),
     ({"messages": [{"role": "assistant", "content": "\udfff"}]}, "", "not Unicode text"),
@@ -107,16 +111,18 @@ def test_by_default_messages_or_else_text_is_used(tokenizer):
   ],
 )
 def test_unusable_examples_have_a_reason(tokenizer, example, fields, reason):
-  processor = TextProcessor(TextProcessorConfig(fields), tokenizer)
-  for read in (processor, processor.check):
+  shape = "messages" if "messages" in example else "text"
+  config = DatasetConfig(
+    data_format="auto" if fields else shape, text_processor=TextProcessorConfig(fields)
+  )
+  processor = TextProcessor(choose_shape(config, None, ""), tokenizer)
+  for read in (processor, processor.read):
     with pytest.raises(Unusable, match=reason):
       read(example)
 
 
 def test_fields_that_the_tokenizer_cannot_render_are_refused(tokenizer, mistral_model):
-  with pytest.raises(ValueError, match="fields: messages .*'messages,text'"):
-    TextProcessor(TextProcessorConfig("messages,text"), tokenizer)
-  with pytest.raises(ValueError, match="no chat template"):
-    TextProcessor(
-      TextProcessorConfig("messages"), load_tokenizer(TokenizerConfig(path=str(mistral_model)))
-    )
+  with pytest.raises(ValueError, match="fields`: messages .*'messages,text'"):
+    processor_for(tokenizer, {}, "messages,text")
+  with pytest.raises(ValueError, match="chat template"):
+    processor_for(load_tokenizer(TokenizerConfig(path=str(mistral_model))), {}, "messages")

@@ -26,17 +26,22 @@ assert next(stream).inputs.tolist() == expected
 cut = SeqioDatasetConfig(batch_size=2, task_feature_lengths=(16,))
 folder = path.rpartition("/")[0]
 for dataset in (
-  DatasetConfig("json", cut, JsonDatasetConfig(path)),
-  DatasetConfig("huggingface", cut, huggingface_dataset=HuggingFaceDatasetConfig(folder)),
-  DatasetConfig(
-    "huggingface", cut, huggingface_dataset=HuggingFaceDatasetConfig(folder, streaming=True)
+  DatasetConfig(type="json", seqio_dataset=cut, json_dataset=JsonDatasetConfig(path)),
+  DatasetConfig(data=folder, seqio_dataset=cut),
+  *(
+    DatasetConfig(
+      type="huggingface",
+      seqio_dataset=cut,
+      huggingface_dataset=HuggingFaceDatasetConfig(folder, split="train", streaming=streaming),
+    )
+    for streaming in (False, True)
   ),
 ):
   train = open_dataset(resolve(dataset), tokenizer, rows=range(2))
   list(itertools.islice(train, 3))
   train.set_state(train.state())
   next(train)
-  held_out = resolve(dataset, split_default="train", repeat=False)
+  held_out = resolve(dataset, is_evaluation=True)
   assert list(open_dataset(held_out, tokenizer, rows=range(2)))
 assert not {"tensorflow", "seqio"} & set(sys.modules), {"tensorflow", "seqio"} & set(sys.modules)
 """

@@ -142,13 +142,14 @@ def test_mutated_json_files(folder, chance, name):
 
 
 def test_mutated_rows_of_data(byte_tokenizer, chance):
-  from ll3m.data.config import TextProcessorConfig, TokenizerConfig
+  from ll3m.data.config import TokenizerConfig
   from ll3m.data.row_files import parse_json
+  from ll3m.data.shapes import SHAPES
   from ll3m.data.text_processor import TextProcessor
   from ll3m.data.tokenizer import load_tokenizer
 
   tokenizer = load_tokenizer(TokenizerConfig(path=str(byte_tokenizer)))
-  processor = TextProcessor(TextProcessorConfig(), tokenizer)
+  processor = TextProcessor(SHAPES["text"], tokenizer)
   row, skipped = json.dumps({"text": "naïve text of </s> a row"}).encode(), 0
   for _ in range(EACH):
     try:

@@ -1,0 +1,50 @@
+"""The length of a stream of whole epochs, known before it is read.
+
+The rows of batches are packed from the counts of tokens alone, in the order in which the stream
+reads the documents.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ll3m.data.dataset_spec import DataSpec
+from ll3m.data.packing import Document, Packer
+from ll3m.data.row_corpus import RowCorpus, number_order
+
+
+def count_batches(corpus: RowCorpus, spec: DataSpec) -> int:
+  """Returns the number of batches in a stream that ends, by packing the counts of tokens.
+
+  Args:
+    corpus: A corpus of numbered rows whose tokens were counted.
+    spec: Its dataset, with a number of passes.
+  """
+  options = spec.config.seqio_dataset
+  last = 0
+  for shard in range(corpus.num_shards):
+    packer = Packer(options.length, pack=options.pack, whole=corpus.overflow != "split")
+    num_rows = sum(1 for _ in _pack(packer, _kept(corpus, spec, shard)))
+    last = max(last, (num_rows - 1) * corpus.num_shards + shard + 1)
+  return -(-last // options.batch_size)
+
+
+def _kept(corpus: RowCorpus, spec: DataSpec, shard: int) -> Iterator[int]:
+  """Yields the number of tokens of a shard's documents, in order."""
+  seed = spec.seed if spec.shuffle else None
+  order = number_order(corpus.rows, shard, corpus.num_shards, seed, spec.passes)
+  for number in order:
+    yield corpus.rows.kept_tokens(order.pass_number, number)
+
+
+def _pack(packer: Packer, counts: Iterator[int]) -> Iterator[None]:
+  """Yields once for every row that a packer fills with documents of these sizes."""
+  blank = np.zeros(2**16, np.int32)
+  for count in counts:
+    if count:
+      tokens = blank[:count] if count <= len(blank) else np.zeros(count, np.int32)
+      packer.add(Document(tokens, tokens))
+    while packer.row() is not None:
+      yield
+  while packer.row(last=True) is not None:
+    yield
