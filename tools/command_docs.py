@@ -21,8 +21,8 @@ is wrong, 1 for any other error, 75 if SIGTERM stopped a training run after savi
 Ctrl-C. Flags can also be read from files (`--config`).
 
 `--[no]flag` is written `--flag`, `--noflag` or `--flag=False`. In groups of flags that several
-commands share, GROUP is the name of the group; for datasets it is `train_dataset` or
-`eval_dataset`."""
+commands share, GROUP is the name of the group; for datasets it is `train_dataset`,
+`eval_dataset` or `dataset`."""
 
 
 @dataclasses.dataclass(frozen=True)

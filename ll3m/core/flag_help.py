@@ -86,7 +86,10 @@ def short_entries(
   for name, own in short.items():
     entry = found[own]
     yield entry._replace(
-      usage=entry.usage.replace(own, name, 1), text=f"{entry.text} Short for --{own}."
+      # A tuple may be given as its only item.
+      usage=entry.usage.replace(own, name, 1).replace("=(N,)", "=N"),
+      default=entry.default.strip("(,)"),
+      text=f"{entry.text} Short for --{own}.",
     )
 
 
