@@ -73,7 +73,7 @@ def _train(given: flags.Flags) -> int:
   if run.resumed is not None and run.resumed.step >= options.total_steps:
     print(
       f"{run.logger.output_dir} is already at step {run.resumed.step} of {options.total_steps}; "
-      f"raise --total_steps to train longer"
+      f"raise {'--epochs' if run.epochs else '--total_steps'} to train longer"
     )
     return 0
   program = make_program(options, run.optimizer, run.config, run.mesh)

@@ -125,7 +125,7 @@ def test_a_run_of_epochs_says_what_it_does_and_evaluates_after_each(
   assert done.returncode == 0, done.stderr
   said = done.stderr
   assert "recognised as instruction/input/output, with Alpaca's prompts" in said
-  assert "36, without those held out" in said
+  assert "4 rows for evaluation" in said
   tokenizer = load_tokenizer(TokenizerConfig(path=str(output / "tokenizer")))
   options = {"batch_size": 2, "length": 256, "eval_fraction": 0.1}
   steps = data.load(alpaca, tokenizer, epochs=2, seed=42, **options).num_batches

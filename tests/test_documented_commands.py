@@ -115,7 +115,7 @@ def test_commands_of_the_dataset_document(journey, shell, clone):
   document = (ROOT / "docs" / "dataset.md").read_text()
   line = re.search(r'\{"prompt": .*?"\}', document)[0]
   (clone / "my" / "lines.jsonl").write_text(f"{line}\n" * 9)
-  (clone / "my" / "robots" / "train.jsonl").write_text('{"messages": []}\n')
+  (clone / "my" / "robots" / "train.jsonl").write_text('{"text": "hello"}\n')
   (clone / "dolma").mkdir()
   for source in ("wiki-1", "cc_en_head-1"):
     with gzip.open(clone / "dolma" / f"{source}.json.gz", "wt") as file:
@@ -132,7 +132,7 @@ def test_commands_of_the_dataset_document(journey, shell, clone):
   assert len(commands) == 2 and len(added) == 3
   for block in commands:
     shell(block)
-  assert (clone / "runs" / "answers" / "checkpoints" / "2").is_dir()
+  assert (clone / "runs" / "answers" / "checkpoints" / "1").is_dir()
   assert (clone / "runs" / "wikipedia" / "checkpoints" / "2").is_dir()
   own = "python -m ll3m.train --load_checkpoint=params::checkpoints/my-model --total_steps=1 \\\n"
   hub, mixture, gin = (block.strip() for block in added)

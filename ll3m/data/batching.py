@@ -22,13 +22,13 @@ from ll3m.core.options import to_dict
 from ll3m.data import epochs, row_corpus
 from ll3m.data.batch import Batch
 from ll3m.data.config import SeqioDatasetConfig
-from ll3m.data.corpus import Corpus, DocumentIterator
+from ll3m.data.corpus import Corpus
 from ll3m.data.dataset_spec import DataSpec
-from ll3m.data.packing import Packer, Row, make_row
+from ll3m.data.examples import Table
+from ll3m.data.packing import Packer, make_row
+from ll3m.data.pipeline import Pipeline
 from ll3m.data.tokenizer import Tokenizer
 
-# A shard whose passes are unknown fails after this many consecutive unusable documents.
-_PATIENCE = 10_000
 # Options that may change when a saved position is restored: how documents are cut into rows and
 # batches, and where the files are. All other options determine which document comes next.
 _MAY_CHANGE = {
@@ -46,80 +46,6 @@ _ADDED = {
   "completion": None,
   "plain_text": "file",
 }
-
-
-class _Shard:
-  """One pipeline of the stream, from documents to rows.
-
-  A shard of an endless stream whose rows are all unusable gives padding, with a warning.
-
-  Attributes:
-    exhausted: Whether the documents have ended, or none of many is usable.
-    num_read: Number of usable documents read since the shard was opened.
-    has_target: Whether any of these documents has a trained token.
-  """
-
-  def __init__(self, documents: DocumentIterator, packer: Packer, corpus: Corpus, *, endless: bool):
-    self._documents, self._packer, self._corpus = documents, packer, corpus
-    self._endless = endless
-    self.exhausted = self.has_target = False
-    self.num_read = 0
-
-  def next_row(self) -> Row | None:
-    """Returns the next row, or None at the end of a stream that does not repeat."""
-    idle = 0
-    while (row := self._packer.row(last=self.exhausted)) is None and not self.exhausted:
-      document = next(self._documents, None)
-      if document is None:
-        self.exhausted = True
-      elif len(document.tokens):
-        self._packer.add(document)
-        self.num_read += 1
-        self.has_target = self.has_target or bool(document.loss[1:].any())
-        idle = 0
-        continue
-      idle += 1
-      if self._endless and (self.exhausted or self._is_hopeless(idle)):
-        self._end()
-    return row
-
-  def _is_hopeless(self, idle: int) -> bool:
-    """Returns whether no document of an endless shard is usable, after `idle` unusable ones."""
-    hopeless = self._documents.is_hopeless
-    return idle > _PATIENCE if hopeless is None else hopeless
-
-  def _end(self) -> None:
-    """Ends an endless shard without usable documents.
-
-    Raises:
-      ValueError: The shard has no documents at all, or it is unknown whether one is usable.
-    """
-    if self.exhausted or self._documents.is_hopeless is None:
-      why = self._corpus.skipped.describe()
-      raise ValueError(
-        f"{self._corpus.label}: a shard has no usable document; "
-        + (why or "lower seqio_dataset.num_shards or provide more data")
-      )
-    self.exhausted = True
-    logging.warning(
-      "%s: one of %d pipelines has no usable example, so its rows are padding; %s",
-      self._corpus.label,
-      self._corpus.num_shards,
-      self._corpus.skipped.describe(),
-    )
-
-  def state(self) -> dict[str, np.ndarray]:
-    documents = np.frombuffer(self._documents.state(), np.uint8)
-    return self._packer.state() | {
-      "documents": documents,
-      "exhausted": np.array(self.exhausted),
-    }
-
-  def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-    self._documents.set_state(state["documents"].tobytes())
-    self._packer.set_state({name: state[name] for name in ("lengths", "tokens", "loss")})
-    # More passes may have been asked for since the documents ended.
-    self.exhausted = self._endless and bool(state["exhausted"])
 
 
 class BatchIterator:
@@ -158,7 +84,7 @@ class BatchIterator:
     self._end_row = options.batch_size * (num_batches or 0)
     self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
     self._next_row = 0
-    self._shards: dict[int, _Shard] = {}
+    self._shards: dict[int, Pipeline] = {}
     self._is_first = True
 
   def __iter__(self) -> "BatchIterator":
@@ -266,9 +192,9 @@ class BatchIterator:
     first = {(self._next_row + r) % self.num_shards for r in self._rows}
     return {(f + k) % self.num_shards for f in first for k in range(0, self.num_shards, step)}
 
-  def _shard(self, index: int) -> _Shard:
+  def _shard(self, index: int) -> Pipeline:
     if index not in self._shards:
-      self._shards[index] = _Shard(
+      self._shards[index] = Pipeline(
         self.corpus.open_shard(index),
         Packer(
           self._options.length, pack=self._options.pack, whole=self.corpus.overflow != "split"
@@ -294,7 +220,12 @@ def _entry(shard: int) -> str:
 
 
 def open_dataset(
-  spec: DataSpec, tokenizer: Tokenizer, *, rows: Sequence[int], multiple: int = 1
+  spec: DataSpec,
+  tokenizer: Tokenizer,
+  *,
+  rows: Sequence[int],
+  multiple: int = 1,
+  scanned: Sequence[Table] | None = None,
 ) -> BatchIterator:
   """Opens a dataset as a stream of batches.
 
@@ -304,13 +235,14 @@ def open_dataset(
     rows: Rows of every batch that this process reads, in [0, batch_size).
     multiple: Number of which the number of batches is a multiple, if it is known; batches of
       padding are appended if necessary.
+    scanned: The rows of its sources, if they have been scanned before.
 
   Raises:
     ValueError: The data does not match `spec`.
   """
   num_batches = None
   if spec.is_rows:
-    corpus = row_corpus.open_corpus(spec, tokenizer)
+    corpus = row_corpus.open_corpus(spec, tokenizer, scanned)
     if spec.passes is not None and spec.count_tokens:
       num_batches = -(-epochs.count_batches(corpus, spec) // multiple) * multiple
       if not num_batches:

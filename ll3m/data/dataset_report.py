@@ -19,12 +19,17 @@ def describe_rows(corpus: RowCorpus, spec: DataSpec) -> list[tuple[str, str]]:
   if len(tables) > _MOST_LISTED:
     lines.append(("data", f"... and {len(tables) - _MOST_LISTED} more sources"))
   if spec.eval_fraction:
-    part = "held out for evaluation" if spec.is_evaluation else "without those held out"
-    lines.append(("rows", f"{len(corpus.rows):,}, {part}"))
+    held_out = sum(map(len, corpus.tables)) - sum(map(len, tables))
+    lines.append(("held out", f"{plural(held_out, 'row')} for evaluation"))
   counts = all_counts(corpus.rows)
   if counts is not None:
     lines += describe_counts(counts, corpus.overflow, spec.config.seqio_dataset.length)
   return lines
+
+
+def plural(count: int, noun: str) -> str:
+  """Returns a number and a noun, as "1 row" or "2,000 rows"."""
+  return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_table(table: Table) -> str:
@@ -32,15 +37,16 @@ def describe_table(table: Table) -> str:
   shape = table.shape
   skipped = f" ({table.num_skipped:,} unusable)" if table.num_skipped else ""
   how = "recognised as" if table.is_recognised else "read as"
-  return f"{table.name}: {len(table):,} rows{skipped}, {how} {shape.title}{table.rendering}"
+  return f"{table.name}: {plural(len(table), 'row')}{skipped}, {how} {shape.title}{table.rendering}"
 
 
 def all_counts(rows: Examples) -> Counts | None:
-  """Returns the counts of all tables together, or None if they were not counted."""
+  """Returns the counts of the rows of the first epoch, or None if they were not counted."""
   found = [table.counts for table in rows.tables]
   if None in found:
     return None
-  return Counts(*map(np.concatenate, zip(*(counts.columns for counts in found), strict=True)))
+  chosen = [counts.select(numbers) for counts, numbers in zip(found, rows.of_pass(0), strict=True)]
+  return Counts(*map(np.concatenate, zip(*(counts.columns for counts in chosen), strict=True)))
 
 
 def describe_counts(counts: Counts, overflow: str, length: int) -> list[tuple[str, str]]:
@@ -56,14 +62,9 @@ def describe_counts(counts: Counts, overflow: str, length: int) -> list[tuple[st
   ]
   longer = int((counts.tokens > length).sum())
   dropped = int((counts.kept == 0).sum())
-  if overflow == "split":
-    if longer:
-      lines.append(
-        ("longer", f"{longer:,} documents than {length} tokens, continued in other rows")
-      )
-  elif longer or dropped:
-    lines.append(
-      ("longer", f"{longer:,} documents than {length} tokens: {int(counts.truncated.sum()):,} cut, "
-       f"{dropped:,} dropped (overflow={overflow})")
-    )  # fmt: skip
+  if longer or dropped:
+    long = f"{plural(longer, 'document')} of more than {length} tokens"
+    cut = f"{int(counts.truncated.sum()):,} cut, {dropped:,} dropped (overflow={overflow})"
+    what = "continued in other rows" if overflow == "split" else cut
+    lines.append(("too long", f"{long}: {what}"))
   return lines

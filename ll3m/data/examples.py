@@ -254,6 +254,16 @@ class Examples:
       row = int(permute([row], seed=seed, last=size - 1)[0])
     return owner, row
 
+  def of_pass(self, pass_number: int) -> list[Int64[np.ndarray, "n"]]:
+    """Returns the rows of each table that a pass reads."""
+    if not self._cycles:
+      return [np.arange(len(table), dtype=np.int64) for table in self.tables]
+    found: list[list[int]] = [[] for _ in self.tables]
+    for number in range(len(self)):
+      owner, row = self.locate(pass_number, number)
+      found[owner].append(row)
+    return [np.array(rows, np.int64) for rows in found]
+
   def document(self, pass_number: int, number: int) -> Document:
     """Returns the document of a number in a pass.
 

@@ -27,8 +27,8 @@ def load_dataset(
     rows = datasets.load_dataset(path, configuration, split=split, streaming=streaming)
   except Exception as error:  # `datasets` uses many libraries, with exceptions of their own
     raise ValueError(
-      f"huggingface dataset {path!r} (name {configuration!r}, split {split!r}) cannot be loaded: "
-      f"{error}"
+      f"there is no file or folder {path}, and the Hugging Face dataset {path!r} (name "
+      f"{configuration!r}, split {split!r}) cannot be loaded: {error}"
     ) from error
   if not streaming and not len(rows):
     raise ValueError(f"{path} has no examples")

@@ -6,7 +6,7 @@ Plain Python: training on such data imports neither TensorFlow nor seqio.
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, override, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.examples import (
   Examples,
   OpenSource,
+  Table,
   choose_shape,
   hold_out,
 )
@@ -181,6 +182,8 @@ class RowCorpus(Corpus):
 
   Attributes:
     rows: The numbered rows; None for a stream.
+    tables: All rows of the sources, including those of the other part if rows are held out.
+    cut: Function that returns what is left of a document that may be longer than a row.
     overflow: What happens to documents that are longer than a row.
   """
 
@@ -191,6 +194,7 @@ class RowCorpus(Corpus):
     label: str,
     num_shards: int,
     rows: Examples | None,
+    tables: Sequence[Table] | None,
     cut: Callable[[Document], Document],
     overflow: str,
     buffer_seed: int | None,
@@ -203,29 +207,37 @@ class RowCorpus(Corpus):
       label: Name of the dataset in messages.
       num_shards: Number of shards.
       rows: The numbered rows; None for a stream.
+      tables: All rows of the sources; None for a stream.
       cut: Function that returns what is left of a document that may be longer than a row.
       overflow: What `cut` does.
       buffer_seed: Seed of the shuffle buffer of documents; None for no buffer.
       skipped: Counter of unusable rows.
     """
-    self._open_documents, self._cut, self._buffer_seed = open_documents, cut, buffer_seed
+    self._open_documents, self.cut, self._buffer_seed = open_documents, cut, buffer_seed
     self.label, self.num_shards, self.skipped = label, num_shards, skipped
-    self.rows, self.overflow = rows, overflow
+    self.rows, self.tables, self.overflow = rows, tables, overflow
     self.num_examples = None if rows is None else len(rows)
 
   @override
   def open_shard(self, shard: int) -> RowDocuments:
     return RowDocuments(
       self._open_documents(shard),
-      self._cut,
+      self.cut,
       self.skipped,
       self.label,
       buffer_seed=None if self._buffer_seed is None else [self._buffer_seed, shard],
     )
 
 
-def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
+def open_corpus(
+  spec: DataSpec, tokenizer: Tokenizer, tables: Sequence[Table] | None = None
+) -> RowCorpus:
   """Opens a dataset of rows.
+
+  Args:
+    spec: The dataset.
+    tokenizer: The run's tokenizer.
+    tables: The rows of its sources, if they have been scanned before.
 
   Raises:
     ValueError: The dataset cannot be opened, no row is usable, or a row is unusable and
@@ -240,7 +252,9 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
     stream, processor = _open_stream(spec, tokenizer)
     overflow = config.overflow or default_overflow([processor.shape])
   else:
-    rows = open_examples(spec, tokenizer, skipped, shuffle_seed=shuffle_seed)
+    if tables is None:
+      tables = scan_sources(spec, tokenizer, skipped)
+    rows = number_rows(spec, tables, shuffle_seed=shuffle_seed)
     overflow = config.overflow or default_overflow(table.shape for table in rows.tables)
     num_shards = min(num_shards, len(rows))
 
@@ -261,6 +275,7 @@ def open_corpus(spec: DataSpec, tokenizer: Tokenizer) -> RowCorpus:
     label=label,
     num_shards=num_shards,
     rows=rows,
+    tables=tables,
     cut=functools.partial(fit, length=length, overflow=overflow, prefix=tokenizer.prefix),
     overflow=overflow,
     buffer_seed=shuffle_seed if streamed else None,  # otherwise row numbers are shuffled
@@ -277,9 +292,7 @@ def number_order(
   )
 
 
-def open_examples(
-  spec: DataSpec, tokenizer: Tokenizer, skipped: Skipped, *, shuffle_seed: int | None
-) -> Examples:
+def scan_sources(spec: DataSpec, tokenizer: Tokenizer, skipped: Skipped) -> list[Table]:
   """Opens and scans the sources of a dataset.
 
   Raises:
@@ -292,11 +305,19 @@ def open_examples(
   if spec.count_tokens:
     overflow = config.overflow or default_overflow(source.shape for source in opened)
     counting = Counting(config.seqio_dataset.length, overflow, spec.workers)
-  tables = [source.scan(skipped, counting=counting) for source in opened]
+  return [source.scan(skipped, counting=counting) for source in opened]
+
+
+def number_rows(spec: DataSpec, tables: Sequence[Table], *, shuffle_seed: int | None) -> Examples:
+  """Numbers the rows of a dataset, without those of its other part if rows are held out.
+
+  Evaluation reads every row once, whatever the weights.
+  """
   if spec.eval_fraction:
     tables = hold_out(tables, spec.eval_fraction, held_out=spec.is_evaluation)
   weights = [source.weight for source in spec.sources]
-  return Examples(tables, None if None in weights else weights, shuffle_seed=shuffle_seed)
+  has_weights = None not in weights and not spec.is_evaluation
+  return Examples(tables, weights if has_weights else None, shuffle_seed=shuffle_seed)
 
 
 def _open_stream(spec: DataSpec, tokenizer: Tokenizer) -> tuple[Any, TextProcessor]:

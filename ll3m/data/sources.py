@@ -131,6 +131,7 @@ def _is_alone(name: str, found: Source | ShardFolder) -> bool:
 
 
 def _find_one(name: str, weight: float | None, split_default: str) -> Source | ShardFolder:
+  name = os.path.expanduser(name)
   if name.startswith(MIXTURE):
     return Source(name, weight)
   if any(character in name for character in "*?[") and not _is_slice(name):
@@ -143,7 +144,7 @@ def _find_one(name: str, weight: float | None, split_default: str) -> Source | S
     if folder.is_dir():
       return _find_in_folder(folder, name, weight, split, split_default)
     if split is None:
-      return Source(name, weight, (path,))
+      return Source(name, weight, tuple(_data_files([path], name)))
   if is_remote(name) or kind_of(path) or path.startswith((".", "/", "~")):
     raise FileNotFoundError(f"`data`: no such file or folder: {name}{_nearest(path)}")
   return _find_on_hub(name, weight, split_default)

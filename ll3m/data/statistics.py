@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from ll3m.core.progress import aligned
-from ll3m.data.dataset_report import all_counts, describe_counts, describe_table
+from ll3m.data.dataset_report import all_counts, describe_counts, describe_table, plural
 from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.epochs import count_batches
 from ll3m.data.row_corpus import RowCorpus
@@ -134,10 +134,12 @@ def describe(found: Statistics, corpus: RowCorpus) -> str:
   batches, size = found.batches_per_epoch, found.batch_size
   share = found.tokens_per_epoch / max(1, batches * size * found.length)
   lines.append(
-    ("epoch", f"{batches:,} steps of {size} x {found.length} tokens, {share:.0%} filled")
+    ("epoch", f"{plural(batches, 'step')} of {size} x {found.length} tokens, {share:.0%} filled")
   )
   if found.duplicates:
-    lines.append(("duplicates", f"{found.duplicates:,} documents equal an earlier one"))
+    lines.append(
+      ("duplicates", f"{plural(found.duplicates, 'document')} the same as an earlier one")
+    )
   if found.unknown["documents"]:
     shown = " ".join(found.unknown["characters"])
     lines.append(("unknown", f"{found.unknown['documents']:,} documents have characters that the "
@@ -188,14 +190,14 @@ def plot(tokens: Int64[np.ndarray, "n"], path: Any) -> None:
 
 
 def first_documents(corpus: RowCorpus, count: int) -> list[Any]:
-  """Returns the documents of the first rows that have tokens to train on."""
+  """Returns what is left of the documents of the first rows that have tokens to train on."""
   found = []
   for table in corpus.rows.tables:
     for row in range(len(table)):
       if len(found) == count:
         return found
       try:
-        found.append(table.document(row))
+        found.append(corpus.cut(table.document(row)))
       except Unusable:
         continue
   return found

@@ -19,7 +19,7 @@ from ll3m.core.model_config import ModelConfig
 from ll3m.data.batch import Batch
 from ll3m.data.batching import BatchIterator, open_dataset
 from ll3m.data.config import DatasetConfig, TokenizerConfig
-from ll3m.data.dataset_report import describe_rows
+from ll3m.data.dataset_report import describe_rows, plural
 from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.families.family import Family
@@ -120,7 +120,7 @@ class Run:
       return ""
     each = self.options.total_steps / self.epochs
     few = f"; {_FEW_STEPS}" if self.options.total_steps < _FEW else ""
-    return f", {self.epochs} epochs of {each:,.1f} steps{few}"
+    return f", {plural(self.epochs, 'epoch')} of {each:,.1f} steps{few}"
 
   def _lost_updates(self) -> list[str]:
     if DTYPES[self.options.param_dtype] != jnp.bfloat16 or self.optimizer.bf16_update != "nearest":

@@ -29,6 +29,8 @@ def with_length(run: Run) -> Run:
   if options.total_steps is None and (data.is_countable or options.epochs):
     epochs = options.epochs or DEFAULT_EPOCHS
     data = dataclasses.replace(data.counted(), passes=epochs)
+  elif options.eval_fraction:
+    data = data.counted("eval_fraction")  # also for the rows that are held out
   run = dataclasses.replace(run, train_data=data)
   total_steps = options.total_steps or DEFAULT_STEPS
   if data.is_rows:
@@ -38,7 +40,10 @@ def with_length(run: Run) -> Run:
   eval_data, eval_steps, eval_freq = run.eval_data, options.eval_steps, options.eval_freq
   if eval_data is not None and eval_steps is None:
     held_out = open_dataset(
-      eval_data.counted("eval_steps"), run.tokenizer, rows=run.rows(eval_data.config)
+      eval_data.counted("eval_steps"),
+      run.tokenizer,
+      rows=run.rows(eval_data.config),
+      scanned=run.batches.corpus.tables if options.eval_fraction else None,
     )
     run = dataclasses.replace(run, held_out=held_out)
     eval_steps = held_out.num_batches
