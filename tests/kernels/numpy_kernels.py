@@ -11,7 +11,7 @@ Here, an index out of bounds and a false `pl.multiple_of` are errors.
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -19,14 +19,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
 Array = np.ndarray
 
 
-def interpreted() -> contextlib.AbstractContextManager:
+# Interpreting for a TPU does not happen here, but it is part of the key of jax's trace caches: what
+# was traced with NumPy's kernels is not used outside, and the other way around.
+_KEY = pltpu.InterpretParams(random_seed=2**20)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
   """Has NumPy run the kernels that are called inside of this context, jitted or not."""
-  return mock.patch.object(pl, "pallas_call", functools.partial(_pallas_call, pl.pallas_call))
+  changed = functools.partial(_pallas_call, pl.pallas_call)
+  with pltpu.force_tpu_interpret_mode(_KEY), mock.patch.object(pl, "pallas_call", changed):
+    yield
 
 
 def _pallas_call(original: Callable, *args: Any, **kwargs: Any) -> Callable:
