@@ -41,8 +41,10 @@ def attention(
   (_, length, num_heads, head_dim), (num_keys, num_kv_heads) = query.shape, key.shape[1:3]
   group = num_heads // num_kv_heads
   scale = head_dim**-0.5 if scale is None else scale
-  keys, values = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
-  scores = scale * np.einsum("btnh,bsnh->bnts", query, keys)
+  # [B, N, length, size] for `np.matmul`: `np.einsum` uses no BLAS where there are batch dimensions.
+  query, key, value, output_bar = (x.swapaxes(1, 2) for x in (query, key, value, output_bar))
+  keys, values = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+  scores = scale * query @ keys.mT
   slope = 1.0
   if logits_soft_cap is not None:
     capped = np.tanh(scores / logits_soft_cap)
@@ -66,18 +68,17 @@ def attention(
   l = np.where(sees_any, weights.sum(-1, keepdims=True), 1.0)
   weights /= l
   log_sum_exp = np.where(sees_any, m + np.log(l), UNSEEN)[..., 0]
-  output = np.einsum("bnts,bsnw->btnw", weights, values)
-  weights_bar = np.einsum("btnw,bsnw->bnts", output_bar, values)
+  weights_bar = output_bar @ values.mT
   inner = (weights_bar * weights).sum(-1, keepdims=True)
   scores_bar = weights * (weights_bar - inner + log_sum_exp_bar[..., None]) * slope * scale
 
-  def by_group(x):
-    return x.reshape(*x.shape[:2], num_kv_heads, group, -1).sum(3)
+  def of_keys(x):
+    return x.reshape(x.shape[0], num_kv_heads, group, *x.shape[2:]).sum(2).swapaxes(1, 2)
 
   return Attended(
-    output,
+    (weights @ values).swapaxes(1, 2),
     log_sum_exp,
-    np.einsum("bnts,bsnh->btnh", scores_bar, keys),
-    by_group(np.einsum("bnts,btnh->bsnh", scores_bar, query)),
-    by_group(np.einsum("bnts,btnw->bsnw", weights, output_bar)),
+    (scores_bar @ keys).swapaxes(1, 2),
+    of_keys(scores_bar.mT @ query),
+    of_keys(weights.mT @ output_bar),
   )

@@ -8,8 +8,8 @@ import pytest
 from ll3m_kernels import explain, flash_attention, target
 from ll3m_kernels.attention import block_sizes
 from ll3m_kernels.dispatch import GENERATIONS
+from tests.kernels import numpy_kernels
 from tests.kernels.attention import oracle
-from tests.kernels.interpreting import plainly
 from tests.kernels.tolerances import assert_close
 
 
@@ -39,7 +39,7 @@ def test_values_and_gradients_of_the_largest_tiles(generation, mask):
   with target(generation):
     explanation = explain(flash_attention, q, k, v, **options)
     assert all(f"{name}={limit}" in explanation for name, limit in limits.items())
-    with plainly():
+    with numpy_kernels.interpreted():
       actual = both("pallas")
   expected = oracle.attention(q, k, v, bar, np.zeros((1, 1, length)), **options)
   expected = (expected.output, expected.query_bar, expected.key_bar, expected.value_bar)

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from ll3m_kernels.attention import online_softmax, spec
+from tests.kernels import numpy_kernels
 
 ROWS, HEAD = 256, 64
 SIZES = (384, 100, 40, 256)  # keys per piece; 100 and 40 fill no whole registers
@@ -42,11 +43,10 @@ def test_two_updates_of_two_pieces(is_transposed, scale):
   rows = 128 + ROWS
   acc = (HEAD, rows) if is_transposed else (rows, HEAD)
   shapes = [(1, 1, rows, HEAD), (1, 1, 1, rows), acc, (rows, 128), (rows, 128)]
-  with jax.default_matmul_precision("highest"):
+  with jax.default_matmul_precision("highest"), numpy_kernels.interpreted():
     output, log_sum_exp, *_ = pl.pallas_call(
       kernel,
       out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-      interpret=True,
     )(*(jnp.asarray(x, jnp.float32) for x in (*scores, *values)))
 
   logits = np.concatenate(scores, axis=1) * (scale * math.log(2.0))

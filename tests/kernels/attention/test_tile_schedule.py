@@ -10,6 +10,7 @@ from ll3m_kernels.attention import spec as specs
 from ll3m_kernels.attention import tile_schedule
 from ll3m_kernels.attention.layout import Layout
 from ll3m_kernels.attention.spec import Span
+from tests.kernels import numpy_kernels
 
 # num_queries, num_keys, block_q, block_kv_compute, block_kv. Blocks are multiples of 128, or whole
 # lengths.
@@ -102,15 +103,15 @@ def test_every_visible_pair_is_visited_once_between_start_and_finish(layout, spa
     )
 
   rows, columns = blocks * layout.block_q, parts * layout.block_kv
-  counts, state = pl.pallas_call(
-    kernel,
-    grid=(blocks, parts),
-    out_shape=(
-      jax.ShapeDtypeStruct((rows, columns), jnp.int32),
-      jax.ShapeDtypeStruct((blocks, 4), jnp.int32),
-    ),
-    interpret=True,
-  )()
+  with numpy_kernels.interpreted():
+    counts, state = pl.pallas_call(
+      kernel,
+      grid=(blocks, parts),
+      out_shape=(
+        jax.ShapeDtypeStruct((rows, columns), jnp.int32),
+        jax.ShapeDtypeStruct((blocks, 4), jnp.int32),
+      ),
+    )()
   query, key = np.arange(layout.num_queries)[:, None], np.arange(layout.num_keys)
   left, right = (10**6 if side is None else side for side in span)
   expected = (query - left <= key) & (key <= query + right)

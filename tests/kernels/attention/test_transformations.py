@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 import ll3m_kernels as kernels
 from ll3m_kernels import ATTENTION_RESIDUALS, flash_attention
+from tests.kernels import numpy_kernels
 from tests.kernels.attention.sizes import sizes
 from tests.kernels.tolerances import assert_close
 
@@ -103,7 +103,7 @@ def test_x64_mode_gives_float32_results(monkeypatch):
     return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
 
   theirs = run("xla")
-  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+  with numpy_kernels.interpreted():
     ours = run("pallas", block_sizes=blocks)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     assert a.dtype == b.dtype == np.float32

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 import ll3m_kernels as kernels
 from ll3m_kernels import dispatch
 from ll3m_kernels.norms import block_sizes
+from tests.kernels import numpy_kernels
 from tests.kernels.norms import oracle
 from tests.kernels.tolerances import BFLOAT16_ROUNDING, assert_close
 
@@ -81,11 +82,9 @@ def expect(operation, arrays, actual, plain, **options):
 
 @contextlib.contextmanager
 def interpreted(generation="v5e", **params):
-  """Interprets kernels as on a TPU, with uninitialised memory full of NaN."""
-  with (
-    dispatch.target(generation),
-    pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)),
-  ):
+  """Interprets kernels with uninitialised memory full of NaN; with parameters, as on a TPU."""
+  on_tpu = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params))
+  with dispatch.target(generation), on_tpu if params else numpy_kernels.interpreted():
     yield
 
 

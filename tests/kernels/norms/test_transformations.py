@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from ll3m_kernels import (
@@ -19,6 +18,7 @@ from ll3m_kernels import (
   layer_norm,
   rms_norm,
 )
+from tests.kernels import numpy_kernels
 from tests.kernels.tolerances import assert_close
 
 
@@ -135,7 +135,7 @@ def test_x64():
 
   theirs = run("xla")(x, r, s, b)
   for generation in ("v5e", "v5p"):
-    with dispatch.target(generation), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    with dispatch.target(generation), numpy_kernels.interpreted():
       ours = run("pallas")(x, r, s, b)
     for a, b_ in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       assert a.dtype == b_.dtype == np.float32

@@ -67,7 +67,7 @@ def test_no_races():
     (0, 64, 5),  # even one head each exceeds the limit
   ],
 )
-def test_blocks(monkeypatch, heads_of_a_block, fetched, steps):
+def test_blocks(retraced, monkeypatch, heads_of_a_block, fetched, steps):
   """Blocks have 128 tokens; the last one is partial."""
   monkeypatch.setattr(kernel, "_BLOCK_BYTES", heads_of_a_block * 32 * 128 * 4)
   monkeypatch.setattr(kernel, "_TOKENS", 128)

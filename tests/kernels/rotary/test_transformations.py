@@ -90,7 +90,7 @@ def test_gradients_through_a_vmap_whose_keys_are_shared(interpreted, implementat
 
 
 @pytest.mark.parametrize("fetched", [64, 2])
-def test_many_blocks_in_the_plain_interpreter(interpreted, monkeypatch, fetched):
+def test_many_blocks_in_the_plain_interpreter(retraced, interpreted, monkeypatch, fetched):
   """This interpreter does not support `pl.program_id` inside a condition."""
   monkeypatch.setattr(kernel, "_BLOCK_BYTES", 2**14)
   monkeypatch.setattr(kernel, "_TOKENS", 128)
