@@ -62,7 +62,7 @@ def describe_counts(counts: Counts, overflow: str, length: int) -> list[tuple[st
   ]
   longer = int((counts.tokens > length).sum())
   dropped = int((counts.kept == 0).sum())
-  if longer or dropped:
+  if longer or (dropped and overflow != "split"):
     long = f"{plural(longer, 'document')} of more than {length} tokens"
     cut = f"{int(counts.truncated.sum()):,} cut, {dropped:,} dropped (overflow={overflow})"
     what = "continued in other rows" if overflow == "split" else cut
