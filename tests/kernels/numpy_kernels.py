@@ -1,7 +1,8 @@
 """Pallas kernels run by NumPy: nothing is compiled, and memory is checked strictly.
 
-XLA compiles a kernel of a thousand operations in 5 s, and a test runs such a kernel once:
-compilation was four fifths of the time of attention's tests. NumPy runs the kernel in 0.3 s.
+A test runs a kernel once, and the kernel may have a thousand operations: lowering and compiling
+them for XLA took 317 s of the 431 s of test_flash_attention. NumPy runs a kernel of attention in
+0.2 s, after jax has traced it in 0.3 s.
 
 As in jax's interpreter for TPUs, memory outside of arrays is full of NaN, and so is memory that
 nothing has been written to: scratch memory, and each output block when the grid comes to it.
