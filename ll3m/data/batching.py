@@ -11,7 +11,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,17 +71,30 @@ class BatchIterator:
     rows: Sequence[int],
     endless: bool,
     definition: Mapping[str, Any],
-    num_batches: int | None = None,
+    passes: int | None = None,
+    count: Callable[..., int] | None = None,
   ):
-    """Starts at the beginning of the stream; pipelines are built on first use."""
+    """Starts at the beginning of the stream; pipelines are built on first use.
+
+    Args:
+      corpus: The source of the documents.
+      options: Division into rows and batches.
+      rows: Rows of every batch that this process reads.
+      endless: Whether the stream has no end.
+      definition: Everything that a saved position must agree with.
+      passes: Number of passes, if their batches can be counted.
+      count: Function from a range of passes, and the row at which it begins, to its number of
+        batches.
+    """
     if not rows or not all(0 <= r < options.batch_size for r in rows):
       raise ValueError(
         f"rows must be one or more indices into a batch of {options.batch_size}, got {list(rows)}"
       )
     self.corpus, self._options = corpus, options
     self._rows, self._endless, self._definition = tuple(rows), endless, dict(definition)
-    self.num_batches = num_batches
-    self._end_row = options.batch_size * (num_batches or 0)
+    self._passes, self._count = passes, count
+    self.num_batches = None if passes is None else count(range(passes))
+    self._end_row = options.batch_size * (self.num_batches or 0)
     self.num_shards, self.skipped = corpus.num_shards, corpus.skipped
     self._next_row = 0
     self._shards: dict[int, Pipeline] = {}
@@ -133,7 +146,12 @@ class BatchIterator:
     The entries of all processes together are the position of the whole stream. To restore it, a
     process needs the entries of the shards that it reads, however many processes saved them.
     """
-    header = json.dumps({"next_row": self._next_row, "stream": self._definition})
+    header = json.dumps({
+      "next_row": self._next_row,
+      "stream": self._definition,
+      "passes": self._passes,
+      "end_row": self._end_row,
+    })  # fmt: skip
     states = {}
     for index in sorted(self._own_shards()):
       buffer = io.BytesIO()
@@ -164,6 +182,7 @@ class BatchIterator:
     if any(header != headers[0] for header in headers):
       raise ValueError("the saved data position mixes entries of different steps")
     self._next_row, self._shards = headers[0]["next_row"], {}
+    self._move_end(headers[0])
     for index in sorted(self._own_shards()):
       if _entry(index) not in loaded:
         raise ValueError(
@@ -171,6 +190,23 @@ class BatchIterator:
           f"{', '.join(sorted(loaded))}"
         )
       self._shard(index).set_state(loaded[_entry(index)])
+
+  def _move_end(self, saved: Mapping[str, Any]) -> None:
+    """Sets the end of a stream of passes whose position was saved with another end.
+
+    The rows at an end are padded. A stream that is given more passes after its end therefore has
+    more rows than one that had them from the beginning.
+    """
+    before, end, size = saved.get("passes"), saved.get("end_row"), self._options.batch_size
+    if self._passes is None or before is None:
+      return
+    if before != self._passes and self._next_row >= end:
+      end = self._next_row + size * self._count(
+        range(before, self._passes), next_row=self._next_row
+      )
+    elif before != self._passes:
+      end += size * (self._count(range(self._passes)) - self._count(range(before)))
+    self.num_batches, self._end_row = -(-end // size), end
 
   def _warn_if_untrained(self) -> None:
     """Warns if none of the documents read so far has a trained token.
@@ -240,12 +276,17 @@ def open_dataset(
   Raises:
     ValueError: The data does not match `spec`.
   """
-  num_batches = None
+  passes = count = None
   if spec.is_rows:
     corpus = row_corpus.open_corpus(spec, tokenizer, scanned)
     if spec.passes is not None and spec.count_tokens:
-      num_batches = -(-epochs.count_batches(corpus, spec) // multiple) * multiple
-      if not num_batches:
+      passes = spec.passes
+
+      def count(wanted: range, *, next_row: int = 0) -> int:
+        batches = epochs.count_batches(corpus, spec, wanted, next_row=next_row)
+        return -(-batches // multiple) * multiple
+
+      if not count(range(1)):
         raise ValueError(
           f"{corpus.label} has no row with a token to train on: {corpus.skipped.describe()}"
         )
@@ -278,5 +319,6 @@ def open_dataset(
     rows=rows,
     endless=spec.passes is None,
     definition=definition,
-    num_batches=num_batches,
+    passes=passes,
+    count=count,
   )

@@ -13,26 +13,32 @@ from ll3m.data.packing import Document, Packer
 from ll3m.data.row_corpus import RowCorpus, number_order
 
 
-def count_batches(corpus: RowCorpus, spec: DataSpec) -> int:
-  """Returns the number of batches in a stream that ends, by packing the counts of tokens.
+def count_batches(corpus: RowCorpus, spec: DataSpec, passes: range, *, next_row: int = 0) -> int:
+  """Returns the number of batches that hold some passes, by packing the counts of tokens.
 
   Args:
     corpus: A corpus of numbered rows whose tokens were counted.
-    spec: Its dataset, with a number of passes.
+    spec: Its dataset.
+    passes: Numbers of the passes, from 0.
+    next_row: Number of the stream's row at which the first of these passes begins.
   """
-  options = spec.config.seqio_dataset
+  if not passes:
+    return 0
+  options, num_shards = spec.config.seqio_dataset, corpus.num_shards
   last = 0
-  for shard in range(corpus.num_shards):
+  for shard in range(num_shards):
     packer = Packer(options.length, pack=options.pack, whole=corpus.overflow != "split")
-    num_rows = sum(1 for _ in _pack(packer, _kept(corpus, spec, shard)))
-    last = max(last, (num_rows - 1) * corpus.num_shards + shard + 1)
+    num_rows = sum(1 for _ in _pack(packer, _kept(corpus, spec, shard, passes)))
+    first = (shard - next_row) % num_shards
+    last = max(last, (num_rows - 1) * num_shards + first + 1)
   return -(-last // options.batch_size)
 
 
-def _kept(corpus: RowCorpus, spec: DataSpec, shard: int) -> Iterator[int]:
-  """Yields the number of tokens of a shard's documents, in order."""
+def _kept(corpus: RowCorpus, spec: DataSpec, shard: int, passes: range) -> Iterator[int]:
+  """Yields the number of tokens of a shard's documents in some passes, in order."""
   seed = spec.seed if spec.shuffle else None
-  order = number_order(corpus.rows, shard, corpus.num_shards, seed, spec.passes)
+  order = number_order(corpus.rows, shard, corpus.num_shards, seed, passes.stop)
+  order.start_pass(passes.start)
   for number in order:
     yield corpus.rows.kept_tokens(order.pass_number, number)
 

@@ -52,7 +52,7 @@ class NumberOrder:
     self._seed, self._passes = shuffle_seed, passes
     self._last = count - 1
     self._permuted: tuple[int, list[int]] = (-1, [])
-    self._start_pass(0)
+    self.start_pass(0)
 
   def __iter__(self) -> "NumberOrder":
     return self
@@ -61,7 +61,7 @@ class NumberOrder:
     if self._taken == len(self._numbers):
       if self._passes is not None and self._pass + 1 >= self._passes:
         raise StopIteration
-      self._start_pass(self._pass + 1)
+      self.start_pass(self._pass + 1)
     self._taken += 1
     if self._seed is None:
       return self._numbers[self._taken - 1]
@@ -85,7 +85,7 @@ class NumberOrder:
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Moves to a position that `state()` returned."""
-    self._start_pass(state["pass"])
+    self.start_pass(state["pass"])
     self._taken = state["taken"]
     self._waiting.extend(state["waiting"])
     self._read = self._taken + len(self._waiting)
@@ -98,7 +98,8 @@ class NumberOrder:
       self._permuted = part, permute(numbers, seed=self._seed, last=self._last).tolist()
     return self._permuted[1][place]
 
-  def _start_pass(self, number: int) -> None:
+  def start_pass(self, number: int) -> None:
+    """Moves to the beginning of a pass, counted from 0."""
     self._pass, self._taken, self._read = number, 0, 0
     self._waiting: collections.deque[int] = collections.deque()
     if self._seed is not None:

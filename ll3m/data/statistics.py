@@ -105,7 +105,7 @@ def measure(corpus: RowCorpus, spec: DataSpec, tokenizer: Tokenizer) -> Statisti
     duplicates=int((occurrences - 1).sum()),
     unknown=_find_unknown(corpus, tokenizer),
     batch_size=spec.config.seqio_dataset.batch_size,
-    batches_per_epoch=count_batches(corpus, spec),
+    batches_per_epoch=count_batches(corpus, spec, range(1)),
   )
 
 

@@ -36,6 +36,8 @@ def with_length(run: Run) -> Run:
   if data.is_rows:
     run = dataclasses.replace(run, batches=open_training_data(run, data))
   if epochs:
+    if run.dataset_state:  # a finished run that is given more epochs has padding at its old end
+      run.batches.set_state(run.dataset_state)
     total_steps = run.batches.num_batches // run.optimizer.accumulate_gradient_steps
   eval_data, eval_steps, eval_freq = run.eval_data, options.eval_steps, options.eval_freq
   if eval_data is not None and eval_steps is None:

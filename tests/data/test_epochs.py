@@ -108,17 +108,29 @@ def test_resuming_in_the_middle_of_an_epoch_is_bitwise(kind, weights, tmp_path, 
         np.testing.assert_array_equal(field, expected)
 
 
-def test_a_finished_stream_continues_with_more_epochs(tmp_path, tokenizer):
+@pytest.mark.parametrize("overflow", ["split", "truncate"])
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_finished_stream_continues_with_more_epochs(tmp_path, tokenizer, overflow, num_shards):
   rows = [{"text": text} for text in texts(23)]
   source = write(tmp_path, "jsonl", rows)
-  short, long = (load(source, tokenizer, epochs=epochs) for epochs in (1, 2))
-  first = list(short)
-  long.set_state(short.state())
-  found = documents_of([*first, *long], tokenizer)
-  # The first stream's last batch ended in padding, so the last batch of the whole holds less.
-  missing = collections.Counter({row["text"]: 2 for row in rows}) - found
-  assert sum(len(tokenizer.encode(text)) + 1 for text in missing.elements()) < 3 * LENGTH
-  assert set(found) == {row["text"] for row in rows}
+  options = {"overflow": overflow, "num_shards": num_shards}
+  streams = [load(source, tokenizer, epochs=epochs, **options) for epochs in (1, 2, 4)]
+  batches = list(streams[0])
+  once = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+  # To two epochs after its end, and to four in the middle of the second one.
+  streams[1].set_state(streams[0].state())
+  added = streams[1].num_batches - len(batches)
+  batches += itertools.islice(streams[1], added // 2)
+  resumed = load(source, tokenizer, epochs=2, **options)
+  resumed.set_state(streams[1].state())
+  assert resumed.num_batches == streams[1].num_batches
+  assert len(list(resumed)) == added - added // 2
+  streams[2].set_state(streams[1].state())
+  batches += list(streams[2])
+  assert streams[2].num_batches == len(batches)
+  if num_shards == 1 and overflow == "split":
+    assert documents_of(batches, tokenizer) == {row["text"]: 4 for row in rows}
+  assert sum(int((batch.segment_ids > 0).sum()) for batch in batches) == 4 * once
 
 
 def test_weights_are_shares_of_the_rows_of_an_epoch(tmp_path, tokenizer):
