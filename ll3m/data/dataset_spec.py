@@ -110,10 +110,12 @@ def resolve(
     workers: See `DataSpec`.
 
   Raises:
-    ValueError: The mixture or split is unknown, a required option is missing, or options cannot be
-      combined.
+    ValueError: The mixture or split is unknown, a required option is missing, an option is invalid,
+      or options cannot be combined.
     FileNotFoundError: Files are missing.
   """
+  if not 0 <= eval_fraction <= 0.5:
+    raise ValueError(f"`eval_fraction` must lie between 0 and 0.5, got {eval_fraction}")
   split_default = "validation" if is_evaluation else "train"
   if eval_fraction and config.data is not None:
     split_default = "train"  # both parts are those of the training data

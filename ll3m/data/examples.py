@@ -5,6 +5,7 @@ no number, and can count tokens. Only the rows' positions and counts are kept in
 """
 
 import fractions
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -230,6 +231,8 @@ class Examples:
     sizes = [len(table) for table in tables]
     self._shares = sizes if weights is None else divide(sum(sizes), weights)
     self._cycles = weights is not None
+    # A pass of shuffled numbers reads a few cycles of a table at the same time.
+    self._permuted = functools.lru_cache(maxsize=4 * len(self.tables))(self._permute)
     places = [
       (np.arange(share) + 0.5) / share if self._cycles else np.full(share, index, float)
       for index, share in enumerate(self._shares)
@@ -250,9 +253,13 @@ class Examples:
     size = len(self.tables[owner])
     cycle, row = divmod(pass_number * self._shares[owner] + rank, size)
     if self._seed is not None:
-      seed = self._seed + 1009 * (owner + 1) + cycle
-      row = int(permute([row], seed=seed, last=size - 1)[0])
+      row = int(self._permuted(owner, cycle)[row])
     return owner, row
+
+  def _permute(self, owner: int, cycle: int) -> np.ndarray:
+    """Returns the order in which a weighted table is read for the `cycle`-th time."""
+    size = len(self.tables[owner])
+    return permute(range(size), seed=self._seed + 1009 * (owner + 1) + cycle, last=size - 1)
 
   def of_pass(self, pass_number: int) -> list[Int64[np.ndarray, "n"]]:
     """Returns the rows of each table that a pass reads."""

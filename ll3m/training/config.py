@@ -138,8 +138,6 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
     _require_least(self, "epochs", 1)
     if self.epochs is not None and self.total_steps is not None:
       raise ValueError("`epochs` cannot be combined with `total_steps`: each is a run's length")
-    if not 0 <= self.eval_fraction <= 0.5:
-      raise ValueError(f"`eval_fraction` must lie between 0 and 0.5, got {self.eval_fraction}")
     kind, _, path = (self.load_checkpoint or "").partition("::")
     if self.load_checkpoint and (kind not in LOAD_KINDS or not path):
       raise ValueError(

@@ -106,8 +106,8 @@ class Loop:
 
     def log() -> None:
       nonlocal pending, since
-      seconds = time.perf_counter() - since
-      self.logger.log(step, self.summarise(jax.device_get(pending), seconds=seconds))
+      made = jax.device_get(pending)  # waits for the last step, whose time counts too
+      self.logger.log(step, self.summarise(made, seconds=time.perf_counter() - since))
       self.logger.advance(step)
       pending, since = [], time.perf_counter()
 
@@ -170,7 +170,7 @@ class _Start:
   def finish(self, step: int, metrics: StepMetrics) -> None:
     """Reports a step that has been computed, unless a record of it follows at once."""
     total, made, now = self._options.total_steps, step - self._first, time.perf_counter()
-    if made == 1 and self._options.log_freq > 1 and metrics.sums.weight:
+    if made == 1 < total and self._options.log_freq > 1 and metrics.sums.weight:
       loss = float(metrics.sums.loss / metrics.sums.weight)
       self._logger.say(f"step {step}/{total}  loss {loss:.4f}")
     elif made == 3 and self._options.log_freq > 3 and step < total:
