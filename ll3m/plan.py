@@ -18,7 +18,7 @@ from ll3m.data import gin_settings
 from ll3m.hf.model_source import open_source
 from ll3m.planning import decoding_plan, plan_table, remedies, topology, training_plan
 from ll3m.planning.program_plan import Plan
-from ll3m.training.config import DEFAULT_STEPS, FALLBACKS, SHORT, TrainOptions, without_effect
+from ll3m.training.config import FALLBACKS, SHORT, TrainOptions, without_effect
 from ll3m.training.config import FLAG_GROUPS as TRAIN_GROUPS
 from ll3m.training.model_choice import check_length, choose_model
 
@@ -107,9 +107,7 @@ def read_job(given: flags.Flags) -> training_plan.TrainingJob:
   with given.within("train_dataset.seqio_dataset"):
     check_length(rows.length, preset.config)
   return training_plan.TrainingJob(
-    options=dataclasses.replace(
-      options, total_steps=options.total_steps or DEFAULT_STEPS, epochs=None
-    ),
+    options=options,
     optimizer=optimizer,
     preset=preset,
     devices=topology.devices(options.topology, options.num_slices),

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.model_config import ModelConfig
 from ll3m.models.transformer import Model
-from ll3m.training.config import TrainOptions
+from ll3m.training.config import DEFAULT_STEPS, TrainOptions
 from ll3m.training.model_choice import build_model
 from ll3m.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from ll3m.training.step import make_train_step
@@ -35,8 +35,9 @@ def make_program(
   options: TrainOptions, optimizer_config: OptimizerConfig, config: ModelConfig, mesh: Mesh
 ) -> Program:
   """Builds the training step of a run without weights and without device memory."""
-  optimizer = make_optimizer(optimizer_config, options.total_steps)
-  schedule = make_schedule(optimizer_config.chosen, options.total_steps)
+  total_steps = options.total_steps or DEFAULT_STEPS  # a plan does not know the data
+  optimizer = make_optimizer(optimizer_config, total_steps)
+  schedule = make_schedule(optimizer_config.chosen, total_steps)
   model = build_model(config, mesh, dtype=options.dtype, remat=options.remat)
   plan = plan_state(model, optimizer, mesh, param_dtype=options.param_dtype)
   step = make_train_step(
