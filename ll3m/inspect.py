@@ -24,6 +24,7 @@ from ll3m.data.row_corpus import open_corpus
 from ll3m.data.statistics import describe, first_documents, measure, plot
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.model_source import open_source
+from ll3m.training import config as train_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,9 @@ class InspectOptions(GinConfig, StrictConfig):
 
 # Short names of flags.
 SHORT = {
-  "data": "dataset.data",
-  "data_format": "dataset.data_format",
-  "prompt_template": "dataset.prompt_template",
-  "completion": "dataset.completion",
-  "plain_text": "dataset.plain_text",
-  "batch_size": "dataset.seqio_dataset.batch_size",
-  "max_length": "dataset.seqio_dataset.task_feature_lengths",
-  "overflow": "dataset.overflow",
+  name: full.replace("train_dataset.", "dataset.")
+  for name, full in train_config.SHORT.items()
+  if name != "eval_data"
 }
 FLAG_GROUPS = {"": InspectOptions, "tokenizer": TokenizerConfig, "dataset": DatasetConfig}
 

@@ -1,4 +1,4 @@
-"""The scan of a source's rows: which are usable, and how many tokens each has.
+"""The scan of a source's rows, which finds the usable ones and can count their tokens.
 
 Rows are examined in chunks, in worker processes if there are many. The result does not depend on
 the number of workers.
