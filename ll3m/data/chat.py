@@ -8,9 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Int32
-
 from ll3m.data.chat_template import CLOSE, OPEN, apply_template
 from ll3m.data.skipped_examples import require_unicode
 from ll3m.data.tokenizer import Tokenizer
@@ -79,20 +76,6 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
   return Rendered(whole, turns, only_answers)
 
 
-def encode(
-  tokenizer: Tokenizer, rendered: Rendered
-) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-  """Tokenises a conversation.
-
-  Returns:
-    The token ids, and for each token 1 if it holds a character of a span, else 0. A token that
-    joins the template's last character before an answer with the answer's first is thus trained,
-    as in transformers.
-  """
-  ids, loss = tokenizer.encode_rendered(rendered.text, rendered.spans)
-  return np.array(ids, np.int32), loss
-
-
 def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> list[int]:
   """Returns the token ids of a conversation for the assistant to continue.
 
@@ -101,7 +84,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> lis
   """
   messages, tools = _checked(messages), _checked_tools(tools)
   text = _renderer(tokenizer, messages, tools)(messages, add_generation_prompt=True)
-  return tokenizer.encode_rendered(_unmark(text).text)[0]
+  return tokenizer.encode_rendered(_unmark(text).text)
 
 
 def _renderer(tokenizer: Tokenizer, messages: list[dict], tools: list | None) -> Callable[..., str]:

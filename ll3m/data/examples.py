@@ -118,17 +118,18 @@ class OpenSource:
       ValueError: No row is usable, rows have different shapes, or a row is unusable and none may be
         skipped.
     """
+    own = skipped.fresh()
     scanned = scanning.scan(
       self.name,
       self._files,
       self._processor,
-      skipped,
+      own,
       counting=counting,
       first_place=self._first_place,
     )
     if scanned.num_skipped:
-      logging.warning("%s: %d usable rows, %s", self.name, len(scanned.rows), skipped.describe())
-      skipped.mark_reported()
+      logging.warning("%s: %d usable rows, %s", self.name, len(scanned.rows), own.describe())
+      skipped.merge(own)
     return Table(
       self.name,
       self._files,

@@ -116,7 +116,7 @@ def scan(
     label: Name of the source in messages.
     files: Its files.
     processor: Processor that determines which rows are usable.
-    skipped: Counter of the unusable rows.
+    skipped: Counter of this source's unusable rows.
     counting: How tokens are counted; None to only check the rows.
     first_place: Place of the row whose columns determined the shape; None if the shape was given.
       Rows of other shapes are then an error.
@@ -127,7 +127,7 @@ def scan(
   """
   found: list[tuple[int, int, int]] = []
   counts: list[tuple[int, ...]] = []
-  before, started = skipped.counts.total(), time.monotonic()
+  started = time.monotonic()
   with tqdm(desc=f"reading {label}", unit=" rows", disable=None, leave=False, delay=2) as bar:
     for chunk, findings in _examine_all(files, processor, counting):
       for (number, position, line, _), finding in zip(chunk, findings, strict=True):
@@ -143,7 +143,7 @@ def scan(
         elif finding.reason:
           skipped.add(place, finding.reason)
       bar.update(len(chunk))
-      tried = skipped.counts.total() - before
+      tried = skipped.counts.total()
       late = time.monotonic() - started > _MOST_SECONDS
       if not found and tried and (tried >= _MOST_TRIED or late):
         raise ValueError(f"{label} has no usable row so far: {skipped.describe()}")
@@ -153,7 +153,7 @@ def scan(
   return Scan(
     np.array(found, np.int64).reshape(-1, 3),
     None if counting is None else Counts(*columns),
-    skipped.counts.total() - before,
+    skipped.counts.total(),
   )
 
 

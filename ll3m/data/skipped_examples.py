@@ -58,6 +58,16 @@ class Skipped:
     if len(self.first) < _NAMED and named not in self.first:
       self.first.append(named)
 
+  def merge(self, other: "Skipped") -> None:
+    """Adds the examples of another counter, which have been reported."""
+    self.counts += other.counts
+    self.first += other.first[: _NAMED - len(self.first)]
+    self._reported += other.counts.total()
+
+  def fresh(self) -> "Skipped":
+    """Returns a counter without examples, for one of several sources."""
+    return Skipped(strict=self._strict)
+
   def warn_and_add(self, place: str, reason: str) -> None:
     """Counts an example of a stream and logs the first, as totals are logged only at the end."""
     first = not self.counts

@@ -162,30 +162,20 @@ class Tokenizer:
     # The batched call, unlike encode(), lets other Python threads run at the same time.
     return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-  def encode_spans(
-    self, text: str, spans: Sequence[tuple[int, int]]
-  ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
-    """Tokenises a text as a whole and finds the tokens of its spans.
+  def encode_batch(
+    self, texts: Sequence[tuple[str, Sequence[tuple[int, int]] | None]]
+  ) -> list[tuple[list[int], Int32[np.ndarray, "n"]]]:
+    """Tokenises whole texts, in parallel, and finds the tokens of their spans.
 
     A token belongs to a span if it holds any of its characters, as in the assistant mask of
     transformers. In "ASSISTANT: Yes", the token " Yes" belongs to the span of "Yes".
 
     Args:
-      text: The text; control tokens in it are plain text.
-      spans: Start and end of each span, in characters, in order.
+      texts: Texts, in which control tokens are plain text, each with the start and end of its
+        spans, in characters, in order; None stands for the whole text.
 
     Returns:
-      The token ids, and for each token 1 if it belongs to a span, else 0.
-    """
-    return self.encode_batch([(text, spans)])[0]
-
-  def encode_batch(
-    self, texts: Sequence[tuple[str, Sequence[tuple[int, int]] | None]]
-  ) -> list[tuple[list[int], Int32[np.ndarray, "n"]]]:
-    """Tokenises texts like `encode_spans`, in parallel.
-
-    Args:
-      texts: Texts with their spans; None stands for the whole text.
+      The token ids of each text, and for each token 1 if it belongs to a span, else 0.
     """
     plain = [text for text, _ in texts]
     if all(spans is None for _, spans in texts):  # faster without the characters' places
@@ -204,16 +194,13 @@ class Tokenizer:
     """Marks the control strings in user text as plain text for `encode_rendered`."""
     return self._marks.sub(lambda match: match[0][:1] + _QUOTE + match[0][1:], text)
 
-  def encode_rendered(
-    self, text: str, spans: Sequence[tuple[int, int]] = ()
-  ) -> tuple[list[int], Int32[np.ndarray, "n"]]:
-    """Tokenises the output of a chat template like `encode_spans`, but recognises control tokens.
+  def encode_rendered(self, text: str) -> list[int]:
+    """Returns the ids of a chat template's output, whose control strings are control tokens.
 
     Args:
       text: The text; control strings that `quote` has marked are plain text.
-      spans: See `encode_spans`.
     """
-    return self.encode_batch([self.seal(text, spans)])[0]
+    return self.encode(self.seal(text)[0])
 
   def seal(
     self, text: str, spans: Sequence[tuple[int, int]] = ()

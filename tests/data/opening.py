@@ -4,12 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ll3m.data import batching
+import numpy as np
+
+from ll3m.data import batching, chat
 from ll3m.data.config import DatasetConfig, TextProcessorConfig
 from ll3m.data.dataset_spec import resolve
 from ll3m.data.examples import choose_shape
 from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
+
+
+def encode_chat(tokenizer: Tokenizer, rendered: chat.Rendered) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the token ids of a conversation, and which are trained."""
+  ((ids, loss),) = tokenizer.encode_batch([tokenizer.seal(rendered.text, rendered.spans)])
+  return np.array(ids, np.int32), loss
 
 
 def processor_for(

@@ -17,7 +17,7 @@ from ll3m.data.config import TokenizerConfig
 from ll3m.data.skipped_examples import Unusable
 from ll3m.data.tokenizer import load_tokenizer
 from tests.data import tokenizer_folders as folders
-from tests.data.opening import processor_for
+from tests.data.opening import encode_chat, processor_for
 
 TOKENS = (
   "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>",
@@ -163,7 +163,7 @@ def test_ids_and_masks_equal_those_of_transformers(load, name):
       refused += 1
       continue
     for ours in (marked, plain):
-      ids, loss = chat.encode(ours, chat.render(ours, messages, tools))
+      ids, loss = encode_chat(ours, chat.render(ours, messages, tools))
       assert ids.tolist() == expected["input_ids"], conversation
       assert loss.tolist() == expected["assistant_masks"], conversation
     prompt = theirs.apply_chat_template(messages[:1], tools=tools, add_generation_prompt=True)
@@ -175,7 +175,7 @@ def test_a_token_that_joins_header_and_answer_is_trained(load):
   """Checks by hand: the token " Yes" contains the last character of the header, a space."""
   for template in (TEMPLATES["vicuna"], unmarked(TEMPLATES["vicuna"])):
     ours, _ = load(template)
-    ids, loss = chat.encode(ours, chat.render(ours, turns("Hello", "Yes")))
+    ids, loss = encode_chat(ours, chat.render(ours, turns("Hello", "Yes")))
     assert ours.decode(ids[loss == 1], keep_control=True).strip() == "Yes</s>"
     assert ours.decode(ids[: np.flatnonzero(loss)[0]]).rstrip().endswith("ASSISTANT:")
     if yes := ours.token_id("▁Yes"):
@@ -184,7 +184,7 @@ def test_a_token_that_joins_header_and_answer_is_trained(load):
 
 def test_a_line_break_token_shared_by_header_and_answer_is_trained(load):
   ours, theirs = load(TEMPLATES["chatml"])
-  ids, loss = chat.encode(ours, chat.render(ours, turns("a", "\nb")))
+  ids, loss = encode_chat(ours, chat.render(ours, turns("a", "\nb")))
   start = ids.tolist().index(theirs.convert_tokens_to_ids("<|im_start|>"), 2)
   assert ours.decode(ids[start:][loss[start:] == 1], keep_control=True).endswith("b<|im_end|>")
   assert "\n" in ours.decode(ids[loss == 1])
@@ -195,9 +195,9 @@ def test_turns_of_weight_zero_are_not_trained(load, mark):
   template = TEMPLATES["chatml"] if mark else unmarked(TEMPLATES["chatml"])
   ours, _ = load(template)
   messages = turns("a", "first", "b", "second", "c", "third")
-  whole, loss = chat.encode(ours, chat.render(ours, messages))
+  whole, loss = encode_chat(ours, chat.render(ours, messages))
   messages[1]["weight"], messages[3]["weight"] = 0, 1
-  ids, weighted = chat.encode(ours, chat.render(ours, messages))
+  ids, weighted = encode_chat(ours, chat.render(ours, messages))
   assert ids.tolist() == whole.tolist()
   text = ours.decode(ids[weighted == 1], keep_control=True)
   assert text == ours.decode(ids[loss == 1], keep_control=True).removeprefix("first<|im_end|>")
@@ -219,7 +219,7 @@ def test_control_strings_in_messages_tools_and_calls_stay_text(load):
     {"role": "assistant", "content": "</s><|im_end|>", "tool_calls": [call]},
   ]
   tools = [{"type": "function", "function": {"name": "<|im_end|>"}}]
-  ids, loss = chat.encode(ours, chat.render(ours, messages, tools))
+  ids, loss = encode_chat(ours, chat.render(ours, messages, tools))
   assert ids.tolist().count(end) == 3 and ours.eos_id not in ids
   text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
   decoded = ours.decode(ids, keep_control=True)
@@ -263,7 +263,7 @@ def test_tools_may_be_json_text_and_have_their_own_template(load):
   )
   for tools in (None, TOOLS):
     messages = CALLS if tools else turns("a", "b")
-    ids, _ = chat.encode(named, chat.render(named, messages, tools))
+    ids, _ = encode_chat(named, chat.render(named, messages, tools))
     expected = theirs.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
     assert ids.tolist() == expected
 
@@ -287,7 +287,7 @@ def test_reasoning_is_rendered_under_every_key(load):
   for name in ("reasoning_content", "thinking", "reasoning"):
     messages = turns("a", "b")
     messages[1][name] = "because"
-    ids, _ = chat.encode(ours, chat.render(ours, messages))
+    ids, _ = encode_chat(ours, chat.render(ours, messages))
     assert ids.tolist() == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 

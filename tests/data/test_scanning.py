@@ -142,3 +142,18 @@ def test_plain_text_is_divided_into_documents(tmp_path, tokenizer):
   for unit, texts in expected.items():
     rows = open_rows(str(tmp_path / "a.txt"), plain_text=unit)
     assert [rows.row(data)["text"] for _, _, _, data in rows.scan()] == texts
+
+
+def test_unusable_rows_are_reported_by_source(tmp_path, tokenizer, caplog):
+  paths = [
+    write(tmp_path, [{"text": "a"}, {"text": value}], name=name)
+    for name, value in (("a.jsonl", None), ("b.jsonl", ""))
+  ]
+  stream = open_dataset(DatasetConfig(data=",".join(paths)), tokenizer, rows=[0])
+  reasons = ["field 'text' is null", "field 'text' is empty"]
+  assert [record.getMessage() for record in caplog.records] == [
+    f"{path}: 1 usable rows, skipped 1: {reason} (1); the first: {path}:2: {reason}"
+    for path, reason in zip(paths, reasons, strict=True)
+  ]
+  assert stream.skipped.counts == dict.fromkeys(reasons, 1)
+  assert stream.skipped.describe_unreported() == ""

@@ -17,6 +17,7 @@ from ll3m.data.config import TokenizerConfig
 from ll3m.data.text_stream import TextStream
 from ll3m.data.tokenizer import load_tokenizer
 from tests.data import tokenizer_folders as folders
+from tests.data.opening import encode_chat
 
 TEXTS = (
   "", " ", "  ", "   leading", "trailing  ", "a", " a", "a  b", "In 2023", "x = 10", "3.14159",
@@ -127,9 +128,9 @@ def test_turn_markers_are_control_tokens_flagged_or_not(folder, ours, theirs):
   assert end in ours.stop_ids and start not in ours.stop_ids
   harmless = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "4"}]
   rendered = theirs.apply_chat_template(harmless, return_dict=True)["input_ids"]
-  assert chat.encode(ours, chat.render(ours, harmless))[0].tolist() == rendered
+  assert encode_chat(ours, chat.render(ours, harmless))[0].tolist() == rendered
   turns = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "4"}]
-  ids, loss = chat.encode(ours, chat.render(ours, turns))
+  ids, loss = encode_chat(ours, chat.render(ours, turns))
   for marker in (start, end):
     assert ids.tolist().count(marker) == rendered.count(marker)
   assert ids[loss == 1][-1] == end
@@ -208,7 +209,7 @@ def test_tokens_can_be_added_to_a_sentencepiece_model(tmp_path):
   for text in (*TEXTS, *CONTROL_TEXTS):
     assert ours.encode(text) == model.encode(text)
   turns = [{"role": "user", "content": "Hi </s>"}, {"role": "assistant", "content": "Yes"}]
-  ids, loss = chat.encode(ours, chat.render(ours, turns))
+  ids, loss = encode_chat(ours, chat.render(ours, turns))
   newline = model.encode("\n")[1]
   # No space is added after a marker, as in transformers if `legacy` is not set.
   user, assistant = ("user\nHi </s>", "assistant\nYes")
@@ -224,6 +225,6 @@ def test_extra_tokens_in_the_chat_template_are_control_tokens(tmp_path):
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   theirs.add_tokens([*folders.MARKERS])
   turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-  ids = chat.encode(ours, chat.render(ours, turns))[0].tolist()
+  ids = encode_chat(ours, chat.render(ours, turns))[0].tolist()
   assert ids == theirs.apply_chat_template(turns, return_dict=True)["input_ids"]
   assert 32001 in ours.stop_ids and ours.control_ids >= {32000, 32001}
