@@ -108,7 +108,7 @@ def validate_decoding(model: str) -> float:
     weights = unstack(config, params, jnp.float32)
     starts = np.zeros(CHECKED_ROWS, np.int32)
     with mode_of(implementation), jax.default_matmul_precision("highest"):
-      slots = min(CHECKED_LENGTH, config.sliding_window or CHECKED_LENGTH)
+      slots = CHECKED_LENGTH
       hidden, cache = decoder.prefill(weights, batch.inputs[:, :prompt], starts, slots)
       for column in range(prompt, CHECKED_LENGTH + 1):
         logits = decoder.logits(weights.ends, hidden)

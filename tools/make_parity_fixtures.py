@@ -190,6 +190,161 @@ _PHI = {
   "vocab_size": 79,
 }
 
+# Llama 3.1 and 3.2: each frequency is scaled by its wavelength.
+_LLAMA_3 = _LLAMA | {
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "bos_token_id": 1,
+  "eos_token_id": [2, 3, 4],
+  "head_dim": 16,
+  "hidden_size": 64,
+  "mlp_bias": False,
+  "num_key_value_heads": 2,
+  "pretraining_tp": 1,
+  "rope_scaling": {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+    "rope_type": "llama3",
+  },
+  "rope_theta": 500000.0,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.42.3",
+}
+_QWEN_2 = _LLAMA | {
+  "architectures": ["Qwen2ForCausalLM"],
+  "attention_dropout": 0.0,
+  "hidden_size": 32,
+  "max_window_layers": 2,
+  "model_type": "qwen2",
+  "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-06,
+  "rope_theta": 1000000.0,
+  "sliding_window": 64,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.40.1",
+  "use_mrope": False,
+  "use_sliding_window": False,
+}
+_QWEN_3 = _QWEN_2 | {
+  "architectures": ["Qwen3ForCausalLM"],
+  "attention_bias": False,
+  "head_dim": 12,
+  "model_type": "qwen3",
+  "rope_scaling": None,
+  "sliding_window": None,
+  "tie_word_embeddings": False,
+  "transformers_version": "4.51.0",
+}
+del _QWEN_3["use_mrope"]
+_GEMMA_2 = _GEMMA | {
+  "architectures": ["Gemma2ForCausalLM"],
+  "attn_logit_softcapping": 5.0,
+  "cache_implementation": "hybrid",
+  "final_logit_softcapping": 3.0,
+  "hidden_act": "gelu_pytorch_tanh",
+  "hidden_activation": "gelu_pytorch_tanh",
+  "model_type": "gemma2",
+  "num_attention_heads": 4,
+  "num_hidden_layers": 3,
+  "num_key_value_heads": 2,
+  "query_pre_attn_scalar": 24,
+  "sliding_window": 8,
+  "torch_dtype": "float32",
+  "transformers_version": "4.42.0.dev0",
+}
+del _GEMMA_2["rope_scaling"]
+_GEMMA_3 = _GEMMA_2 | {
+  "architectures": ["Gemma3ForCausalLM"],
+  "attn_logit_softcapping": None,
+  "final_logit_softcapping": None,
+  "model_type": "gemma3_text",
+  "num_hidden_layers": 8,
+  "num_key_value_heads": 1,
+  "rope_local_base_freq": 10000.0,
+  "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+  "rope_theta": 1000000.0,
+  "sliding_window_pattern": 6,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.50.0.dev0",
+}
+del _GEMMA_3["hidden_act"]
+_PHI_3 = _LLAMA | {
+  "architectures": ["Phi3ForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "embd_pdrop": 0.0,
+  "hidden_size": 32,
+  "model_type": "phi3",
+  "num_key_value_heads": 2,
+  "original_max_position_embeddings": 64,
+  "pad_token_id": 0,
+  "resid_pdrop": 0.0,
+  "rope_scaling": None,
+  "rope_theta": 10000.0,
+  "sliding_window": 11,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.40.2",
+}
+_LONGROPE = {  # factors of Phi-4-mini's shape: 1 for high frequencies, up to 40 for low ones
+  "long_factor": [1, 1.25, 3.5, 40.5],
+  "short_factor": [1, 1.0, 1.1, 1.25],
+  "type": "longrope",
+}
+_PHI_3_LONG = _PHI_3 | {
+  "original_max_position_embeddings": 16,
+  "rope_scaling": _LONGROPE,
+  "sliding_window": 262144,
+}
+_PHI_4_MINI = _PHI_3_LONG | {
+  "full_attn_mod": 1,
+  "interpolate_factor": 1,
+  "lm_head_bias": False,
+  "mlp_bias": False,
+  "partial_rotary_factor": 0.75,
+  "rope_scaling": {"long_factor": [1, 4.0, 9.5], "short_factor": [1.0] * 3, "type": "longrope"},
+  "tie_word_embeddings": True,
+}
+_SMOLLM_3 = _LLAMA | {
+  "architectures": ["SmolLM3ForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "hidden_size": 32,
+  "layer_types": ["full_attention"] * 5,
+  "max_window_layers": 28,
+  "mlp_bias": False,
+  "model_type": "smollm3",
+  "no_rope_layer_interval": 4,
+  "no_rope_layers": [1, 1, 1, 0, 1],
+  "num_hidden_layers": 5,
+  "num_key_value_heads": 2,
+  "pad_token_id": 0,
+  "pretraining_tp": 2,
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": None,
+  "rope_theta": 5000000.0,
+  "sliding_window": None,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.54.0.dev0",
+  "use_sliding_window": False,
+}
+_OLMO_2 = _LLAMA | {
+  "architectures": ["Olmo2ForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "hidden_size": 32,
+  "model_type": "olmo2",
+  "num_key_value_heads": 2,
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": None,
+  "rope_theta": 500000,
+  "torch_dtype": "float32",
+  "transformers_version": "4.47.0.dev0",
+}
+
 VARIANTS = {
   "llama2": Variant(_LLAMA_2, length=21, buffers=True),
   "llama2_modern": Variant(_LLAMA_2 | {"torch_dtype": "float32"}, length=21, modern=True),
@@ -237,13 +392,61 @@ VARIANTS = {
     length=25,
     modern=True,
   ),
+  "llama3": Variant(_LLAMA_3, length=37),
+  "llama3_modern": Variant(
+    _LLAMA_3 | {"tie_word_embeddings": True, "torch_dtype": "float32"}, length=37, modern=True
+  ),
+  "llama_yarn": Variant(
+    _LLAMA_3
+    | {
+      "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+      }
+    },
+    length=33,
+  ),
+  "qwen2": Variant(_QWEN_2, length=23),
+  "qwen2_window": Variant(  # the last of three layers has a window
+    _QWEN_2
+    | {"num_hidden_layers": 3, "sliding_window": 8, "use_sliding_window": True}
+    | {"tie_word_embeddings": False, "torch_dtype": "float32"},
+    length=27,
+    modern=True,
+  ),
+  "qwen3": Variant(_QWEN_3, length=22, shards=2),
+  "qwen3_modern": Variant(_QWEN_3 | {"torch_dtype": "float32"}, length=22, modern=True),
+  "gemma2": Variant(_GEMMA_2, length=29),
+  "gemma2_modern": Variant(
+    _GEMMA_2 | {"num_hidden_layers": 4, "sliding_window": 5}, length=21, modern=True
+  ),
+  "gemma3": Variant(_GEMMA_3, length=31),
+  "gemma3_modern": Variant(
+    _GEMMA_3
+    | {"num_hidden_layers": 5, "rope_scaling": None, "sliding_window_pattern": 2}
+    | {"torch_dtype": "float32"},
+    length=26,
+    modern=True,
+  ),
+  "phi3": Variant(_PHI_3, length=25, shards=2),
+  "phi3_long": Variant(_PHI_3_LONG, length=29),
+  "phi3_long_modern": Variant(_PHI_3_LONG | {"torch_dtype": "float32"}, length=29, modern=True),
+  "phi4_mini": Variant(_PHI_4_MINI, length=30),
+  "phi4_mini_short": Variant(_PHI_4_MINI, length=16),
+  "smollm3": Variant(_SMOLLM_3, length=18),
+  "smollm3_modern": Variant(_SMOLLM_3 | {"torch_dtype": "float32"}, length=24, modern=True),
+  "olmo2": Variant(_OLMO_2, length=28),
+  "olmo2_modern": Variant(
+    _OLMO_2 | {"num_attention_heads": 2, "num_key_value_heads": 1}, length=19, modern=True
+  ),
 }
 
 
 def random_tensor(name: str, shape: torch.Size, model_type: str, rng) -> torch.Tensor:
   """Samples a tensor such that attention is far from uniform and logits are of order one."""
   if "norm" in name and name.endswith(".weight"):
-    center = 0.0 if model_type == "gemma" else 1.0  # Gemma adds one to the weight
+    center = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma adds one to the weight
     values = center + rng.uniform(-0.5, 0.5, shape)
   elif name.endswith(".bias") or "embed_tokens" in name:
     values = rng.normal(0.0, 0.3, shape)

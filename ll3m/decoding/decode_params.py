@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ll3m.core.model_config import ModelConfig
 from ll3m.core.sharding import parameter_spec
 from ll3m.models.kernels import Kernels
-from ll3m.models.transformer import Params
+from ll3m.models.transformer import LAYERS, REST_LAYERS, Params, select
 
 # Joined matrices, and the matrices with the same input that each of them consists of.
 _JOINED = {
@@ -54,29 +54,31 @@ def unstack(config: ModelConfig, params: Params, dtype: Any, *, joined: bool = T
     dtype: The dtype of the result.
     joined: Whether to join matrices; see `joins`.
   """
-  prefix = "layers/"
-  stacked = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+  stacks = [select(params, prefix) for prefix in (LAYERS, REST_LAYERS)]
+  stacked = stacks[0]
   groups = {module: (module,) for module in stacked}
   for name, members in _JOINED.items() if joined else ():
     if all(member in stacked for member in members):
       groups = {k: v for k, v in groups.items() if k not in members} | {name: members}
+  rest = config.num_rest_layers
   ends = {
     module: {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
     for module, arrays in params.items()
-    if not module.startswith(prefix)
+    if not module.startswith((LAYERS, REST_LAYERS))
   }
   # A plain (not gated) network keeps its single matrix `mlp/up`.
   layers = [
     {
       module: {
         name: jnp.concatenate(
-          [jnp.asarray(stacked[member][name][layer], dtype) for member in members], axis=-1
+          [jnp.asarray(stack[member][name][layer], dtype) for member in members], axis=-1
         )
-        for name in stacked[members[0]]
+        for name in stack[members[0]]
       }
       for module, members in groups.items()
     }
-    for layer in range(config.num_layers)
+    for stack, count in zip(stacks, (config.num_layers - rest, rest), strict=True)
+    for layer in range(count)
   ]
   return Weights(layers, ends)
 
@@ -88,7 +90,7 @@ def shardings(weights: Weights, mesh: Mesh) -> Weights:
     placed: dict[str, dict[str, NamedSharding]] = {}
     for module, arrays in params.items():
       first = _JOINED.get(module, (module,))[0]  # a joined matrix is sharded like its first part
-      prefix = "layers/" if is_layer else ""
+      prefix = LAYERS if is_layer else ""
       placed[module] = {}
       for name, x in arrays.items():
         spec = parameter_spec(f"{prefix}{first}/{name}", (1,) * is_layer + x.shape, mesh)

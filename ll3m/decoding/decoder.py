@@ -5,29 +5,29 @@ V vocabulary, L layers.
 
 The prompts of a batch are padded on the left, so that all rows write the same slot of the cache,
 and the last column holds each row's newest token. Columns include the padding; a row's positions
-count from its first token. The cache is a ring buffer: column i is in slot i mod C. With a sliding
-window, C is at most the window, so a full ring holds exactly the columns that a query sees.
+count from its first token. A layer's cache is a ring buffer: column i is in slot i mod C. In a
+layer with a window, C is at most the window, so a full ring holds exactly the columns that a query
+sees.
 
-One compiled layer is called L times. Compiling takes a second at any depth, instead of twelve for
-all of SmolLM2's layers in one program, and XLA:CPU runs it no slower.
+One compiled layer of each kind is called for all layers of that kind. Compiling takes a second at
+any depth, instead of twelve for all of SmolLM2's layers in one program, and XLA:CPU runs it no
+slower.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_config import LayerKind, ModelConfig
 from ll3m.decoding.decode_params import joins
-from ll3m.models.attention import Attend, causal_attention
+from ll3m.models.attention import Attend, causal_attention, score_options
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
-from ll3m.models.layers import Norm
-from ll3m.models.transformer import Embed, Params, block, logits
+from ll3m.models.transformer import Embed, Params, apply, block, final_norm, logits
 from ll3m_kernels import Sharding, flash_attention
 
 # A layer's keys and values. Heads precede columns, as in the product with the queries; otherwise
@@ -39,10 +39,11 @@ class Decoder(NamedTuple):
   """The functions of generation. They call compiled functions; do not jit prefill and step.
 
   Attributes:
-    prefill: Function (weights, tokens [B, T], starts [B], cache_length) -> (hidden, cache). Starts
-      are the columns of the rows' first tokens.
-    step: Function (weights, cache, tokens [B], column, starts) -> (hidden, cache). It processes
-      each row's newest token, which is in the given column. The old cache is donated.
+    prefill: Function (weights, tokens [B, T], starts [B], columns, is_long) -> (hidden, cache).
+      Starts are the columns of the rows' first tokens; columns is the number that the cache shall
+      hold; is_long is that of `models.rope.rotate`.
+    step: Function (weights, cache, tokens [B], column, starts, is_long) -> (hidden, cache). It
+      processes each row's newest token, which is in the given column. The old cache is donated.
     logits: Function (weights.ends, hidden [B, D]) -> float32 [B, V], the next token's logits.
   """
 
@@ -64,16 +65,12 @@ def make_decoder(
   """
   joined = joins(kernels)
 
-  def apply(params: Params, function: Callable, *args: Any) -> Any:
-    return hk.without_apply_rng(hk.transform(function)).apply(params, *args)
-
-  def layer(params, x, columns, starts, attend: Attend):
+  def layer(kind, is_long, params, x, columns, starts, attend: Attend):
     positions = jnp.maximum(columns - starts[:, None], 0)
-    y, kept = apply(
-      params,
-      lambda x: block(config, x, positions, attend, fused=joined, kernels=kernels),
-      x,
+    run = functools.partial(
+      block, config, kind, attend=attend, fused=joined, kernels=kernels, is_long=is_long
     )
+    y, kept = apply(run, params, x, positions)
     return kernels.constrain(y), kept
 
   def keep(array):
@@ -84,27 +81,28 @@ def make_decoder(
   @jax.jit
   def embed(ends, tokens):
     embed = lambda tokens: Embed(config, dtype, kernels=kernels)(tokens)  # noqa: E731
-    return kernels.constrain(apply(ends, embed, tokens))
+    return kernels.constrain(apply(embed, ends, tokens))
 
-  @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-  def prefill_layer(params, x, starts, cache_length):
+  @functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=3)
+  def prefill_layer(kind, is_long, params, x, starts, columns_kept):
     columns = jnp.arange(x.shape[1])[None]
     segment_ids = (columns >= starts[:, None]).astype(jnp.int32)
 
     def attend(query, key, value):
       attended = causal_attention(
-        config, query, key, value, segment_ids=segment_ids, kernels=kernels
+        config, kind, query, key, value, segment_ids=segment_ids, kernels=kernels
       )
-      return attended, tuple(keep(_to_ring(x, cache_length)) for x in (key, value))
+      length = cache_length(kind, columns_kept)
+      return attended, tuple(keep(_to_ring(x, length)) for x in (key, value))
 
-    return layer(params, x, columns, starts, attend)
+    return layer(kind, is_long, params, x, columns, starts, attend)
 
-  @functools.partial(jax.jit, donate_argnums=(1, 2))
-  def step_layer(params, cache, x, column, starts):
-    cache_length = cache[0].shape[2]
-    slot = column % cache_length
+  @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+  def step_layer(kind, is_long, params, cache, x, column, starts):
+    length = cache[0].shape[2]
+    slot = column % length
     # The newest column in each slot, including this step's; negative for empty slots.
-    held = column - (slot - jnp.arange(cache_length)) % cache_length
+    held = column - (slot - jnp.arange(length)) % length
     visible = (held[None] >= starts[:, None]).astype(jnp.int32)  # [B, C]
     segment_ids = (jnp.ones_like(starts)[:, None], visible)
 
@@ -117,32 +115,44 @@ def make_decoder(
       # and copies the whole cache four times: 64 ms per SmolLM2 step at 4096 columns instead of 27.
       kept = jax.lax.optimization_barrier(kept)
       keys, values = (array.swapaxes(1, 2) for array in kept)
-      attended = flash_attention(query, keys, values, segment_ids=segment_ids, **kernels.options)
+      attended = flash_attention(
+        query,
+        keys,
+        values,
+        segment_ids=segment_ids,
+        **score_options(config),
+        **kernels.options,
+      )
       return attended, kept
 
-    return layer(params, x, column[None, None], starts, attend)
+    return layer(kind, is_long, params, x, column[None, None], starts, attend)
 
-  def prefill(weights, tokens, starts, cache_length):
+  def prefill(weights, tokens, starts, columns, is_long=False):
     x = embed(weights.ends, tokens)
     cache = []
-    for params in weights.layers:
-      x, kept = prefill_layer(params, x, starts, cache_length)
+    for kind, params in zip(config.layer_kinds, weights.layers, strict=True):
+      x, kept = prefill_layer(kind, is_long, params, x, starts, columns)
       cache.append(kept)
     return x[:, -1], cache
 
-  def step(weights, cache, tokens, column, starts):
+  def step(weights, cache, tokens, column, starts, is_long=False):
     x = embed(weights.ends, tokens[:, None])
     new_cache = []
-    for params, kept in zip(weights.layers, cache, strict=True):
-      x, kept = step_layer(params, kept, x, column, starts)
+    for kind, params, kept in zip(config.layer_kinds, weights.layers, cache, strict=True):
+      x, kept = step_layer(kind, is_long, params, kept, x, column, starts)
       new_cache.append(kept)
     return x[:, -1], new_cache
 
   def last_logits(ends, hidden):
-    norm = lambda x: Norm(config, kernels=kernels, name="final_norm")(x)  # noqa: E731
-    return logits(config, ends, apply(ends, norm, hidden[:, None]))[:, 0]
+    norm = lambda x: final_norm(config, kernels)(x)  # noqa: E731
+    return logits(config, ends, apply(norm, ends, hidden[:, None]))[:, 0]
 
   return Decoder(prefill, step, last_logits)
+
+
+def cache_length(kind: LayerKind, columns: int) -> int:
+  """Returns C, the number of columns in the cache of a layer, for a text of `columns` columns."""
+  return columns if kind.window is None else min(columns, kind.window)
 
 
 def cache_placement(config: ModelConfig, sharding: Sharding) -> NamedSharding:

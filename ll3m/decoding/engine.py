@@ -90,7 +90,8 @@ class Engine:
       max_new_tokens: The maximum number of new tokens per row.
       sampling: The sampling settings.
       seeds: The seed of each row, 0 <= seed < 2**32; by default the row's index. A prompt with the
-        same seed gives the same tokens in any batch.
+        same seed gives the same tokens in any batch. (Not so for models with two sets of rotary
+        frequencies, such as Phi-3: the long ones are used if the longest row may need them.)
       stop_tokens: The ids that end a row.
 
     Returns:
@@ -111,25 +112,29 @@ class Engine:
     # Repeat the last row until the number of rows divides over the devices.
     missing = -len(prompts) % self._row_shards
     prompts, seeds = [*prompts, *prompts[-1:] * missing], [*seeds, *seeds[-1:] * missing]
-    length = _bucket(max(len(prompt) for prompt in prompts))
+    length = bucket(max(len(prompt) for prompt in prompts))
     padded = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
       row[length - len(prompt) :] = prompt
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     seeds = np.array(seeds, np.uint32)
     # The last token is not fed back, so it needs no slot.
-    columns = cache_length(self._config, length + max_new_tokens - 1)
+    columns = bucket(length + max_new_tokens - 1)
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
+    is_long = longest > (self._config.rope_original_positions or longest)
 
     def choose(hidden, column):
       return self._choose(self._weights.ends, hidden, seeds, column - starts, sampling=sampling)
 
-    hidden, cache = self._decoder.prefill(self._weights, padded, starts, columns)
+    hidden, cache = self._decoder.prefill(self._weights, padded, starts, columns, is_long)
     tokens = choose(hidden, length)
     for column in range(length, length + max_new_tokens):
       current = tokens
       if column + 1 < length + max_new_tokens:
         # Dispatched before the host reads the current tokens; wasted if these end all rows.
-        hidden, cache = self._decoder.step(self._weights, cache, current, np.int32(column), starts)
+        hidden, cache = self._decoder.step(
+          self._weights, cache, current, np.int32(column), starts, is_long
+        )
         tokens = choose(hidden, column + 1)
       row_tokens = np.asarray(current)[: len(running)].tolist()
       yield [token if run else None for token, run in zip(row_tokens, running, strict=True)]
@@ -193,11 +198,6 @@ def check_request(
       )
 
 
-def cache_length(config: ModelConfig, columns: int) -> int:
-  """Returns C, the number of cached columns for a text with the given number of columns."""
-  length = _bucket(columns)
-  return length if config.sliding_window is None else min(length, config.sliding_window)
-
-
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+  """Returns a length rounded up to one for which programs are compiled."""
   return max(_SMALLEST_LENGTH, 1 << (length - 1).bit_length())

@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ll3m.core.model_config import ModelConfig, did_you_mean
-from ll3m.families import gemma, llama, mistral, phi
+from ll3m.families import gemma, gemma2, gemma3, llama, mistral, olmo2, phi, phi3, qwen, smollm3
 from ll3m.families.family import Family
 
-FAMILIES = {f.name: f for f in (llama.FAMILY, mistral.FAMILY, gemma.FAMILY, phi.FAMILY)}
+_ALL = (
+  llama.FAMILY, mistral.FAMILY, gemma.FAMILY, phi.FAMILY, qwen.QWEN2, qwen.QWEN3, gemma2.FAMILY,
+  gemma3.FAMILY, phi3.FAMILY, smollm3.FAMILY, olmo2.FAMILY,
+)  # fmt: skip
+FAMILIES = {family.name: family for family in _ALL}
 
 
 class Preset(NamedTuple):

@@ -1,14 +1,15 @@
 """Model families in Hugging Face's terms: a `config.json` and rules for the tensors."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ll3m.core.model_config import ModelConfig, check_type
+from ll3m.families import layers as layer_conventions
 from ll3m.families.known_keys import check_keys
 from ll3m.families.quantisation import refuse_quantised_config
 from ll3m.families.rope import KEYS as ROPE_KEYS
-from ll3m.families.rope import Rope, read_rope
+from ll3m.families.rope import read_rope
 from ll3m.families.rope import to_hf as rope_to_hf
 from ll3m.families.tensor_rules import Rule
 
@@ -26,11 +27,15 @@ class Key:
     ours: The `ModelConfig` field.
     hf: The key in config.json.
     default: The meaning of a missing or null key; REQUIRED if the key must be present.
+    nullable: Whether null means None instead of the default.
+    whole: Whether config.json holds a whole number where `ModelConfig` has a float.
   """
 
   ours: str
   hf: str
   default: Any = REQUIRED
+  nullable: bool = False
+  whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Family:
       although they can be computed from the config.
     presets: The published models by name.
     aliases: Other names of presets.
+    layers: How config.json names the types of layers; None if all layers are alike.
+    rope_theta: The base of the rotary frequencies in files that do not set it.
+    rope_local_theta: The same for layers with a window; None if they have the same base.
+    computed: Function of the architecture to further keys on export.
   """
 
   name: str
@@ -63,6 +72,10 @@ class Family:
   ignored_buffers: tuple[str, ...]
   presets: Mapping[str, ModelConfig]
   aliases: Mapping[str, str]
+  layers: layer_conventions.Convention | None = None
+  rope_theta: float = 10_000.0
+  rope_local_theta: float | None = None
+  computed: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
 
   def from_hf_config(self, hf: Mapping[str, Any]) -> ModelConfig:
     """Reads a config.json in the published style or in that of transformers 5.
@@ -82,22 +95,20 @@ class Family:
     fields = dict(self.switches)
     for key in self.keys:
       value = hf.get(key.hf)
-      if value is None:
+      if value is not None:
+        check_type(key.ours, value, f"{key.hf} of config.json")
+      elif not (key.nullable and key.hf in hf):
         if key.default is REQUIRED:
           raise ValueError(f"config.json of a {self.name} model lacks {key.hf!r}")
         value = key.default
-      else:
-        check_type(key.ours, value, f"{key.hf} of config.json")
       fields[key.ours] = value
-    if "sliding_window" in hf and "sliding_window" in fields:
-      fields["sliding_window"] = hf["sliding_window"]  # null means no window
     for name, expected in self.fixed.items():
       if hf.get(name, expected) not in (expected, None):
         raise NotImplementedError(
           f"config.json has {name}={hf[name]!r}; {self.name} models support only {expected!r}"
         )
-    rope = read_rope(hf)
-    fields |= {"rope_theta": rope.theta, "rope_scaling_factor": rope.scaling_factor}
+    rope = read_rope(hf, theta=self.rope_theta, local_theta=self.rope_local_theta)
+    fields |= rope.fields
     if "rotary_fraction" in fields:
       if rope.fraction is not None:
         fields["rotary_fraction"] = rope.fraction
@@ -115,8 +126,16 @@ class Family:
           f"of num_attention_heads {fields['num_heads']}"
         )
       fields["head_dim"] = fields["d_model"] // fields["num_heads"]
-    config = ModelConfig.from_dict(fields)
     used = {key.hf for key in self.keys} | self.fixed.keys() | {*_READ_KEYS, *ROPE_KEYS}
+    if self.layers is not None:
+      used |= {"layer_types", *self.layers.keys}
+      is_off = "use_sliding_window" in self.layers.keys and not hf.get("use_sliding_window")
+      window = None if is_off else fields["sliding_window"]
+      fields["sliding_window"] = window
+      fields["layer_types"] = layer_conventions.read_layer_types(
+        self.layers, hf, fields["num_layers"], window
+      )
+    config = ModelConfig.from_dict(fields)
     check_keys(hf, used, config, self.name)
     return config
 
@@ -132,10 +151,14 @@ class Family:
     if activation is None:
       raise ValueError(f"a {self.name} model cannot have activation={config.activation!r}")
     hf: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-    hf |= {key.hf: getattr(config, key.ours) for key in self.keys}
-    hf |= dict(self.fixed) | {"hidden_act": activation}
+    for key in self.keys:
+      value = getattr(config, key.ours)
+      hf[key.hf] = int(value) if key.whole and value == int(value) else value
+    hf |= dict(self.fixed) | {"hidden_act": activation} | self.computed(config)
+    if self.layers is not None:
+      hf |= {"layer_types": layer_conventions.layer_types(config)} | self.layers.to_hf(config)
     fraction = config.rotary_fraction if "rotary_fraction" in self.switches else None
-    hf |= rope_to_hf(Rope(config.rope_theta, config.rope_scaling_factor, fraction))
+    hf |= rope_to_hf(config, fraction)
     if "head_dim" not in hf and config.head_dim * config.num_heads != config.d_model:
       raise ValueError(
         f"config.json of a {self.name} model cannot express head_dim={config.head_dim}; it implies "

@@ -4,19 +4,19 @@ from ll3m.core.model_config import ModelConfig
 from ll3m.families import llama
 from ll3m.families.family import Family, Key
 
-_SWITCHES = {"norm_scale_offset": 1.0, "scale_embeddings": True}
+SWITCHES = {"norm_scale_offset": 1.0, "scale_embeddings": True}
 
 _GEMMA_2B = ModelConfig(
   vocab_size=256_000, d_model=2048, d_ff=16_384, num_layers=18, num_heads=8, num_kv_heads=1,
   head_dim=256, max_positions=8192, norm_epsilon=1e-6, activation="gelu_tanh",
-  tie_embeddings=True, **_SWITCHES,
+  tie_embeddings=True, **SWITCHES,
 )  # fmt: skip
 
 FAMILY = Family(
   name="gemma",
   model_type="gemma",
   architecture="GemmaForCausalLM",
-  switches=_SWITCHES,
+  switches=SWITCHES,
   keys=(
     *llama.KEYS,
     Key("head_dim", "head_dim", 256),

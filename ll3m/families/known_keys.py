@@ -74,6 +74,7 @@ _NEUTRAL: dict[str, Callable[[Any, ModelConfig], bool]] = {
     ("attention_bias", "mlp_bias", "bias", "use_bias"),
     lambda value, config: value == config.use_bias,
   ),
+  "lm_head_bias": lambda value, config: value == config.use_bias,
   "qk_layernorm": _only(False),
   "use_qk_norm": _only(False),
   "head_dim": lambda value, config: value == config.head_dim,
@@ -83,6 +84,10 @@ _NEUTRAL: dict[str, Callable[[Any, ModelConfig], bool]] = {
   "layer_types": _is_uniform_window,
   "no_rope_layers": lambda value, config: value in ([], [1] * config.num_layers),  # 1: rotated
   "rope_interleaved": _only(False),
+  "use_mrope": _only(False),
+  # Phi-4-mini
+  "full_attn_mod": _only(1),
+  "interpolate_factor": _only(1),
   "alibi": _only(False),
   "attn_logit_softcapping": _only(0),
   "final_logit_softcapping": _only(0),

@@ -1,8 +1,13 @@
-"""Mistral 7B v0.1 (Jiang et al., 2023): GQA and a sliding window."""
+"""Mistral 7B (Jiang et al., 2023), with a sliding window in v0.1, and Mistral Nemo."""
 
 from ll3m.core.model_config import ModelConfig
 from ll3m.families import llama
 from ll3m.families.family import Family, Key
+
+_MISTRAL_7B = ModelConfig(
+  vocab_size=32_000, d_model=4096, d_ff=14_336, num_layers=32, num_heads=32, num_kv_heads=8,
+  head_dim=128, max_positions=32_768, norm_epsilon=1e-5, sliding_window=4096,
+)  # fmt: skip
 
 FAMILY = Family(
   name="mistral",
@@ -13,25 +18,29 @@ FAMILY = Family(
     *llama.KEYS,
     Key("head_dim", "head_dim", None),
     Key("tie_embeddings", "tie_word_embeddings", False),
-    Key("sliding_window", "sliding_window", 4096),
+    Key("sliding_window", "sliding_window", 4096, nullable=True),
   ),
   activations={"silu": "silu"},
   fixed={},
   rules=llama.RULES,
   ignored_buffers=llama.IGNORED_BUFFERS,
   presets={
-    "mistral_7b": ModelConfig(
-      vocab_size=32_000,
-      d_model=4096,
-      d_ff=14_336,
-      num_layers=32,
-      num_heads=32,
-      num_kv_heads=8,
-      head_dim=128,
-      max_positions=32_768,
-      norm_epsilon=1e-5,
-      sliding_window=4096,
+    "mistral_7b": _MISTRAL_7B,
+    "mistral_7b_v0.3": _MISTRAL_7B.replace(vocab_size=32_768, rope_theta=1e6, sliding_window=None),
+    "mistral_nemo_12b": _MISTRAL_7B.replace(
+      vocab_size=131_072,
+      d_model=5120,
+      num_layers=40,
+      max_positions=131_072,
+      rope_theta=1e6,
+      sliding_window=None,
     ),
-  },  # fmt: skip
-  aliases={},
+  },
+  aliases={
+    "mistralai/Mistral-7B-v0.1": "mistral_7b",
+    "mistralai/Mistral-7B-v0.3": "mistral_7b_v0.3",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral_7b_v0.3",
+    "mistralai/Mistral-Nemo-Base-2407": "mistral_nemo_12b",
+    "mistralai/Mistral-Nemo-Instruct-2407": "mistral_nemo_12b",
+  },
 )

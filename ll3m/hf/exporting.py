@@ -131,10 +131,7 @@ def export_model(
   found = families.FAMILIES[family]
   check_parameters(found, config, arrays, origin)
   specs = expected_tensors(found.rules, config)
-  tensors = {
-    name: TensorInfo(spec.shape, np.dtype(dtype or arrays[spec.ours].dtype))
-    for name, spec in specs.items()
-  }
+  tensors = _tensors(arrays, specs, dtype)
   # Norms may have another dtype, so config.json names the embedding's.
   torch_dtype = next(iter(tensors.values())).dtype.name
   files = _config_files(config_files, found.to_hf_config(config), torch_dtype, tokenizer)
@@ -160,6 +157,27 @@ def export_model(
   return Export(len(tensors), count, names, nbytes, time.perf_counter() - start)
 
 
+def _tensors(
+  arrays: Mapping[str, parameter_store.StoredArray | jax.Array],
+  specs: Mapping[str, TensorSpec],
+  dtype: np.dtype | None,
+) -> dict[str, TensorInfo]:
+  """Returns shape and dtype of every tensor to write."""
+  tensors: dict[str, TensorInfo] = {}
+  for spec in specs.values():
+    own = np.dtype(dtype or arrays[spec.ours].dtype)
+    if spec.tensor in tensors:  # shared by several parameters
+      above = tensors[spec.tensor]
+      # Promote through float32, because NumPy has no common type of bfloat16 and float16.
+      if above.dtype != own:
+        own = np.promote_types(np.promote_types(np.float32, above.dtype), own)
+      shape = (above.shape[0] + spec.shape[0], *spec.shape[1:])
+    else:
+      shape = spec.shape
+    tensors[spec.tensor] = TensorInfo(shape, own)
+  return tensors
+
+
 def _write_tensors(
   arrays: Mapping[str, parameter_store.StoredArray | jax.Array],
   specs: Mapping[str, TensorSpec],
@@ -178,10 +196,11 @@ def _write_tensors(
       blocks = read_slices(array) if stacked else [(0, np.asarray(array[...])[None])]
       for start, values in blocks:
         for layer, value in enumerate(values, start):
-          name = layers[layer]
-          info = tensors[name]
-          writer.write(name, arrange(value, specs[name].transpose, info.dtype, path))
-          bar.update(info.nbytes)
+          spec = specs[layers[layer]]
+          info = tensors[spec.tensor]
+          rows = arrange(value, spec.transpose, info.dtype, path)
+          writer.write(spec.tensor, rows, spec.first_row)
+          bar.update(rows.nbytes)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:

@@ -60,6 +60,22 @@ def mapped_tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
   return LazyTensor(shape, dtype, read, path)
 
 
+def rows_of(tensor: LazyTensor, first: int, shape: tuple[int, ...]) -> LazyTensor:
+  """Returns consecutive rows of a tensor as a tensor of its own.
+
+  Args:
+    tensor: The tensor.
+    first: The first row.
+    shape: The shape of the result.
+  """
+
+  def read(index: Index) -> np.ndarray:
+    start, stop, _ = index[0].indices(shape[0])
+    return tensor.read((slice(first + start, first + stop), *index[1:]))
+
+  return LazyTensor(shape, tensor.dtype, read, tensor.source)
+
+
 def read_part(
   tensor: LazyTensor, index: Index, *, transpose: bool = False, dtype: np.dtype | None = None
 ) -> np.ndarray:

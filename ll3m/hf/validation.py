@@ -9,8 +9,13 @@ import numpy as np
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.model_config import ModelConfig
 from ll3m.families.family import Family
-from ll3m.families.tensor_rules import TensorSpec, expected_tensors, parameter_shapes
-from ll3m.hf.lazy_tensor import LazyTensor
+from ll3m.families.tensor_rules import (
+  TensorSpec,
+  expected_tensors,
+  parameter_shapes,
+  shared_tensors,
+)
+from ll3m.hf.lazy_tensor import LazyTensor, rows_of
 
 _LISTED = 20  # names in one message
 _COMPARED_BYTES = 64 * 2**20
@@ -20,8 +25,8 @@ class Match(NamedTuple):
   """The result of a check that passed.
 
   Attributes:
-    specs: The specification of each tensor, by its name in the checkpoint.
-    tensors: Exactly the tensors that the model needs.
+    specs: The specification of each tensor, or part of one, by its name in the checkpoint.
+    tensors: Exactly the tensors, or parts, that the model needs.
     ignored: Names of known buffers and of a head that repeats the embedding.
   """
 
@@ -51,7 +56,8 @@ def match_tensors(
       all.
   """
   specs = expected_tensors(family.rules, config)
-  problems = list(problems)
+  tensors, torn = _split_shared(tensors, specs)
+  problems = [*problems, *torn]
   names = {rule.ours: rule.hf for rule in family.rules}
   head, embedding = names["head/w"], names["embed/embedding"]
   if missing := [name for name in specs if name not in tensors]:
@@ -80,6 +86,29 @@ def match_tensors(
       + "; ".join(problems)
     )
   return Match(specs, {name: tensors[name] for name in specs}, tuple(ignored))
+
+
+def _split_shared(
+  tensors: Mapping[str, LazyTensor], specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, LazyTensor], list[str]]:
+  """Splits tensors that several parameters share into the parameters' rows.
+
+  Returns:
+    The tensors, and descriptions of tensors of the wrong shape.
+  """
+  split, problems = dict(tensors), []
+  for name, parts in shared_tensors(specs).items():
+    if name not in split:
+      continue
+    whole = split.pop(name)
+    rows = sum(specs[part].shape[0] for part in parts)
+    expected = (rows, *specs[parts[0]].shape[1:])
+    if whole.shape != expected:
+      problems.append(f"wrong shape (1): {name} (expected {expected}, got {whole.shape})")
+    for part in parts:
+      spec = specs[part]
+      split[part] = rows_of(whole, spec.first_row, spec.shape)
+  return split, problems
 
 
 def check_parameters(

@@ -1,11 +1,17 @@
 """The decoder: embedding, a stack of blocks, a final norm and a head.
 
-Dimensions: B batch, T length, D model, V vocabulary, L layers. The model uses Haiku, because its
-pure `init` and `apply` functions keep parameters plain pytrees, for kernels, sharding and
-checkpoints. Block parameters are stacked along a leading axis L, so that compile time does not
-depend on depth.
+Dimensions: B batch, T length, D model, V vocabulary, L layers, P layers in the pattern. The model
+uses Haiku, because its pure `init` and `apply` functions keep parameters plain pytrees, for
+kernels, sharding and checkpoints.
+
+Block parameters are stacked along a leading axis, so that compile time does not depend on depth. If
+layers alternate, as in Gemma 3, one step of the loop over layers runs a whole pattern of P layers,
+so what they differ in is static. The layers after the last whole pattern have parameters of their
+own, `rest_layers/`: a slice of the stack would be copied at every step.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,13 +20,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_config import LayerKind, ModelConfig
 from ll3m.models.attention import Attend, Attention, causal_attention
 from ll3m.models.kernels import DEFAULT_KERNELS, Kernels
 from ll3m.models.layers import INIT_STDDEV, FeedForward, Norm
 from ll3m_kernels import ATTENTION_RESIDUALS
 
 Params = dict[str, dict[str, Array]]
+
+# Prefixes of the modules of stacked layers, and of the layers after the last whole pattern.
+LAYERS, REST_LAYERS = "layers/", "rest_layers/"
 
 # Checkpoint policies of a layer, by the name of what the backward pass recomputes.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -95,35 +104,51 @@ class Embed(hk.Module):
 
 def block(
   config: ModelConfig,
+  kind: LayerKind,
   x: Float[Array, "B T D"],
   positions: Int[Array, "B T"],
   attend: Attend,
   *,
   fused: bool = False,
   kernels: Kernels = DEFAULT_KERNELS,
+  is_long: bool | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Applies one layer; must be called within a Haiku transform.
 
   Args:
     config: The architecture.
+    kind: What the layer differs in from others.
     x: The residual stream.
     positions: The tokens' positions, for the rotary embedding.
     attend: The attention function; see `models.attention.Attend`.
     fused: Whether projections that read the same input are one matrix.
     kernels: The kernels' implementation and sharding.
+    is_long: Whether texts are long; see `models.rope.rotate`.
 
   Returns:
     The new residual stream, and the second output of `attend`.
   """
-  attention = Attention(config, fused=fused, kernels=kernels)
+  attention = Attention(config, kind, fused=fused, kernels=kernels, is_long=is_long)
   feed_forward = FeedForward(config, fused=fused)
-  normed = Norm(config, kernels=kernels, name="attention_norm")(x)
+
+  def norm(name: str) -> Norm:
+    return Norm(config, kernels=kernels, name=name)
+
+  if config.norm_position == "after":
+    attended, kept = attention(x, positions, attend)
+    x = x + norm("attention_out_norm")(attended)
+    return x + norm("mlp_out_norm")(feed_forward(x)), kept
+  normed = norm("attention_norm")(x)
   attended, kept = attention(normed, positions, attend)
   if config.parallel_block:
     return x + attended + feed_forward(normed), kept
-  mlp_norm = Norm(config, kernels=kernels, name="mlp_norm")
-  normed, x = mlp_norm.add(attended, x)
-  return x + feed_forward(normed), kept
+  if config.norm_position == "both":
+    attended = norm("attention_out_norm")(attended)
+  normed, x = norm("mlp_norm").add(attended, x)
+  out = feed_forward(normed)
+  if config.norm_position == "both":
+    out = norm("mlp_out_norm")(out)
+  return x + out, kept
 
 
 def head(config: ModelConfig, params: Params) -> Head:
@@ -137,11 +162,14 @@ def head(config: ModelConfig, params: Params) -> Head:
 def logits(
   config: ModelConfig, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-  """Applies the head with float32 accumulation."""
+  """Applies the head with float32 accumulation, and the soft cap, if any."""
   weight, layout, bias = head(config, params)
   equation = "BTD,DV->BTV" if layout == "dv" else "BTD,VD->BTV"
   y = jnp.einsum(equation, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-  return y if bias is None else y + bias.astype(jnp.float32)[None, None]
+  if bias is not None:
+    y = y + bias.astype(jnp.float32)[None, None]
+  cap = config.final_soft_cap
+  return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 def make_model(
@@ -165,37 +193,82 @@ def make_model(
   if remat not in REMAT_POLICIES:
     raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}")
 
-  def decoder(tokens, positions, segment_ids):
+  def layer(params, x, positions, segment_ids, kind):
     def attend(query, key, value):
       attended = causal_attention(
-        config, query, key, value, segment_ids=segment_ids, kernels=kernels
+        config, kind, query, key, value, segment_ids=segment_ids, kernels=kernels
       )
       return attended, None
 
-    def layer(x):
-      return kernels.constrain(block(config, x, positions, attend, kernels=kernels)[0])
+    run = functools.partial(block, config, kind, attend=attend, kernels=kernels)
+    return kernels.constrain(apply(run, params, x, positions)[0])
 
-    if remat != "nothing":
-      layer = hk.remat(layer, policy=REMAT_POLICIES[remat])
-    x = kernels.constrain(Embed(config, dtype, kernels=kernels)(tokens))
-    x = hk.layer_stack(config.num_layers, name="layers")(layer)(x)
-    if hk.running_init():
-      _HeadParameters(config)()
-    return Norm(config, kernels=kernels, name="final_norm")(x)
-
-  transformed = hk.without_apply_rng(hk.transform(decoder))
+  if remat != "nothing":
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], static_argnums=4)
 
   def init(rng):
     rows = 1 if kernels.sharding is None else kernels.sharding.batch_shards
-    tokens = jnp.zeros((rows, 1), jnp.int32)
-    return transformed.init(rng, tokens, tokens, None)
+    create = functools.partial(_create, config, kernels)
+    return hk.transform(create).init(rng, jnp.zeros((rows, 1), jnp.int32))
 
   def hidden(params, tokens, positions=None, segment_ids=None):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return transformed.apply(params, tokens, positions, segment_ids)
+    pattern = config.pattern
+    stacked, rest = (select(params, prefix) for prefix in (LAYERS, REST_LAYERS))
+
+    def step(x, group):
+      for i, kind in enumerate(pattern):
+        own = group if len(pattern) == 1 else jax.tree.map(operator.itemgetter(i), group)
+        x = layer(own, x, positions, segment_ids, kind)
+      return x, None
+
+    x = kernels.constrain(apply(lambda x: Embed(config, dtype, kernels=kernels)(x), params, tokens))
+    if len(pattern) > 1:  # [L, ...] -> [L / P, P, ...]
+      stacked = jax.tree.map(lambda w: w.reshape(-1, len(pattern), *w.shape[1:]), stacked)
+    x, _ = jax.lax.scan(step, x, stacked)
+    for i, kind in enumerate(pattern[: config.num_rest_layers]):
+      own = jax.tree.map(operator.itemgetter(i), rest)
+      x = layer(own, x, positions, segment_ids, kind)
+    return apply(lambda x: final_norm(config, kernels)(x), params, x)
 
   return Model(config, init, hidden, lambda params, x: logits(config, params, x), kernels)
+
+
+def apply(function: Callable, params: Params, *args: Any) -> Any:
+  """Calls a function that uses Haiku modules with their parameters."""
+  return hk.without_apply_rng(hk.transform(function)).apply(params, *args)
+
+
+def select(params: Params, prefix: str) -> Params:
+  """Returns the parameters of the modules within another, by their names in it."""
+  return {
+    module.removeprefix(prefix): arrays
+    for module, arrays in params.items()
+    if module.startswith(prefix)
+  }
+
+
+def final_norm(config: ModelConfig, kernels: Kernels) -> Norm:
+  """Returns the norm before the head."""
+  return Norm(config, kernels=kernels, name="final_norm")
+
+
+def _create(config: ModelConfig, kernels: Kernels, tokens: Int[Array, "B T"]) -> None:
+  """Creates all parameters."""
+
+  def layer(x):
+    attend = lambda query, key, value: (query, None)  # noqa: E731
+    kind = config.pattern[0]  # kinds have the same parameters
+    return block(config, kind, x, jnp.zeros_like(tokens), attend, kernels=kernels)[0]
+
+  x = Embed(config, jnp.float32, kernels=kernels)(tokens)
+  rest = config.num_rest_layers
+  for count, prefix in ((config.num_layers - rest, LAYERS), (rest, REST_LAYERS)):
+    if count:
+      x = hk.layer_stack(count, name=prefix.rstrip("/"))(layer)(x)
+  _HeadParameters(config)()
+  final_norm(config, kernels)(x)
 
 
 class _HeadParameters(hk.Module):

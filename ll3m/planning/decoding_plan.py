@@ -1,9 +1,11 @@
 """Plans of generation: decoding one token for each text of a batch.
 
-The decoder calls one compiled layer L times, so programs with one and with two layers are compiled.
-Their difference is the cost of a layer; the rest is the cost of embedding, head and sampling.
+The decoder calls one compiled layer for all layers of a kind, so programs with one and with two
+layers of each kind are compiled. Their difference is the cost of a layer; the rest is the cost of
+embedding, head and sampling.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -14,8 +16,8 @@ from ll3m.core import sharding, tpu_specs
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.model_config import ModelConfig
 from ll3m.decoding.decode_params import Weights, joins, shardings, unstack
-from ll3m.decoding.decoder import cache_placement, make_decoder
-from ll3m.decoding.engine import GREEDY, cache_length
+from ll3m.decoding.decoder import cache_length, cache_placement, make_decoder
+from ll3m.decoding.engine import GREEDY, bucket
 from ll3m.decoding.sampling import sample
 from ll3m.models.kernels import Kernels
 from ll3m.models.transformer import make_model
@@ -38,23 +40,38 @@ def plan_decoding(job: TrainingJob) -> Plan:
   config, devices = job.preset.config, job.devices
   mesh = sharding.make_mesh(job.options.mesh_dim, devices)
   sharding.local_rows(mesh, job.rows)
-  columns = cache_length(config, job.length)
-  one, two = (_attempt(job, config.replace(num_layers=n), mesh, columns) for n in (1, 2))
+  columns = bucket(job.length)
+  counts = collections.Counter(config.all_layer_types)
+  alike = {name: config.replace(layer_types=(name,)) for name in counts}
+  attempts = {
+    name: [_attempt(job, of_kind.replace(num_layers=n), mesh, columns) for n in (1, 2)]
+    for name, of_kind in alike.items()
+  }
   weights, cache = _shapes(job, config, mesh, columns)
   count = sum(x.size for x in jax.tree.leaves(weights))
   chip = tpu_specs.of_device(devices[0])
   parameters, cache_bytes = bytes_per_device(weights), bytes_per_device(cache)
-  held_by_two = bytes_per_device(_shapes(job, config.replace(num_layers=2), mesh, columns))
-  temporaries = max(0, two.used_bytes - held_by_two)
+  temporaries = max(
+    0,
+    *(
+      two.used_bytes
+      - bytes_per_device(_shapes(job, alike[name].replace(num_layers=2), mesh, columns))
+      for name, (_, two) in attempts.items()
+    ),
+  )
   headroom = chip.hbm_bytes - parameters - cache_bytes - temporaries
   fields: dict[str, Any] = {
     "flops": None, "step_seconds": None, "tokens_per_second": None, "mfu": None,
   }  # fmt: skip
   work = None
-  if headroom >= 0 and one.module and two.module:
-    layers = config.num_layers
-    first, second = (Work.of(attempt.module, mesh, columns) for attempt in (one, two))
-    work = Work.sum([(2 - layers, first), (layers - 1, second)])
+  if headroom >= 0 and all(attempt.module for pair in attempts.values() for attempt in pair):
+    terms = []
+    for number, (name, pair) in enumerate(attempts.items()):
+      keys = cache_length(alike[name].pattern[0], columns)
+      one, two = (Work.of(attempt.module, mesh, keys) for attempt in pair)
+      ends = 1 if number == 0 else 0  # the cost of what is not a layer: 2 one - two
+      terms += [(2 * ends - counts[name], one), (counts[name] - ends, two)]
+    work = Work.sum(terms)
     seconds = work.seconds(chip, num_slices=sharding.num_slices(devices))
     bound = max(seconds.values())
     fields = {
@@ -81,7 +98,7 @@ def plan_decoding(job: TrainingJob) -> Plan:
     kernels=work.kernels if work else (),
     device_kind=devices[0].device_kind,
     collectives=work.collectives if work else (),
-    compile_seconds=one.seconds + two.seconds,
+    compile_seconds=sum(attempt.seconds for pair in attempts.values() for attempt in pair),
     **fields,
   )
 
@@ -119,9 +136,13 @@ def _shapes(
     shapes,
     shardings(shapes, mesh),
   )
-  kept = jax.ShapeDtypeStruct(
-    (job.rows, config.num_kv_heads, columns, config.head_dim),
-    dtype,
-    sharding=cache_placement(config, kernels.sharding),
-  )
-  return weights, [(kept, kept)] * config.num_layers
+  placement = cache_placement(config, kernels.sharding)
+  kept = [
+    jax.ShapeDtypeStruct(
+      (job.rows, config.num_kv_heads, cache_length(kind, columns), config.head_dim),
+      dtype,
+      sharding=placement,
+    )
+    for kind in config.layer_kinds
+  ]
+  return weights, [(array, array) for array in kept]

@@ -117,7 +117,8 @@ def plan_training(job: TrainingJob) -> Plan:
   )
   if attempt.module is None:
     return plan
-  work = Work.of(attempt.module, mesh, mean_keys(config, job.length))
+  keys = [mean_keys(kind.window, job.length) for kind in config.layer_kinds]
+  work = Work.of(attempt.module, mesh, sum(keys) / len(keys))
   seconds = work.seconds(chip, num_slices=slices)
   bound = max(seconds.values())
   possible = chip.peak_flops * len(job.devices) * bound

@@ -52,6 +52,7 @@ def token_sums(
     head_layout=layout,
     bias=bias,
     mask=batch.mask,
+    logits_soft_cap=model.config.final_soft_cap,
     z_loss=z_loss,
     return_correct=True,
     sharding=model.kernels.sharding,

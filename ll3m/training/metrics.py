@@ -26,16 +26,16 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
   attention = config.d_model * config.head_dim * (heads + config.num_heads)
   feed_forward = (3 if config.gated_mlp else 2) * config.d_model * config.d_ff
   matrices = config.num_layers * (attention + feed_forward) + config.d_model * config.vocab_size
-  scores = 12 * config.num_layers * config.num_heads * config.head_dim
-  return 6 * matrices + scores * mean_keys(config, length)
+  keys = sum(mean_keys(kind.window, length) for kind in config.layer_kinds)
+  return 6 * matrices + 12 * config.num_heads * config.head_dim * keys
 
 
-def mean_keys(config: ModelConfig, length: int) -> float:
-  """Returns the average number of keys that a query of a row attends to.
+def mean_keys(window: int | None, length: int) -> float:
+  """Returns the average number of keys that a query of a row attends to in one layer.
 
   Queries within the first window attend to half a window on average, later ones to all of it.
   """
-  visible = min(length, config.sliding_window or length)
+  visible = min(length, window or length)
   return visible * (1 - visible / (2 * length))
 
 

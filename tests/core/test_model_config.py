@@ -73,7 +73,7 @@ def test_dict_round_trip_through_json():
     ({"rotary_fraction": 0.3}, "an even number of the 10 head dimensions, got 0.3 (3 of them)"),
     ({"rotary_fraction": 1.2}, "rotary_fraction must rotate an even number"),
     ({"rotary_fraction": 0.0}, "rotary_fraction must rotate an even number"),
-    ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+    ({"sliding_window": 0}, "sliding_window must be positive, got 0"),
     ({"sliding_window": 4.0}, "sliding_window must be int | None, got 4.0"),
   ],
 )

@@ -24,6 +24,30 @@ CONFIGS = {
   "mistral_window_1": get_preset("mistral_7b").config.replace(**TINY, sliding_window=1),
   "gemma": get_preset("gemma_2b").config.replace(**TINY | {"num_kv_heads": 1}),
   "phi": get_preset("phi_2").config.replace(**TINY, rope_scaling_factor=2.5),
+  "llama3": get_preset("llama3.1_8b").config.replace(**TINY, rope_original_positions=16),
+  "qwen2": get_preset("qwen2.5_7b").config.replace(
+    **TINY | {"num_layers": 3}, sliding_window=5, layer_types=("full", "full", "sliding")
+  ),
+  "qwen3": get_preset("qwen3_8b").config.replace(**TINY),
+  "gemma2": get_preset("gemma2_9b").config.replace(
+    **TINY | {"num_layers": 3},
+    sliding_window=5,
+    query_pre_attn_scalar=7.0,
+    attention_soft_cap=2.0,
+    final_soft_cap=3.0,
+  ),
+  "gemma3": get_preset("gemma3_4b").config.replace(**TINY | {"num_layers": 8}, sliding_window=5),
+  "phi3": get_preset("phi3_mini").config.replace(
+    **TINY,
+    sliding_window=6,
+    rope_scaling="longrope",
+    rope_scaling_factor=4.0,
+    rope_original_positions=16,
+    rope_short_factors=(1.0, 1.0, 1.1, 1.2, 1.5),
+    rope_long_factors=(1.0, 1.3, 2.0, 5.0, 40.0),
+  ),
+  "smollm3": get_preset("smollm3_3b").config.replace(**TINY | {"num_layers": 5}),
+  "olmo2": get_preset("olmo2_7b").config.replace(**TINY),
 }
 # Both compute in float32, with different orders of summation.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -55,7 +79,7 @@ def full_logits(config, params, tokens):
 
 
 def test_every_family_has_a_config():
-  assert {name.split("_")[0] for name in CONFIGS} - {"smollm2"} == set(FAMILIES)
+  assert {name.split("_")[0] for name in CONFIGS} - {"smollm2", "llama3"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,14 +98,19 @@ def test_prefill_and_steps_equal_the_full_forward_pass(name):
 
   decoder = make_decoder(config)
   weights = unstack(config, params, jnp.float32)
-  cache_length = min(total, config.sliding_window or total)
-  hidden, cache = decoder.prefill(weights, padded, starts, cache_length)
+  is_long = config.rope_scaling == "longrope"  # `full_logits` has padding up to position 31
+  hidden, cache = decoder.prefill(weights, padded, starts, total, is_long)
   found = [decoder.logits(weights.ends, hidden)]
   for column in range(width, total):
     tokens = np.array([row[column - start] for row, start in zip(rows, starts, strict=True)])
-    hidden, cache = decoder.step(weights, cache, tokens, np.int32(column), starts)
+    hidden, cache = decoder.step(weights, cache, tokens, np.int32(column), starts, is_long)
     found.append(decoder.logits(weights.ends, hidden))
-  assert cache[0][0].shape == (3, config.num_kv_heads, cache_length, config.head_dim)
+  windows = [kind.window for kind in config.layer_kinds]
+  for (keys, _), window in zip(cache, windows, strict=True):
+    length = min(total, window or total)
+    assert keys.shape == (3, config.num_kv_heads, length, config.head_dim)
+  if name == "gemma3":  # five layers of six have a window, and of the two layers left both
+    assert windows == [5, 5, 5, 5, 5, None, 5, 5]
 
   found = np.stack(found, axis=1)  # [B, steps, V]
   for row, length, logits in zip(rows, lengths, found, strict=True):

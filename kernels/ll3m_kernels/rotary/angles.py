@@ -25,17 +25,22 @@ class Rotation(NamedTuple):
     theta: Base of the frequencies.
     rotary_dim: Number of rotated dimensions, R.
     scaling_factor: Divisor of the frequencies.
-    is_inverse: Whether to rotate backwards, as for cotangents.
+    inverse_frequencies: Radians per position of each pair, instead of those of theta and the
+      scaling factor.
+    magnitude: Factor of cos and sin.
+    is_backward: Whether to rotate backwards, as for cotangents.
   """
 
   theta: float
   rotary_dim: int
   scaling_factor: float = 1.0
-  is_inverse: bool = False
+  inverse_frequencies: tuple[float, ...] | None = None
+  magnitude: float = 1.0
+  is_backward: bool = False
 
-  def inverse(self) -> "Rotation":
-    """Returns the rotation that undoes this one."""
-    return self._replace(is_inverse=not self.is_inverse)
+  def transpose(self) -> "Rotation":
+    """Returns the transpose of this operation: the opposite rotation of the same magnitude."""
+    return self._replace(is_backward=not self.is_backward)
 
 
 def frequencies(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +49,13 @@ def frequencies(rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
   The inverse frequencies theta**(-2i/R) are rounded to float32, and again when they are divided by
   the scaling factor, as in every published implementation.
   """
-  exponent = np.arange(0, rotation.rotary_dim, 2) / rotation.rotary_dim
-  radians = (1.0 / rotation.theta**exponent).astype(np.float32) / np.float32(
-    rotation.scaling_factor
-  )
+  if rotation.inverse_frequencies is not None:
+    radians = np.array(rotation.inverse_frequencies, np.float32)
+  else:
+    exponent = np.arange(0, rotation.rotary_dim, 2) / rotation.rotary_dim
+    radians = (1.0 / rotation.theta**exponent).astype(np.float32) / np.float32(
+      rotation.scaling_factor
+    )
   turns = radians.astype(np.float64) / (2 * np.pi)
   turns -= np.floor(turns)  # whole turns per position (theta < 1) have no effect
   whole = np.rint(turns * 2.0**32)
@@ -61,7 +69,9 @@ def cos_sin(
   whole: Int[Array, "*#A"],
   rest: Float[Array, "*#A"],
 ) -> tuple[Float[Array, "*A"], Float[Array, "*A"]]:
-  """Returns cos and sin of positions * frequencies in float32, negative sin for the inverse.
+  """Returns cos and sin of positions * frequencies, times the magnitude, in float32.
+
+  The sine is negative if the rotation is backward.
 
   Args:
     rotation: Options of the call.
@@ -72,8 +82,10 @@ def cos_sin(
   turns = (positions * whole).astype(jnp.float32) * 2.0**-32
   turns += positions.astype(jnp.float32) * rest
   square = turns * turns
-  sin = turns * _horner(_SIN, square)
-  return _horner(_COS, square), -sin if rotation.is_inverse else sin
+  cos, sin = _horner(_COS, square), turns * _horner(_SIN, square)
+  if rotation.magnitude != 1:
+    cos, sin = cos * rotation.magnitude, sin * rotation.magnitude
+  return cos, -sin if rotation.is_backward else sin
 
 
 def _interpolate(function: Callable[[np.ndarray], np.ndarray], degree: int) -> list[float]:

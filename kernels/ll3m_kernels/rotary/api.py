@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -26,7 +28,7 @@ from ll3m_kernels.validation import finite_number, floating, int32_ids, whole_nu
 MAX_HEAD_DIM = 512
 # Frequencies then stay below 160 turns per position. In float64, 2**20 times such a frequency is
 # accurate to 2e-8 turns.
-_LEAST_THETA = 1e-3
+_LEAST_THETA, _LARGEST_FREQUENCY = 1e-3, 1000
 
 
 def rotary_embedding(
@@ -37,6 +39,8 @@ def rotary_embedding(
   theta: float = 10_000.0,
   scaling_factor: float = 1.0,
   rotary_dim: int | None = None,
+  inverse_frequencies: Sequence[float] | None = None,
+  magnitude: float = 1.0,
   implementation: str | None = None,
   sharding: Sharding | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
@@ -48,9 +52,12 @@ def rotary_embedding(
       y[i] = x[i] cos - x[i + R/2] sin        y[i + R/2] = x[i + R/2] cos + x[i] sin
 
   Positions are divided by the scaling factor (linear scaling; Chen et al., 2023). Dimensions from R
-  on are unchanged. The inverse frequencies are rounded to float32, as in every published
-  implementation. Their products with the positions are not rounded: angles are reduced to one turn
-  exactly, so cos and sin are within 1e-6 at any position up to 2**20.
+  on are unchanged. Other ways to scale the embedding change the frequencies of single pairs, and
+  some the length of the result: see `inverse_frequencies` and `magnitude`.
+
+  The inverse frequencies are rounded to float32, as in every published implementation. Their
+  products with the positions are not rounded: angles are reduced to one turn exactly, so cos and
+  sin are within 1e-6 at any position up to 2**20.
 
   The backward pass keeps only the positions and rotates the cotangents back. It may be
   differentiated again, in reverse mode.
@@ -64,6 +71,10 @@ def rotary_embedding(
     theta: Base of the frequencies, at least 1e-3 (float64 is not accurate enough for lower ones).
     scaling_factor: Divisor of the positions, at least 1.
     rotary_dim: Number of rotated dimensions, R; even. None rotates the whole head.
+    inverse_frequencies: Radians per position of each of the R/2 pairs, within -1000..1000, instead
+      of theta**(-2i/R) / scaling_factor. Llama 3.1, YaRN (Peng et al., 2023) and LongRoPE (Ding et
+      al., 2024) define their own.
+    magnitude: Factor of cos and sin, positive, as in YaRN and LongRoPE.
     implementation: See `dispatch.resolve`. The kernel supports bfloat16 and float32, and head dims
       of at most 512. None selects "xla" for rows of fewer than 128 tokens, as in decoding.
     sharding: Layout of the arrays on a mesh; batch and heads may be split.
@@ -76,7 +87,16 @@ def rotary_embedding(
     NotImplementedError: The named implementation does not support an argument.
   """
   plan = make_plan(
-    query, key, positions, theta, scaling_factor, rotary_dim, implementation, sharding
+    query,
+    key,
+    positions,
+    theta,
+    scaling_factor,
+    rotary_dim,
+    inverse_frequencies,
+    magnitude,
+    implementation,
+    sharding,
   )
   query, key, positions = plan.arrays
   # Each varies like the positions, not like the other: keys that devices share stay shared.
@@ -124,9 +144,9 @@ def _forward(static, query, key, positions):
 
 
 def _backward(static, positions, cotangents):
-  # A rotation is linear and its transpose is its inverse, so this is the same operation and can
-  # itself be differentiated.
-  static = static._replace(rotation=static.rotation.inverse())
+  # A rotation is linear and its transpose is the opposite rotation, so this is the same operation
+  # and can itself be differentiated.
+  static = static._replace(rotation=static.rotation.transpose())
   return (*_rotate(static, *cotangents, positions), None)
 
 
@@ -155,13 +175,16 @@ def make_plan(
   theta: Any,
   scaling_factor: Any,
   rotary_dim: Any,
+  inverse_frequencies: Any,
+  magnitude: Any,
   implementation: Any,
   sharding: Any,
 ) -> Plan:
   """Checks the arguments of `rotary_embedding` and chooses its implementation."""
   query, key = floating("query", query), floating("key", key)
   positions = int32_ids("positions", positions)
-  rotation = _check(query, key, positions, theta, scaling_factor, rotary_dim)
+  rotary_dim = _check_shapes(query, key, positions, rotary_dim)
+  rotation = _rotation(rotary_dim, theta, scaling_factor, inverse_frequencies, magnitude)
   check_sharding(sharding)
   if sharding is not None:
     sharding.check_batch("query", query.shape)
@@ -198,9 +221,8 @@ def _refusal(query: Any, key: Any, implementation: str | None) -> str | None:
   return None
 
 
-def _check(
-  query: Any, key: Any, positions: Any, theta: Any, scaling_factor: Any, rotary_dim: Any
-) -> Rotation:
+def _check_shapes(query: Any, key: Any, positions: Any, rotary_dim: Any) -> int:
+  """Checks the shapes and returns the number of rotated dimensions."""
   if len(query.shape) != 4 or len(key.shape) != 4 or key.shape[:2] != query.shape[:2]:
     raise ValueError(
       f"query and key must be [B, T, heads, H] with the same B and T, got {query.shape} and "
@@ -216,6 +238,29 @@ def _check(
   rotary_dim = head_dim if rotary_dim is None else whole_number("rotary_dim", rotary_dim)
   if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
     raise ValueError(f"rotary_dim must be even and within 2..{head_dim}, got {rotary_dim}")
+  return rotary_dim
+
+
+def _rotation(
+  rotary_dim: int, theta: Any, scaling_factor: Any, inverse_frequencies: Any, magnitude: Any
+) -> Rotation:
   theta = finite_number("theta", theta, at_least=_LEAST_THETA)
   factor = finite_number("scaling_factor", scaling_factor, at_least=1)
-  return Rotation(theta, rotary_dim, factor)
+  magnitude = finite_number("magnitude", magnitude, above=0)
+  if inverse_frequencies is None:
+    return Rotation(theta, rotary_dim, factor, None, magnitude)
+  is_list = isinstance(inverse_frequencies, list | tuple)
+  if not is_list or len(inverse_frequencies) != rotary_dim // 2:
+    given = len(inverse_frequencies) if is_list else repr(inverse_frequencies)
+    raise ValueError(
+      f"inverse_frequencies must be a sequence of {rotary_dim // 2} numbers, one for each pair of "
+      f"rotated dimensions, got {given}"
+    )
+  given = [finite_number("inverse_frequencies", x) for x in inverse_frequencies]
+  if not all(abs(x) <= _LARGEST_FREQUENCY for x in given):
+    raise ValueError(
+      f"inverse_frequencies must be within -{_LARGEST_FREQUENCY}..{_LARGEST_FREQUENCY}, got "
+      f"{max(given, key=abs)}"
+    )
+  # Rounded here, so that equal float32 frequencies compile once.
+  return Rotation(theta, rotary_dim, factor, tuple(np.float32(given).tolist()), magnitude)

@@ -115,7 +115,7 @@ def rotate(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     ),
-    name="rotary_embedding_inverse" if rotation.is_inverse else "rotary_embedding",
+    name="rotary_embedding_inverse" if rotation.is_backward else "rotary_embedding",
   )(positions, *(jnp.asarray(x)[:, None] for x in frequencies(rotation)), *arrays)
   query, key = (
     x.transpose(0, 3, 1, 2).reshape(shape) for x, shape in zip(rotated, shapes, strict=True)

@@ -14,14 +14,28 @@ IMPLEMENTATIONS = ["xla", "pallas"]
 LAST = 2**20 - 1
 
 
-def oracle(x, positions, theta=1e4, rotary_dim=None, scaling_factor=1.0, sign=1):
+OF_ORACLE = ("theta", "rotary_dim", "scaling_factor", "inverse_frequencies", "magnitude")
+
+
+def oracle(
+  x,
+  positions,
+  theta=1e4,
+  rotary_dim=None,
+  scaling_factor=1.0,
+  inverse_frequencies=None,
+  magnitude=1.0,
+  sign=1,
+):
   """Rotates [B, T, heads, H] in float64; sign=-1 rotates backwards."""
   x = np.asarray(x, np.float64)
   size = x.shape[-1] if rotary_dim is None else rotary_dim
   frequencies = (1.0 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
   frequencies /= np.float32(scaling_factor)
+  if inverse_frequencies is not None:
+    frequencies = np.float32(inverse_frequencies)
   angles = np.asarray(positions, np.float64)[..., None, None] * frequencies.astype(np.float64)
-  cos, sin = np.cos(angles), sign * np.sin(angles)
+  cos, sin = magnitude * np.cos(angles), magnitude * sign * np.sin(angles)
   first, second = x[..., : size // 2], x[..., size // 2 : size]
   return np.concatenate(
     [first * cos - second * sin, second * cos + first * sin, x[..., size:]], axis=-1
@@ -57,7 +71,7 @@ def rotate_and_back(implementation, arrays, positions, races=False, **options):
 def check(arrays, positions, implementations=IMPLEMENTATIONS, **options):
   """Compares values and gradients of the implementations with the oracle."""
   dtype = arrays[0].dtype
-  of_oracle = {k: v for k, v in options.items() if k in ("theta", "rotary_dim", "scaling_factor")}
+  of_oracle = {k: v for k, v in options.items() if k in OF_ORACLE}
   expected = [
     oracle(x, positions, sign=sign, **of_oracle)
     for x, sign in zip(arrays, (1, 1, -1, -1), strict=True)

@@ -45,6 +45,13 @@ def test_positions_divided_by_a_factor(factor):
   check(arrays, positions, rotary_dim=12, scaling_factor=factor)
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1.19])
+def test_frequencies_of_single_pairs(magnitude):
+  arrays, positions = draw(2, 140, (2, 1), 16, most=LAST)
+  frequencies = tuple((np.random.default_rng(1).uniform(-2, 2, 6) ** 7).tolist())
+  check(arrays, positions, rotary_dim=12, inverse_frequencies=frequencies, magnitude=magnitude)
+
+
 @pytest.mark.parametrize("model", shapes.ROTARY)
 def test_shapes_of_real_models(model):
   shape = shapes.ROTARY[model]
