@@ -35,6 +35,9 @@ class ConvertConfig:
     "Dtype of the written parameters; keep leaves it unchanged (f32 for dequantised GGUF).",
     choices=("keep", *STORED),
   )
+  text_only: bool = options.option(
+    False, "Convert the text model of a multimodal one (Gemma 3), and omit the other tensors."
+  )
   allow_nonfinite: bool = options.option(
     False, "Accept weights that hold NaN or infinities instead of failing."
   )
@@ -69,13 +72,15 @@ def _convert(given: flags.Flags) -> None:
   from ll3m.hf.model_files import open_model
 
   output = config.output_dir or config.output_file
-  model = open_model(config.checkpoint_dir, config.checkpoint_type, config.model)
+  model = open_model(
+    config.checkpoint_dir, config.checkpoint_type, config.model, text_only=config.text_only
+  )
   with writing(output):
     done = convert_model(
       model, output, DTYPES.get(config.dtype), allow_nonfinite=config.allow_nonfinite
     )
   if model.ignored:
-    print(f"ignored {len(model.ignored)} tensors that are not parameters:")
+    print(f"omitted {len(model.ignored)} tensors that are not parameters of the model:")
     print("\n".join(f"  {name}" for name in model.ignored))
   if not model.tokenizer_files:
     print(f"{config.checkpoint_dir} holds no tokenizer; later commands need --tokenizer.path")

@@ -4,9 +4,10 @@ import ast
 import dataclasses
 import difflib
 import re
-import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from ll3m.core.field_types import convert, has_type, type_name
 
 NORMS = ("rms", "layer")
 NORM_POSITIONS = ("before", "after", "both")
@@ -309,8 +310,8 @@ def check_type(field: str, value: Any, name: str | None = None) -> None:
     ValueError: The value has another type.
   """
   (expected,) = (f.type for f in dataclasses.fields(ModelConfig) if f.name == field)
-  if not _has_type(value, expected):
-    raise ValueError(f"{name or field} must be {_type_name(expected)}, got {value!r}")
+  if not has_type(value, expected):
+    raise ValueError(f"{name or field} must be {type_name(expected)}, got {value!r}")
 
 
 def did_you_mean(name: str, known: Any) -> str:
@@ -329,36 +330,7 @@ def _check_names(fields: dict[str, Any]) -> None:
 def _converted(fields: dict[str, Any]) -> dict[str, Any]:
   """Turns 10000 into 10000.0 for floats, and JSON's lists into tuples."""
   types = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-  return {name: _convert(name, value, types[name]) for name, value in fields.items()}
-
-
-def _convert(name: str, value: Any, expected: Any) -> Any:
-  if typing.get_origin(expected) is tuple and isinstance(value, list | tuple):
-    return tuple(_convert(name, item, typing.get_args(expected)[0]) for item in value)
-  if type(value) is not int or expected not in (float, float | None):
-    return value
-  try:
-    return float(value)
-  except OverflowError:
-    raise ValueError(f"{name} must be finite, got a number of {len(hex(value)) * 4} bits") from None
-
-
-def _has_type(value: Any, expected: Any) -> bool:
-  if typing.get_origin(expected) is tuple:
-    item = typing.get_args(expected)[0]
-    return isinstance(value, list | tuple) and all(_has_type(x, item) for x in value)
-  if expected is bool or expected is str:
-    return isinstance(value, expected)
-  if isinstance(value, bool):
-    return False
-  # JSON files and users write 10000 for a float.
-  return isinstance(value, expected) or (expected in (float, float | None) and type(value) is int)
-
-
-def _type_name(expected: Any) -> str:
-  if typing.get_origin(expected) is tuple:
-    return f"a list of {_type_name(typing.get_args(expected)[0])}"
-  return getattr(expected, "__name__", str(expected))
+  return {name: convert(name, value, types[name]) for name, value in fields.items()}
 
 
 def _shown(number: float) -> str:

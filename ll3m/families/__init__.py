@@ -1,6 +1,8 @@
 """The model families, one module each, and lookup by preset name or config.json."""
 
+import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,21 +31,46 @@ PRESETS = {
   for family in FAMILIES.values()
   for name, config in family.presets.items()
 }
-ALIASES = {alias: name for family in FAMILIES.values() for alias, name in family.aliases.items()}
+# What people add to the name of a model, without changing its architecture.
+_ADDED = re.compile(r"^meta-|-(instruct|chat|it|pt|base|hf|v1\.0|\d{4}|gguf)$")
+
+
+def _plain(name: str) -> str:
+  """Returns a name without organisation, case and what `_ADDED` matches."""
+  name = name.rpartition("/")[2].lower().replace("_", "-")
+  while (shorter := _ADDED.sub("", name)) != name:
+    name = shorter
+  return name
+
+
+_NAMES = {
+  _plain(alias): name
+  for family in FAMILIES.values()
+  for alias, name in [*family.aliases.items(), *((name, name) for name in family.presets)]
+}
+
+
+def find_preset(name: str) -> Preset | None:
+  """Returns a published model by any of its names; None if there is none.
+
+  The name may be a preset's ("llama3.2_1b") or that of a repository on the Hugging Face Hub
+  ("meta-llama/Llama-3.2-1B-Instruct"), in any case.
+  """
+  found = name if name in PRESETS else _NAMES.get(_plain(name))
+  return PRESETS[found] if found else None
 
 
 def get_preset(name: str) -> Preset:
-  """Returns a published model by its name or alias.
+  """Returns a published model by any of its names; see `find_preset`.
 
   Raises:
     ValueError: The name is unknown.
   """
-  known = [*PRESETS, *ALIASES]
-  if name not in known:
-    raise ValueError(
-      f"unknown model {name!r}{did_you_mean(name, known)}; known: {', '.join(sorted(known))}"
-    )
-  return PRESETS[ALIASES.get(name, name)]
+  if (found := find_preset(name)) is not None:
+    return found
+  near = difflib.get_close_matches(_plain(name), _NAMES, n=1)
+  suggestion = f" (did you mean {_NAMES[near[0]]!r}?)" if near else ""
+  raise ValueError(f"unknown model {name!r}{suggestion}; known: {', '.join(sorted(PRESETS))}")
 
 
 def from_hf_config(hf: Mapping[str, Any]) -> Preset:
@@ -57,8 +84,9 @@ def from_hf_config(hf: Mapping[str, Any]) -> Preset:
   for family in FAMILIES.values():
     if family.model_type == kind:
       return Preset(family, family.from_hf_config(hf))
-  known = ", ".join(family.model_type for family in FAMILIES.values())
-  raise ValueError(f"config.json has model_type {kind!r}; expected one of {known}")
+  known = [family.model_type for family in FAMILIES.values()]
+  near = did_you_mean(str(kind), known)
+  raise ValueError(f"config.json has model_type {kind!r}{near}; expected one of {', '.join(known)}")
 
 
 def load(name_or_path: str) -> Preset:
@@ -68,7 +96,7 @@ def load(name_or_path: str) -> Preset:
     ValueError: The argument is neither a known name nor the path of a readable config.json.
   """
   path = epath.Path(name_or_path)
-  if name_or_path in PRESETS or name_or_path in ALIASES or not path.exists():
+  if find_preset(name_or_path) is not None or not path.exists():
     return get_preset(name_or_path)
   if path.is_dir():
     path = path / "config.json"

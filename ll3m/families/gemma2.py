@@ -60,6 +60,6 @@ FAMILY = Family(
       query_pre_attn_scalar=144.0,
     ),
   },
-  aliases={f"google/gemma-2-{size}": f"gemma2_{size}" for size in ("2b", "9b", "27b")},
+  aliases={f"gemma-2-{size}": f"gemma2_{size}" for size in ("2b", "9b", "27b")},
   layers=GEMMA2,
 )

@@ -25,6 +25,13 @@ _GEMMA3_4B = _GEMMA3_1B.replace(
   sliding_window=1024,
 )
 
+# Sizes that `text_config` of a multimodal config.json may omit; those of transformers.
+TEXT_DEFAULTS = {
+  "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+  "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+  "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
 FAMILY = Family(
   name="gemma3",
   model_type="gemma3_text",
@@ -56,12 +63,7 @@ FAMILY = Family(
       query_pre_attn_scalar=168.0,
     ),
   },
-  aliases={
-    f"google/gemma-3-{size}-{kind}": f"gemma3_{size}"
-    for size in ("270m", "1b", "4b", "12b", "27b")
-    for kind in ("pt", "it")
-  }
-  | {"google/gemma-3-270m": "gemma3_270m"},
+  aliases={f"gemma-3-{size}": f"gemma3_{size}" for size in ("270m", "1b", "4b", "12b", "27b")},
   layers=GEMMA3,
   rope_theta=1e6,
   rope_local_theta=1e4,

@@ -37,10 +37,9 @@ FAMILY = Family(
     ),
   },
   aliases={
-    "mistralai/Mistral-7B-v0.1": "mistral_7b",
-    "mistralai/Mistral-7B-v0.3": "mistral_7b_v0.3",
-    "mistralai/Mistral-7B-Instruct-v0.3": "mistral_7b_v0.3",
-    "mistralai/Mistral-Nemo-Base-2407": "mistral_nemo_12b",
-    "mistralai/Mistral-Nemo-Instruct-2407": "mistral_nemo_12b",
+    "Mistral-7B-v0.1": "mistral_7b",
+    "Mistral-7B-Instruct-v0.1": "mistral_7b",
+    "Mistral-7B-Instruct-v0.3": "mistral_7b_v0.3",
+    "Mistral-Nemo": "mistral_nemo_12b",
   },
 )

@@ -40,8 +40,8 @@ FAMILY = Family(
     ),
   },
   aliases={
-    "allenai/OLMo-2-0425-1B": "olmo2_1b",
-    "allenai/OLMo-2-1124-7B": "olmo2_7b",
-    "allenai/OLMo-2-1124-13B": "olmo2_13b",
+    "OLMo-2-0425-1B": "olmo2_1b",
+    "OLMo-2-1124-7B": "olmo2_7b",
+    "OLMo-2-1124-13B": "olmo2_13b",
   },
 )

@@ -51,7 +51,7 @@ QWEN2 = Family(
     "qwen2.5_72b": _QWEN25_LARGE.replace(d_model=8192, d_ff=29_568, num_layers=80, num_heads=64),
   },
   aliases={
-    f"Qwen/Qwen2.5-{size.upper()}": f"qwen2.5_{size}"
+    f"Qwen2.5-{size}": f"qwen2.5_{size}"
     for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
   },
   layers=QWEN,
@@ -75,9 +75,6 @@ QWEN3 = Family(
     "qwen3_14b": _QWEN3_8B.replace(d_model=5120, d_ff=17_408, num_layers=40, num_heads=40),
     "qwen3_32b": _QWEN3_8B.replace(d_model=5120, d_ff=25_600, num_layers=64, num_heads=64),
   },
-  aliases={
-    f"Qwen/Qwen3-{size.upper()}": f"qwen3_{size}"
-    for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
-  },
+  aliases={f"Qwen3-{size}": f"qwen3_{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")},
   layers=QWEN,
 )

@@ -35,7 +35,7 @@ FAMILY = Family(
       layer_types=("full", "full", "full", "no_rope"),
     ),
   },
-  aliases={"HuggingFaceTB/SmolLM3-3B": "smollm3_3b", "HuggingFaceTB/SmolLM3-3B-Base": "smollm3_3b"},
+  aliases={"SmolLM3-3B": "smollm3_3b"},
   layers=SMOLLM3,
   rope_theta=2e6,
 )

@@ -26,6 +26,7 @@ from ll3m.core.progress import byte_bar
 from ll3m.data.config import TokenizerConfig
 from ll3m.data.tokenizer import Tokenizer, load_tokenizer
 from ll3m.data.tokenizer_files import ENCODER, SENTENCEPIECE
+from ll3m.families.family import Family
 from ll3m.families.tensor_rules import TensorSpec, expected_tensors
 from ll3m.hf.lazy_tensor import arrange
 from ll3m.hf.model_files import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -33,6 +34,7 @@ from ll3m.hf.safetensors_io import SafetensorsWriter, TensorInfo
 from ll3m.hf.token_settings import TOKEN_KEYS, token_ids
 from ll3m.hf.validation import check_parameters
 
+_DTYPES = ("dtype", "torch_dtype")  # the second is the name before 2025
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -134,7 +136,7 @@ def export_model(
   tensors = _tensors(arrays, specs, dtype)
   # Norms may have another dtype, so config.json names the embedding's.
   torch_dtype = next(iter(tensors.values())).dtype.name
-  files = _config_files(config_files, found.to_hf_config(config), torch_dtype, tokenizer)
+  files = _config_files(config_files, found, config, torch_dtype, tokenizer)
   files |= _tokenizer_files(tokenizer_files, tokenizer)
   nbytes = sum(info.nbytes for info in tensors.values())
 
@@ -232,11 +234,12 @@ def _tokenizer_files(
 
 def _config_files(
   published: Mapping[str, bytes],
-  config: dict[str, Any],
+  family: Family,
+  config: ModelConfig,
   dtype: str,
   tokenizer: Tokenizer | None,
 ) -> dict[str, bytes]:
-  """Builds config.json and generation_config.json."""
+  """Builds config.json and generation_config.json; unchanged ones keep their published bytes."""
   source, generation = (
     json.loads(published[name]) if name in published else None
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME)
@@ -248,15 +251,30 @@ def _config_files(
   else:
     ids = token_ids(settings or {}, tokenizer)
   own = {key: source[key] for key in TOKEN_KEYS if key in source} if source else {}
-  # `torch_dtype` is the name of `dtype` before 2025.
-  config = config | ids | own | {"dtype": dtype, "torch_dtype": dtype}
+  if source is not None and _describes(source, family, config):
+    # In the source's form, whose spelling of some keys other programs may need.
+    hf = source if own or generation else source | ids
+    named = [key for key in _DTYPES if key in source]
+  else:
+    hf, named = family.to_hf_config(config) | ids | own, []
+  hf = hf | dict.fromkeys(named or _DTYPES, dtype)
   if generation is None:
     written = _json({"_from_model_config": True} | ids)
   elif generation | ids == generation:  # unchanged: keep the published bytes
     written = published[GENERATION_CONFIG_NAME]
   else:
     written = _json(generation | ids)
-  return {CONFIG_NAME: _json(config), GENERATION_CONFIG_NAME: written}
+  unchanged = source is not None and hf == source
+  config_bytes = published[CONFIG_NAME] if unchanged else _json(hf)
+  return {CONFIG_NAME: config_bytes, GENERATION_CONFIG_NAME: written}
+
+
+def _describes(hf: Mapping[str, Any], family: Family, config: ModelConfig) -> bool:
+  """Returns whether a config.json describes this architecture."""
+  try:
+    return families.from_hf_config(hf) == (family, config)
+  except (ValueError, NotImplementedError):
+    return False
 
 
 def _json(value: Any) -> bytes:

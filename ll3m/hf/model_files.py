@@ -7,7 +7,7 @@ from typing import Any
 
 from ll3m import families
 from ll3m.core.object_store import is_remote
-from ll3m.hf import folder_contents, safetensors_io, torch_bin
+from ll3m.hf import folder_contents, multimodal, safetensors_io, torch_bin
 from ll3m.hf.lazy_tensor import LazyTensor
 from ll3m.hf.published_model import HfModel
 from ll3m.hf.quantised_tensors import refuse_quantised_tensors
@@ -29,7 +29,11 @@ _TOKENIZER_FILES = (
 
 
 def open_model(
-  path: str | os.PathLike, checkpoint_type: str | None = None, preset: str | None = None
+  path: str | os.PathLike,
+  checkpoint_type: str | None = None,
+  preset: str | None = None,
+  *,
+  text_only: bool = False,
 ) -> HfModel:
   """Finds a model's weights, infers its architecture, and checks that the two agree.
 
@@ -37,6 +41,7 @@ def open_model(
     path: A folder with config.json and weights, a GGUF file, or a folder with a GGUF file.
     checkpoint_type: One of CHECKPOINT_TYPES; None selects safetensors, then pt, then gguf.
     preset: The preset that the model must match; required only if there is no config.json.
+    text_only: Whether to open the text model of a multimodal one.
 
   Raises:
     ValueError: The config contradicts the weights or the preset, or files are damaged.
@@ -80,10 +85,16 @@ def open_model(
       for file in sorted(path.glob(pattern))
       if file.is_file()
     }
-  found = _resolve(expected, hf_config, path)
+  multimodal.check_text_only(hf_config, str(path), text_only=text_only)
+  found = None if text_only else _resolve(expected, hf_config, path)
+  omitted: tuple[str, ...] = ()
   if kind != "gguf":  # after config.json, which may say why the weights cannot be read
     tensors, problems = _read_headers(path, kind)
     refuse_quantised_tensors(tensors, str(path))
+  if text_only:
+    hf_config, tensors, omitted = multimodal.text_model(hf_config, tensors)
+    config_files[CONFIG_NAME] = (json.dumps(hf_config, indent=2) + "\n").encode()
+    found = _resolve(expected, hf_config, path)
   match = match_tensors(*found, tensors, str(path), problems)
   return HfModel(
     path,
@@ -92,7 +103,7 @@ def open_model(
     found.config,
     match.specs,
     match.tensors,
-    match.ignored,
+    (*match.ignored, *omitted),
     config_files,
     tokenizer_files,
   )

@@ -1,11 +1,13 @@
 """Reads config.json files in the published styles of 2023 and 2024."""
 
+import math
 import re
 
 import pytest
 from transformers import LlamaConfig
 
 from ll3m import families
+from ll3m.models import rope
 
 LLAMA = {
   "model_type": "llama",
@@ -32,6 +34,10 @@ PHI = {
   "num_hidden_layers": 2,
   "vocab_size": 100,
 }
+GEMMA3 = GEMMA | {"model_type": "gemma3_text"}
+QWEN = LLAMA | {"model_type": "qwen2"}
+SMOLLM3 = LLAMA | {"model_type": "smollm3"}
+PHI3 = LLAMA | {"model_type": "phi3"}
 
 
 def read(hf, **changes):
@@ -134,6 +140,52 @@ def test_phis_gelu_is_exact():
   assert read(PHI, hidden_act="gelu").activation == "gelu"
 
 
+def test_frequencies_of_llama3_are_those_of_its_paper():
+  """Values for theta 5e5, H = 128 in float64, by the formula of Llama 3.1's release."""
+  config = families.get_preset("llama3.1_8b").config
+  found = rope.inverse_frequencies(config, is_long=False)
+  expected = []
+  for i in range(64):
+    frequency = 5e5 ** (-i / 64)
+    wavelength = 2 * math.pi / frequency
+    smooth = min(1, max(0, (8192 / wavelength - 1) / 3))
+    expected.append((1 - smooth) * frequency / 8 + smooth * frequency)
+  assert found == pytest.approx(expected, rel=1e-6)
+  assert found[0] == 1.0
+  assert found[-1] == pytest.approx(5e5 ** (-63 / 64) / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "types", "window"),
+  [
+    ({}, (), None),
+    ({"use_sliding_window": True}, ("full",) * 2, None),  # 28 layers without a window
+    ({"use_sliding_window": True, "max_window_layers": 0}, ("sliding",) * 2, 4096),
+    (
+      {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 9},
+      ("full", "sliding"),
+      9,
+    ),
+    ({"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}, (), None),
+  ],
+)
+def test_reads_the_window_of_qwen(changes, types, window):
+  config = read(QWEN, **changes)
+  assert config.sliding_window == window
+  assert config.all_layer_types == (types or ("full",) * 2)
+
+
+def test_reads_the_layers_of_gemma_and_smollm():
+  six = {"num_hidden_layers": 6}
+  sliding, full = "sliding", "full"
+  assert read(GEMMA3, **six).all_layer_types == (sliding,) * 5 + (full,)
+  assert read(GEMMA3, **six, sliding_window_pattern=3).layer_types == (sliding, sliding, full)
+  given = ["full_attention", *["sliding_attention"] * 5]
+  assert read(GEMMA3, **six, layer_types=given).all_layer_types == (full,) + (sliding,) * 5
+  assert read(SMOLLM3, **six).all_layer_types == ("full", "full", "full", "no_rope", "full", "full")
+  assert read(SMOLLM3, **six, no_rope_layers=[0, 1] * 3).layer_types == ("no_rope", "full")
+
+
 def test_a_llama_may_tie_its_embeddings():
   assert read(LLAMA, tie_word_embeddings=True).tie_embeddings
 
@@ -141,7 +193,8 @@ def test_a_llama_may_tie_its_embeddings():
 @pytest.mark.parametrize(
   ("hf", "message"),
   [
-    ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, mistral, gemma, phi"),
+    ({"model_type": "gpt2"}, "model_type 'gpt2'; expected one of llama, mistral, gemma, phi, "),
+    ({"model_type": "qwen3_moe"}, "(did you mean 'qwen3'?)"),
     ({}, "model_type None"),
     (without(LLAMA, "vocab_size"), "config.json of a llama model lacks 'vocab_size'"),
     (LLAMA | {"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
@@ -154,6 +207,21 @@ def test_a_llama_may_tie_its_embeddings():
     (LLAMA | {"rope_scaling": "linear"}, "rope_scaling of config.json must be an object or null"),
     (LLAMA | {"rope_parameters": [2.0]}, "rope_parameters of config.json must be an object"),
     (LLAMA | {"rope_scaling": {"type": "linear"}}, "the type 'linear' but no factor"),
+    (LLAMA | {"rope_parameters": {"rope_type": "llama3"}}, "the type 'llama3' but no factor"),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, "the type 'yarn' but no factor"),
+    (PHI3 | {"rope_scaling": {"type": "longrope"}}, "the type 'longrope' but no short_factor"),
+    (
+      PHI3 | {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+      "rope_short_factors must have 4 numbers for longrope scaling of 4 frequencies, got 1",
+    ),
+    (GEMMA3 | {"layer_types": ["full_attention"]}, "layer_types of config.json must list 2 layers"),
+    (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern of config.json must be posit"),
+    (QWEN | {"max_window_layers": "all"}, "max_window_layers of config.json must be a whole numb"),
+    (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers of config.json must list 0 or 1 for 2 la"),
+    (
+      QWEN | {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0},
+      "sliding_window must be positive, got 0",
+    ),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "must be float, got '4'"),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, got 0.5"),
     (
@@ -188,19 +256,46 @@ def test_rejects_invalid_configs(hf, message):
     (LLAMA | {"hidden_act": "relu"}, "the activation 'relu'"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     (PHI | {"qk_layernorm": True}, "qk_layernorm=True"),
-    (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "type 'llama3'"),
     (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
-    (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn'"),
-    (LLAMA | {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "type 'su'"),
-    (LLAMA | {"rope_scaling": {"rope_type": "longrope"}}, "type 'longrope'"),
+    (
+      LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}},
+      "mscale=0.7, unknown to LL3M",
+    ),
+    (
+      LLAMA | {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+      "truncate=False, unknown to LL3M",
+    ),
+    (LLAMA | {"rope_scaling": {"type": "su"}}, "type 'su'"),
     (LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "type 'mrope'"),
     (LLAMA | {"rope_scaling": {"type": ["linear"]}}, "type ['linear']"),
     (LLAMA | {"rope_scaling": {"factor": 2.0}}, "factor=2.0 but no type"),
     (LLAMA | {"rope_parameters": {"rope_type": "default", "factor": 2}}, "factor=2 but no type"),
     (
-      LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-      "full_attention={'rope_type': 'default'}, unknown to LL3M",
+      LLAMA
+      | {
+        "rope_parameters": {
+          "full_attention": {"rope_theta": 1e4},
+          "sliding_attention": {"rope_theta": 1e5},
+        }
+      },
+      "different parameters for types of layers",
     ),
+    (
+      GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+      "scales the rotary embedding of layers with a window",
+    ),
+    (GEMMA3 | {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    (QWEN | {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+    (
+      SMOLLM3
+      | {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0]}
+      | {"layer_types": ["full_attention", "sliding_attention"]},
+      "layers with a window but without a rotary embedding",
+    ),
+    (PHI3 | {"attention_bias": True}, "attention_bias=True"),
+    (QWEN | {"use_mrope": True}, "use_mrope=True"),
+    (LLAMA | {"num_local_experts": 8}, "num_local_experts=8"),
+    (LLAMA | {"attention_chunk_size": 8192}, "attention_chunk_size=8192"),
     (
       LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 0.9}},
       "attention_factor=0.9, unknown to LL3M",

@@ -7,9 +7,11 @@ import dataclasses
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from transformers import (
+  AutoConfig,
   GemmaConfig,
   GenerationConfig,
   LlamaConfig,
@@ -23,6 +25,7 @@ from ll3m.families import known_keys, rope
 from tests.families.test_hf_config import GEMMA, LLAMA, MISTRAL, PHI, read, without
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "gemma": GemmaConfig, "phi": PhiConfig}
+PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 FILES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "phi": PHI}
 
 
@@ -33,6 +36,27 @@ def test_reads_configs_written_by_transformers(name):
   fields = {field.name for field in dataclasses.fields(CLASSES[name])}
   assert fields <= written.keys() | {"torch_dtype"}
   assert read(json.loads(json.dumps(written))) == read(FILES[name])
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PARITY.iterdir()))
+def test_transformers_reads_and_writes_the_same_model(name):
+  """Both spellings of every fixture: the file's, and the one that transformers writes."""
+  file = json.loads((PARITY / name / "config.json").read_text())
+  family, config = families.from_hf_config(file)
+  written = AutoConfig.for_model(**file).to_dict()
+  assert read(json.loads(json.dumps(written))) == config
+  exported = AutoConfig.for_model(**json.loads(json.dumps(family.to_hf_config(config)))).to_dict()
+  assert read(json.loads(json.dumps(exported))) == config
+  assert _plain(exported["rope_parameters"]) == _plain(written["rope_parameters"])
+
+
+def _plain(parameters):
+  """Returns rotary parameters without `type`, the name of rope_type before 2024, and defaults."""
+  return {
+    key: _plain(value) if isinstance(value, dict) else value
+    for key, value in parameters.items()
+    if key != "type" and (key, value) not in (("beta_fast", 32.0), ("beta_slow", 1.0))
+  }
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,4 +1,7 @@
+import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -12,6 +15,8 @@ from ll3m import families
 from ll3m.core import checkpoint, checkpoint_manager, parameter_store
 from ll3m.hf import conversion, exporting
 from ll3m.hf.model_files import open_model
+
+PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 
 
 @pytest.fixture
@@ -54,6 +59,30 @@ def test_export_inverts_conversion_bitwise(make_tiny, convert, output, preset, c
   assert config["bos_token_id"] == 1 and config["eos_token_id"] == 2
   assert AutoConfig.from_pretrained(output).dtype == np.dtype(dtype).name
   assert not list(output.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PARITY.iterdir()))
+def test_export_of_every_family_keeps_tensors_and_config(convert, output, name):
+  """The fixtures have the keys of published files, in both spellings."""
+  model = open_model(PARITY / name)
+  exporting.export_checkpoint(convert(SimpleNamespace(folder=PARITY / name)), output)
+  found = load_file(output / "model.safetensors")
+  assert found.keys() == {spec.tensor for spec in model.specs.values()}
+  for part, spec in model.specs.items():
+    tensor = model.tensors[part]
+    expected = tensor.read(tuple(slice(0, size) for size in tensor.shape))
+    rows = found[spec.tensor][spec.first_row : spec.first_row + spec.shape[0]]
+    assert rows.tobytes() == expected.tobytes(), part
+  assert (output / "config.json").read_bytes() == (PARITY / name / "config.json").read_bytes()
+
+
+def test_a_changed_model_gets_a_new_config(make_tiny, convert, output):
+  """A config.json that no longer describes the model is not kept."""
+  tiny = make_tiny()
+  found = dataclasses.replace(convert(tiny), config=tiny.config.replace(rope_theta=5e4))
+  exporting.export_checkpoint(found, output)
+  config = json.loads((output / "config.json").read_text())
+  assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e4
 
 
 def test_exports_shards_with_an_index_and_companion_files(make_tiny, convert, output):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ll3m import families
-from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_config import ROPE_SCALINGS, ModelConfig
 from ll3m.families import tensor_rules
 from ll3m.hf import conversion
 from ll3m.hf.model_files import open_model
@@ -139,8 +139,24 @@ def test_every_family_and_switch_has_a_fixture(load):
     lambda c: c.tie_embeddings,
     lambda c: c.parallel_block,
     lambda c: c.num_layers == 1,
+    lambda c: c.qkv_bias,
+    lambda c: c.qk_norm == "per_head",
+    lambda c: c.qk_norm == "all_heads",
+    lambda c: c.norm_position == "after",
+    lambda c: c.norm_position == "both",
+    lambda c: c.attention_soft_cap and c.final_soft_cap,
+    lambda c: c.query_pre_attn_scalar not in (None, c.head_dim),
+    lambda c: c.rope_local_theta and c.rope_scaling_factor != 1,
+    lambda c: c.rope_scaling == "longrope" and c.rotary_dim < c.head_dim,
+    lambda c: {"full", "sliding"} == set(c.layer_types) and c.num_rest_layers,
+    lambda c: "no_rope" in c.layer_types and c.num_rest_layers,
   ):
     assert any(map(switched, configs.values()))
+  assert {c.rope_scaling for c in configs.values()} == set(ROPE_SCALINGS)
+  for name, config in configs.items():
+    original = config.rope_original_positions
+    length = load(name).tokens.shape[1]
+    assert original is None or (length > original) == (name != "phi4_mini_short")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,7 +184,7 @@ def test_unconverted_checkpoints_give_the_same_parameters(load, name):
   chex.assert_trees_all_equal_dtypes(params, load(name).stored)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma_2b", "phi_2"])
+@pytest.mark.parametrize("name", ["mistral", "gemma_2b", "phi_2", "gemma3", "phi3_long", "smollm3"])
 def test_packed_rows_give_the_same_logits(load, name):
   fixture = load(name)
   rows, length = fixture.tokens.shape
@@ -197,6 +213,23 @@ def test_packed_rows_give_the_same_logits(load, name):
     ("gemma_7b", {"activation": "gelu"}),
     ("phi_2", {"activation": "gelu"}),
     ("phi_2", {"rotary_fraction": 0.5}),
+    ("llama3", {"rope_scaling_factor": 32.0}),
+    ("llama3", {"rope_frequency_factors": (1.0, 2.0)}),
+    ("llama_yarn", {"rope_magnitude": 1.0}),
+    ("llama_yarn", {"rope_frequency_factors": (0.1, 32.0)}),
+    ("qwen2_window", {"layer_types": ("sliding", "full", "full")}),
+    ("qwen3", {"qk_norm": None}),
+    ("gemma2", {"attention_soft_cap": None}),
+    ("gemma2", {"final_soft_cap": None}),
+    ("gemma2", {"query_pre_attn_scalar": None}),
+    ("gemma2", {"layer_types": ("full", "sliding")}),
+    ("gemma3_modern", {"rope_local_theta": 1e6}),
+    ("gemma3_modern", {"layer_types": ("sliding", "full", "full", "full", "sliding")}),
+    ("phi3", {"sliding_window": 12}),
+    ("phi3_long", {"rope_magnitude": 1.0}),
+    ("phi3_long", {"rope_original_positions": 64}),  # the short factors
+    ("phi4_mini", {"rope_long_factors": (1.0, 4.0, 9.0)}),
+    ("smollm3", {"layer_types": ("full", "full", "no_rope", "full")}),
   ],
 )
 def test_a_wrong_switch_changes_the_logits(load, name, changes):
