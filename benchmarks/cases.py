@@ -80,16 +80,13 @@ def attention(model: str, size: str, dtype: Any, *, is_causal: bool = True) -> C
   num_kv_heads = min(2, shape.num_kv_heads) if size == "check" else shape.num_kv_heads
   num_heads = num_kv_heads * shape.group
   local = None if window is None else (window - 1, 0)
+  options = {"is_causal": is_causal, "logits_soft_cap": shape.soft_cap}
   pairs = sum(
     min(t + 1 if is_causal else length, window or length) for t in range(length)
   )  # windows are only measured with a causal mask
   return Case(
-    function=functools.partial(
-      kernels.flash_attention, is_causal=is_causal, local_window_size=local
-    ),
-    oracle=oracles.by_autodiff(
-      functools.partial(oracles.attention, is_causal=is_causal, window=window)
-    ),
+    function=functools.partial(kernels.flash_attention, local_window_size=local, **options),
+    oracle=oracles.by_autodiff(functools.partial(oracles.attention, window=window, **options)),
     arguments=tuple(
       Argument((1, length, n, shape.head_dim), dtype)
       for n in (num_heads, num_kv_heads, num_kv_heads)

@@ -30,6 +30,7 @@ def attention(
   head_dim: int,
   is_causal: bool,
   window: int | None = None,
+  soft_cap: float | None = None,
   backward: bool = False,
   block: int = 0,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -44,6 +45,7 @@ def attention(
     head_dim: Head dim, H; rounded up to a multiple of 128 for peers that require one.
     is_causal: Whether future keys are masked.
     window: Number of keys that a query sees, for our kernels; the priced peers have no windows.
+    soft_cap: Soft cap of the scores, for our kernels.
     backward: Whether to include the gradients of query, key and value.
     block: Size of all blocks, for the peers whose blocks can be chosen.
   """
@@ -55,6 +57,7 @@ def attention(
       kernels.flash_attention,
       is_causal=is_causal,
       local_window_size=None if window is None else (window - 1, 0),
+      logits_soft_cap=soft_cap,
       implementation="pallas",
     )
   elif implementation == "xla":

@@ -150,7 +150,7 @@ def _model_rows() -> Iterator[Row]:
   """
   seen = set()
   for model, shape in shapes.ATTENTION.items():
-    unit = (shape.group, shape.head_dim, shape.window)
+    unit = (shape.group, shape.head_dim, shape.window, shape.soft_cap)
     if unit in seen:
       continue
     seen.add(unit)
@@ -162,6 +162,7 @@ def _model_rows() -> Iterator[Row]:
       "head_dim": shape.head_dim,
       "is_causal": True,
       "window": shape.window,
+      "soft_cap": shape.soft_cap,
       "backward": True,
     }
     heads = f"{arguments['heads']} : {kv_heads} heads"
@@ -190,7 +191,15 @@ def _attention(
   sums = 4.0 * tokens * arguments["heads"]
 
   def make_pass(name, kernels, flops, hbm_bytes, others):
-    jax = Peer("jax flash_attention", "jax", kernels, _JAX_BLOCKS, False, {"window": None}, True)
+    jax = Peer(
+      "jax flash_attention",
+      "jax",
+      kernels,
+      _JAX_BLOCKS,
+      False,
+      {"window": None, "soft_cap": None},
+      True,
+    )
     return Pass(name, kernels, flops, hbm_bytes, ((jax,) if has_jax else ()) + others)
 
   hbm_bytes = 2 * queries + 2 * keys + sums

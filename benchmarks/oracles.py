@@ -45,6 +45,7 @@ def attention(
   *,
   is_causal: bool,
   window: int | None,
+  logits_soft_cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
   """Computes softmax(Q K^T / sqrt(H)) V with every score in memory.
 
@@ -54,6 +55,7 @@ def attention(
     value: Values.
     is_causal: Whether query t sees only the keys s <= t.
     window: Number of the latest of these keys that a query sees, including its own; None for all.
+    logits_soft_cap: Scores become cap * tanh(scores / cap); None for no cap.
   """
   group = query.shape[2] // key.shape[2]
   keys, values = (jnp.repeat(x, group, axis=2) for x in (key, value))
@@ -63,7 +65,10 @@ def attention(
   seen = (s <= t) if is_causal else jnp.ones((t.size, s.size), bool)
   if window is not None:
     seen &= t - s < window
-  scores = jnp.where(seen[None, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
+  scores = scores * query.shape[-1] ** -0.5
+  if logits_soft_cap is not None:
+    scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+  scores = jnp.where(seen[None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   attended = jnp.einsum("bnts,bsnh->btnh", weights, values, preferred_element_type=wide)
   return attended.astype(query.dtype)

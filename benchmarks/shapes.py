@@ -1,9 +1,11 @@
 """The shapes of real models, shared by the kernels' tests and the benchmarks.
 
 They come from the presets. A shape that several models share is listed once, under the first
-model's name.
+model's name. The tables hold the models of `MODELS`, whose kinds of shapes all others share: group
+sizes, head dims, windows, soft caps and layouts. `every` has all presets.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ll3m.core.model_config import ModelConfig
@@ -11,12 +13,16 @@ from ll3m.families import PRESETS
 
 
 class AttentionShape(NamedTuple):
-  """Heads of a self-attention: N, K, H, and the keys that a query sees, including its own."""
+  """Heads of a self-attention: N, K, H, the keys that a query sees, and the scores' soft cap.
+
+  The window counts the query's own key.
+  """
 
   num_heads: int
   num_kv_heads: int
   head_dim: int
   window: int | None
+  soft_cap: float | None = None
 
   @property
   def group(self) -> int:
@@ -50,35 +56,52 @@ class HeadShape(NamedTuple):
   has_bias: bool
 
 
-def _attention(config: ModelConfig) -> AttentionShape:
-  return AttentionShape(
-    config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window
-  )
+def attention_shapes(config: ModelConfig) -> list[AttentionShape]:
+  """Returns the shapes of the kinds of layers; a window of all positions is none."""
+  windows = dict.fromkeys(kind.window for kind in config.pattern)
+  heads = config.num_heads, config.num_kv_heads, config.head_dim
+  most = config.max_positions
+  return [
+    AttentionShape(*heads, window if window and window < most else None, config.attention_soft_cap)
+    for window in windows
+  ]
 
 
-def _rotary(config: ModelConfig) -> RotaryShape:
-  return RotaryShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim)
+def rotary_shapes(config: ModelConfig) -> list[RotaryShape]:
+  return [RotaryShape(config.num_heads, config.num_kv_heads, config.head_dim, config.rotary_dim)]
 
 
-def _norm(config: ModelConfig) -> NormShape:
-  return NormShape(config.d_model, config.norm, config.norm_scale_offset)
+def norm_shapes(config: ModelConfig) -> list[NormShape]:
+  """Returns the shapes of the norms of the residual stream, and of those of queries and keys."""
+  shapes = [NormShape(config.d_model, config.norm, config.norm_scale_offset)]
+  if config.qk_norm == "per_head":
+    shapes.append(NormShape(config.head_dim, "rms", config.norm_scale_offset))
+  return shapes
 
 
-def _head(config: ModelConfig) -> HeadShape:
+def head_shapes(config: ModelConfig) -> list[HeadShape]:
   layout = "vd" if config.tie_embeddings else "dv"
-  return HeadShape(config.d_model, config.vocab_size, layout, config.use_bias)
+  return [HeadShape(config.d_model, config.vocab_size, layout, config.use_bias)]
 
 
-def _distinct[Shape](shape_of) -> dict[str, Shape]:
+def every[Shape](
+  shapes_of: Callable[[ModelConfig], list[Shape]], models: Iterable[str] = PRESETS
+) -> dict[str, Shape]:
+  """Returns the distinct shapes of models; the second of a model is named "model, 2nd"."""
   found: dict[str, Shape] = {}
-  for name, preset in PRESETS.items():
-    shape = shape_of(preset.config)
-    if shape not in found.values():
-      found[name] = shape
+  for name in models:
+    for shape in shapes_of(PRESETS[name].config):
+      if shape not in found.values():
+        found[name if name not in found else f"{name}, 2nd"] = shape
   return found
 
 
-ATTENTION: dict[str, AttentionShape] = _distinct(_attention)
-ROTARY: dict[str, RotaryShape] = _distinct(_rotary)
-NORMS: dict[str, NormShape] = _distinct(_norm)
-HEADS: dict[str, HeadShape] = _distinct(_head)
+MODELS = (
+  "llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_2b", "gemma_7b", "open_llama_3b",
+  "tiny_llama_1b", "smollm2_135m", "phi_2", "llama3_8b", "qwen2.5_7b", "qwen3_8b", "gemma2_9b",
+  "gemma3_270m", "gemma3_4b", "phi3_mini", "phi4_mini",
+)  # fmt: skip
+ATTENTION: dict[str, AttentionShape] = every(attention_shapes, MODELS)
+ROTARY: dict[str, RotaryShape] = every(rotary_shapes, MODELS)
+NORMS: dict[str, NormShape] = every(norm_shapes, MODELS)
+HEADS: dict[str, HeadShape] = every(head_shapes, MODELS)

@@ -42,19 +42,19 @@ class Case(NamedTuple):
 
 
 def all_cases() -> Iterator[Case]:
-  """Yields the whole matrix: each model in bfloat16, at several lengths, and once in float32."""
-  for model, shape in shapes.ATTENTION.items():
+  """Yields the whole matrix: each preset in bfloat16, at several lengths, and some in float32."""
+  for model, shape in shapes.every(shapes.attention_shapes).items():
     for length in (LENGTH, LONGEST):
       yield attention(model, shape, length, "bf16")
     yield packed_attention(model, shape, LENGTH, "bf16")
     yield decoding(model, shape, LONGEST, "bf16")
-  for model, shape in shapes.NORMS.items():
+  for model, shape in shapes.every(shapes.norm_shapes).items():
     for rows in (1, LENGTH):
       yield norm(model, shape, rows, "bf16")
-  for model, shape in shapes.ROTARY.items():
+  for model, shape in shapes.every(shapes.rotary_shapes).items():
     for length in (1, LENGTH, LONGEST):
       yield rotary(model, shape, length, "bf16")
-  for model in ("llama2_7b", "gemma_2b", "phi_2"):  # [D, V], tied, and with a bias
+  for model in ("llama2_7b", "gemma_2b", "phi_2", "gemma3_4b"):  # [D, V], tied, bias, largest V
     yield head(model, shapes.HEADS[model], 2 * LENGTH, "bf16")
   for length, num_keys in ((200, 100), (2000, 1000), (1000, 2000)):
     yield cross_attention("phi_2", shapes.ATTENTION["phi_2"], length, num_keys, "bf16")
@@ -80,7 +80,7 @@ def slice_of_cases() -> Iterator[Case]:
 
 def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
   """Returns attention as in training on one causal sequence per row."""
-  options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
+  options = {"is_causal": True, **_options(shape)}
   return Case(
     "flash_attention",
     f"{model} T={length}",
@@ -92,7 +92,7 @@ def attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str)
 
 def packed_attention(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
   """Returns attention as in training on rows of several documents."""
-  options = {"is_causal": True, "local_window_size": _window(shape), **_KERNEL}
+  options = {"is_causal": True, **_options(shape)}
 
   def function(query, key, value, ids):
     return kernels.flash_attention(query, key, value, segment_ids=ids, **options)
@@ -122,8 +122,10 @@ def cross_attention(
 def decoding(model: str, shape: shapes.AttentionShape, length: int, dtype: str) -> Case:
   """Returns attention of one query per row to a cache; segment ids mark its valid slots."""
 
+  options = _options(shape) | {"local_window_size": None}
+
   def function(query, key, value, query_ids, key_ids):
-    return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids), **_KERNEL)
+    return kernels.flash_attention(query, key, value, segment_ids=(query_ids, key_ids), **options)
 
   slots = min(length, shape.window or length)
   ids = tuple(jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, slots))
@@ -208,8 +210,9 @@ def head(model: str, shape: shapes.HeadShape, tokens: int, dtype: str) -> Case:
   )
 
 
-def _window(shape: shapes.AttentionShape) -> tuple[int, int] | None:
-  return None if shape.window is None else (shape.window - 1, 0)
+def _options(shape: shapes.AttentionShape) -> dict[str, Any]:
+  window = None if shape.window is None else (shape.window - 1, 0)
+  return {"local_window_size": window, "logits_soft_cap": shape.soft_cap, **_KERNEL}
 
 
 def _heads(shape: shapes.AttentionShape, length: int, num_keys: int, dtype: str) -> tuple:

@@ -229,7 +229,7 @@ def test_packed_rows_give_the_same_logits(load, name):
     ("phi3_long", {"rope_magnitude": 1.0}),
     ("phi3_long", {"rope_original_positions": 64}),  # the short factors
     ("phi4_mini", {"rope_long_factors": (1.0, 4.0, 9.0)}),
-    ("smollm3", {"layer_types": ("full", "full", "no_rope", "full")}),
+    ("smollm3", {"layer_types": ("full", "no_rope", "full", "full")}),
   ],
 )
 def test_a_wrong_switch_changes_the_logits(load, name, changes):

@@ -310,7 +310,7 @@ def test_shapes_of_the_models(model):
   """
   family = shapes.ATTENTION[model]
   arrays = draw((1, 150, 150, family.group, 1, family.head_dim, family.head_dim), jnp.bfloat16)
-  options = {"is_causal": True}
+  options = {"is_causal": True, "logits_soft_cap": family.soft_cap}
   if family.window:
     options["local_window_size"] = (40 - 1, 0)
   xla = run("xla", arrays, **options)
