@@ -196,6 +196,11 @@ class DatasetConfig:
     }
 
 
+def short_names(prefix: str) -> dict[str, str]:
+  """Returns the short names of a dataset's flags, with the flags' own names in a group."""
+  return {short: f"{prefix}.{name}" for short, name in _SHORT.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class StrictConfig:
   """Option of all commands that read examples."""
@@ -207,6 +212,16 @@ class StrictConfig:
   )
 
 
+_SHORT = {
+  "data": "data",
+  "data_format": "data_format",
+  "prompt_template": "prompt_template",
+  "completion": "completion",
+  "plain_text": "plain_text",
+  "batch_size": "seqio_dataset.batch_size",
+  "max_length": "seqio_dataset.task_feature_lengths",
+  "overflow": "overflow",
+}
 # Dataset options that only some types read, with those types. For `data`, the type is "mixture" or
 # "rows".
 _ROWS = ("json", "huggingface", "rows")

@@ -50,7 +50,7 @@ def _pack(packer: Packer, counts: Iterator[int]) -> Iterator[None]:
     if count:
       tokens = blank[:count] if count <= len(blank) else np.zeros(count, np.int32)
       packer.add(Document(tokens, tokens))
-    while packer.row() is not None:
+    while packer.segments() is not None:
       yield
-  while packer.row(last=True) is not None:
+  while packer.segments(last=True) is not None:
     yield

@@ -6,11 +6,15 @@ the number of workers.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+import os
+import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -191,12 +195,24 @@ def _examine_all(
   ) as pool:
     waiting: collections.deque = collections.deque()
     for chunk in chunks:
-      waiting.append((chunk, pool.submit(_examine_in_worker, _pairs(chunk, kinds))))
+      with _without_main():
+        waiting.append((chunk, pool.submit(_examine_in_worker, _pairs(chunk, kinds))))
       if len(waiting) > 2 * workers:
         chunk, future = waiting.popleft()
         yield chunk, future.result()
     for chunk, future in waiting:
       yield chunk, future.result()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+  """Hides the main module: new workers would import it, and with a command also jax."""
+  main = sys.modules["__main__"]
+  sys.modules["__main__"] = types.ModuleType("__main__")
+  try:
+    yield
+  finally:
+    sys.modules["__main__"] = main
 
 
 def _pairs(chunk: Sequence[_Item], kinds: Sequence[str]) -> list[tuple[str, Any]]:
@@ -208,8 +224,6 @@ _worker: Callable[[list[tuple[str, Any]]], list[_Finding]]
 
 def _start_worker(processor: TextProcessor, counting: Counting | None) -> None:
   global _worker
-  import os
-
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores
 
   def work(rows: list[tuple[str, Any]]) -> list[_Finding]:
@@ -262,14 +276,15 @@ def _count(
   """Returns a row's entry in each column of `Counts`."""
   if isinstance(document, Unusable):
     return 0, 0, 0, 0, 0
-  unknown = int(np.count_nonzero(document.tokens == processor.unknown_id))
+  unknown = processor.unknown_id
+  unknown = 0 if unknown < 0 else int(np.count_nonzero(document.tokens == unknown))
   hashed = hashlib.blake2b(document.tokens.tobytes(), digest_size=8).digest()
   extra = unknown, int.from_bytes(hashed, signed=True)
   try:
     kept = fit(document, counting.length, counting.overflow, prefix=processor.prefix)
   except Unusable:
     return len(document.tokens), 0, 0, *extra
-  return len(document.tokens), len(kept.tokens), int(kept.loss[1:].sum()), *extra
+  return len(document.tokens), len(kept.tokens), int(np.count_nonzero(kept.loss[1:])), *extra
 
 
 def default_overflow(shapes: Iterable[Shape]) -> str:
