@@ -17,6 +17,7 @@ ROW_SHAPES = (
 OVERFLOWS = ("split", "truncate", "keep_end", "drop")
 PLAIN_TEXT = ("file", "paragraph", "line")
 
+DEFAULT_SEED = 42  # of the order of the data
 _MOST_LISTED = 2**20  # rows and shards are lists in memory
 
 
@@ -75,9 +76,9 @@ class SeqioDatasetConfig:
         f"`task_feature_field` {fields}, got {lengths}"
       )
     if min(lengths) < 1 or sum(lengths) < 2:
-      raise ValueError(
-        f"`task_feature_lengths` must be positive and sum to at least 2, got {lengths}"
-      )
+      what = "be at least 2" if len(lengths) == 1 else "be positive"
+      given = lengths[0] if len(lengths) == 1 else lengths
+      raise ValueError(f"`task_feature_lengths` must {what}, got {given}")
 
   @property
   def length(self) -> int:

@@ -113,6 +113,7 @@ def scan(
   *,
   counting: Counting | None = None,
   first_place: str | None = None,
+  lack: str = "",
 ) -> Scan:
   """Examines all rows of a source.
 
@@ -124,6 +125,7 @@ def scan(
     counting: How tokens are counted; None to only check the rows.
     first_place: Place of the row whose columns determined the shape; None if the shape was given.
       Rows of other shapes are then an error.
+    lack: What the first row lacks, for the error of a source without a usable row.
 
   Raises:
     ValueError: No row is usable, or not one of the first 1,000 (or of those read in 5 s), rows have
@@ -150,9 +152,9 @@ def scan(
       tried = skipped.counts.total()
       late = time.monotonic() - started > _MOST_SECONDS
       if not found and tried and (tried >= _MOST_TRIED or late):
-        raise ValueError(f"{label} has no usable row so far: {skipped.describe()}")
+        raise ValueError(f"{label} has no usable row so far: {skipped.describe()}{lack}")
   if not found:
-    raise ValueError(f"{label} has no usable row: {skipped.describe() or 'it is empty'}")
+    raise ValueError(f"{label} has no usable row: {skipped.describe() or 'it is empty'}{lack}")
   columns = np.array(counts, np.int64).T
   return Scan(
     np.array(found, np.int64).reshape(-1, 3),

@@ -10,6 +10,7 @@ from ll3m.core.distributed import DistributedConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.options import Fallback
 from ll3m.data.config import (
+  DEFAULT_SEED,
   DatasetConfig,
   GinConfig,
   StrictConfig,
@@ -118,7 +119,9 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
     "Run from whose position in the training data to start: its output_dir or one of its step "
     "folders.",
   )
-  seed: int = options.option(42, "Random seed for parameter initialisation and data order.")
+  seed: int = options.option(
+    DEFAULT_SEED, "Random seed for parameter initialisation and data order."
+  )
   z_loss: float = options.option(0.0, "Weight of the z-loss, log(Z)^2.")
   data_dir: str | None = options.option(
     None, "Folder of the text shards, local or gs://; by default $LL3M_DATA_DIR or ./data."

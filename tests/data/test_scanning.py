@@ -103,6 +103,13 @@ def test_unusable_data_is_refused_after_a_thousand_rows(tmp_path, tokenizer):
   assert skipped.counts == {"field 'text' is null": 5900}
 
 
+def test_misspelt_columns_of_a_template_get_a_suggestion(tmp_path, tokenizer):
+  path = write(tmp_path, [{"name": "a", "text": "b"}])
+  message = r"no field 'nam' \(1\); .*; its columns are name, text \(did you mean 'name'\?\)$"
+  with pytest.raises(ValueError, match=message):
+    opened(path, tokenizer, prompt_template="{nam}", completion="{text}").scan(Skipped())
+
+
 def test_empty_files_are_refused(tmp_path, tokenizer):
   for name in ("a.jsonl", "b.txt", "c.json"):
     path = tmp_path / name
