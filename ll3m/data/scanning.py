@@ -29,7 +29,7 @@ from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
 
 _CHUNK = 1000  # rows
-# Workers take about a second to start, in which this many rows are examined.
+# Fewer rows than this are examined before workers would have started, which takes about a second.
 _FEW = 8 * _CHUNK
 # A source without usable rows is refused after this many rows or seconds.
 _MOST_TRIED, _MOST_SECONDS = 1000, 5.0
@@ -179,13 +179,10 @@ def _examine_all(
   """Yields chunks of rows and what was found in them, in order."""
   kinds = [file.kind for file in files]
   chunks = itertools.batched(_items(files), _CHUNK)
-  # Few rows are examined here.
   head = list(itertools.islice(chunks, _FEW // _CHUNK))
-  for chunk in head:
-    yield chunk, examine(processor, counting, _pairs(chunk, kinds))
-  if len(head) < _FEW // _CHUNK:
-    return
-  workers = 1 if counting is None else counting.workers
+  is_few = len(head) < _FEW // _CHUNK
+  workers = 1 if counting is None or is_few else counting.workers
+  chunks = itertools.chain(head, chunks)
   if workers == 1:
     for chunk in chunks:
       yield chunk, examine(processor, counting, _pairs(chunk, kinds))
