@@ -33,7 +33,7 @@ def estimate(config, tokenizer):
 )
 @pytest.mark.parametrize(("count", "within"), [(400, 0.01), (1500, 0.03)])
 def test_the_size_of_an_epoch(tokenizer, tmp_path, count, within, overflow, pack):
-  """Of 400 rows all are read; the rest of the difference is the padding of the last batch."""
+  """All of 400 rows are read; what then differs is the padding of the last batch."""
   options = SeqioDatasetConfig(batch_size=2, task_feature_lengths=(40,), pack=pack, shuffle=False)
   config = DatasetConfig(
     data=write(tmp_path, rows_of(count)), overflow=overflow, seqio_dataset=options
