@@ -20,11 +20,11 @@ from ll3m.data.config import (
   GinConfig,
   StrictConfig,
   TokenizerConfig,
+  short_names,
 )
 from ll3m.data.dataset_spec import resolve
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.model_source import open_source
-from ll3m.training import config as train_config
 from ll3m.training.evaluation import evaluate
 from ll3m.training.logger import say
 from ll3m.training.model_choice import ModelOptions, build_model, check_length, choose_model
@@ -63,12 +63,7 @@ class EvaluateOptions(ModelOptions, GinConfig, StrictConfig):
       raise ValueError(f"`eval_steps` must be at least 1, got {self.eval_steps}")
 
 
-# Short names of flags.
-SHORT = {
-  name: full.replace("train_dataset.", "eval_dataset.")
-  for name, full in train_config.SHORT.items()
-  if name != "eval_data"
-}
+SHORT = short_names("eval_dataset")
 FLAG_GROUPS = {
   "": EvaluateOptions,
   "tokenizer": TokenizerConfig,

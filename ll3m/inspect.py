@@ -17,14 +17,19 @@ from etils import epath
 from ll3m.core import flags
 from ll3m.core.options import option, require
 from ll3m.data import gin_settings
-from ll3m.data.config import DatasetConfig, GinConfig, StrictConfig, TokenizerConfig
+from ll3m.data.config import (
+  DatasetConfig,
+  GinConfig,
+  StrictConfig,
+  TokenizerConfig,
+  short_names,
+)
 from ll3m.data.dataset_spec import resolve
 from ll3m.data.preview import describe_document
 from ll3m.data.row_corpus import open_corpus
 from ll3m.data.statistics import describe, first_documents, measure, plot
 from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.model_source import open_source
-from ll3m.training import config as train_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,7 @@ class InspectOptions(GinConfig, StrictConfig):
         raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
 
 
-# Short names of flags.
-SHORT = {
-  name: full.replace("train_dataset.", "dataset.")
-  for name, full in train_config.SHORT.items()
-  if name != "eval_data"
-}
+SHORT = short_names("dataset")
 FLAG_GROUPS = {"": InspectOptions, "tokenizer": TokenizerConfig, "dataset": DatasetConfig}
 
 

@@ -96,7 +96,7 @@ def test_wrong_flag_is_one_sentence_and_exit_code_2(capsys, name):
   before = surroundings()
   module = importlib.import_module(f"ll3m.{name}") if name in VERBS else load_tool(name)
   assert module.main(["--nosuch=1"]) == 2
-  assert capsys.readouterr().err == "error: Unknown command line flag 'nosuch'\n"
+  assert capsys.readouterr().err == "error: unknown flag --nosuch\n"
   assert module.main(["--help"]) == 0
   assert module.__doc__.splitlines()[0] in capsys.readouterr().out
   assert surroundings() == before
@@ -160,4 +160,4 @@ def test_error_ends_a_process_with_one_sentence(verb):
     timeout=100,
   )
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == "error: Unknown command line flag 'nosuch'\n"
+  assert done.stderr == "error: unknown flag --nosuch\n"

@@ -84,6 +84,22 @@ def test_inspect_reports_what_tokenising_row_by_row_finds(
   assert "[I]|[t]|[ ]|[i]|[s]|[ ]|[0]|[.]" in done.stdout
 
 
+def test_a_run_of_steps_estimates_its_epochs(alpaca, model, encoder, run_command, tmp_path):
+  """All of so few rows are read, so that the estimate is the size of the epoch, rounded."""
+  done = run_command("train", *model, f"--data={alpaca}", *BATCH, "--total_steps=40", "--dry_run",
+                     "--optimizer.accumulate_gradient_steps=2",
+                     f"--logger.output_dir={tmp_path}/run")  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  batches = list(data.load(alpaca, encoder, batch_size=2, length=256, epochs=1))
+  tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+  share = sum(batch.mask.sum() for batch in batches) / tokens
+  assert f"tokens      about {float(f'{tokens:.2g}'):,.0f} per epoch, {share:.0%} of" in done.stdout
+  assert f"about {float(f'{tokens / 40:.2g}'):,.0f} per document\n" in done.stdout
+  each = len(batches) / 2
+  epochs = f"{40 / each:.2g}"
+  assert f"steps       40, about {epochs} epochs of {each:.2g} steps\n" in done.stdout
+
+
 def test_inspect_counts_duplicates_and_names_unusable_rows(
   alpaca, byte_tokenizer, run_command, tmp_path
 ):

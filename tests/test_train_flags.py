@@ -203,7 +203,7 @@ def test_wrong_flags_exit_with_one_sentence(outcomes, name):
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--optimzer.type=adamw", "Did you mean: optimizer.type"),
+    ("--optimzer.type=adamw", "did you mean --optimizer.type?"),
     ("--optimizer.type=adam", "value should be one of <adamw|"),
     ("--total_steps=many", "total_steps"),
     ("--train_dataset.seqio_dataset.task_feature_lengths=2048)", "expected a Python tuple"),

@@ -2,9 +2,10 @@
 
 import ast
 import dataclasses
+import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, override
 
 import absl.flags
@@ -61,10 +62,32 @@ def names(cls: type, prefix: str = "") -> Iterator[str]:
       yield from names(hints[field.name], f"{prefix}{field.name}.")
 
 
-def expand(argument: str, short: Mapping[str, str]) -> str:
-  """Returns an argument of a command line with the own name of its flag instead of a short one."""
-  dashes, name, rest = re.fullmatch(r"(-*)([\w.]*)(.*)", argument, re.DOTALL).groups()
-  return dashes + short[name] + rest if dashes and name in short else argument
+_ARGUMENT = re.compile(r"(-*)([\w.]*)(.*)", re.DOTALL)
+
+
+def expand(arguments: Sequence[str], short: Mapping[str, str]) -> list[str]:
+  """Returns a command line with the flags' own names instead of the short ones.
+
+  Raises:
+    ValueError: A flag has both of its names.
+  """
+  parts = [_ARGUMENT.fullmatch(argument).groups() for argument in arguments]
+  typed = {name for dashes, name, _ in parts if dashes}
+  for name in typed & short.keys():
+    if short[name] in typed:
+      raise ValueError(f"--{name} and --{short[name]} are the same flag: give only one of them")
+  return [
+    dashes + (short.get(name, name) if dashes else name) + rest for dashes, name, rest in parts
+  ]
+
+
+def explain(error: Exception, known: Iterable[str]) -> str:
+  """Returns the message of an error of absl; an unknown flag is compared with all `known` names."""
+  if not isinstance(error, absl.flags.UnrecognizedFlagError):
+    return str(error)
+  close = difflib.get_close_matches(error.flagname, list(known), n=1)
+  hint = f" (did you mean --{close[0]}?)" if close else ""
+  return f"unknown flag --{error.flagname}{hint}"
 
 
 def define(values: absl.flags.FlagValues, prefix: str, cls: type) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import absl.flags
 
 from ll3m.core import config_files, flag_help, library_logs, object_store
-from ll3m.core.flag_types import TupleParser, define, expand, names
+from ll3m.core.flag_types import TupleParser, define, expand, explain, names
 from ll3m.core.options import HELP, REPEATED, Fallback, option
 
 _HELP_FLAGS = ("--help", "-help", "--helpshort", "--helpfull", "-h")
@@ -92,7 +92,7 @@ class Flags:
       doc: Text that --help prints before the flags.
 
     Raises:
-      UsageError: A flag is unknown, a value has the wrong type, or a --config file is invalid.
+      UsageError: A flag is unknown or set twice, a value has a wrong type, or a file is invalid.
       FileNotFoundError: A --config file does not exist.
     """
     self._groups = dict(groups)
@@ -109,9 +109,9 @@ class Flags:
       self._values.mark_as_parsed()
       return
     try:
-      rest = self._values(["command", *(expand(argument, self._short) for argument in arguments)])
-    except absl.flags.Error as error:
-      raise UsageError(str(error)) from error
+      rest = self._values(["command", *expand(arguments, self._short)])
+    except (absl.flags.Error, ValueError) as error:
+      raise UsageError(explain(error, [*self._short, *self._values])) from error
     if len(rest) > 1:
       raise UsageError(
         f"unexpected arguments: {' '.join(rest[1:])} (flags are written --name=value, without "

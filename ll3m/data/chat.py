@@ -57,7 +57,7 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
   trained = [i for i in answers if _weight(messages[i])]
   if not trained:
     raise ValueError("every assistant turn has weight 0")
-  apply = _renderer(tokenizer, messages, tools)
+  apply, messages = _renderer(tokenizer, tools), _quoted(tokenizer, messages)
   whole = apply(messages)
   _check_calls(apply, messages, tools, whole)
   only_answers = len(answers) == len(messages)
@@ -83,12 +83,13 @@ def encode_prompt(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> lis
     ValueError: See `render`.
   """
   messages, tools = _checked(messages), _checked_tools(tools)
-  text = _renderer(tokenizer, messages, tools)(messages, add_generation_prompt=True)
+  apply, messages = _renderer(tokenizer, tools), _quoted(tokenizer, messages)
+  text = apply(messages, add_generation_prompt=True)
   return tokenizer.encode_rendered(_unmark(text).text)
 
 
-def _renderer(tokenizer: Tokenizer, messages: list[dict], tools: list | None) -> Callable[..., str]:
-  """Returns a function that renders messages after marking the control strings in them.
+def _renderer(tokenizer: Tokenizer, tools: list | None) -> Callable[..., str]:
+  """Returns a function that renders messages in which control strings are marked.
 
   Raises:
     ValueError: The tokenizer has no template.
@@ -101,9 +102,7 @@ def _renderer(tokenizer: Tokenizer, messages: list[dict], tools: list | None) ->
   quoted_tools = _quoted(tokenizer, tools)
 
   def apply(messages: Sequence[dict], *, tools: Any = quoted_tools, **options: bool) -> str:
-    text = apply_template(
-      template, _quoted(tokenizer, messages), tokenizer.special_tokens, tools=tools, **options
-    )
+    text = apply_template(template, messages, tokenizer.special_tokens, tools=tools, **options)
     return require_unicode(text)
 
   return apply
@@ -113,14 +112,13 @@ def _find_turn(
   tokenizer: Tokenizer, apply: Callable[..., str], messages: list[dict], whole: str, i: int
 ) -> tuple[int, int]:
   """Returns the start and end of the i-th message, an assistant's, in the rendered conversation."""
-  upto = apply(messages[: i + 1])
+  upto = apply(messages[: i + 1]) if i + 1 < len(messages) else whole
   heads = (apply(messages[:i], add_generation_prompt=p) for p in (True, False))
   head = next((h for h in heads if upto.startswith(h)), None)
   if head is None or not whole.startswith(upto):
     raise ValueError("the chat template rewrites earlier turns and has no {% generation %}")
   turn = upto[len(head) :]
-  said = _quoted(tokenizer, messages[i].get("content") or "")
-  return len(head), len(head) + _end(tokenizer, turn, said)
+  return len(head), len(head) + _end(tokenizer, turn, messages[i].get("content") or "")
 
 
 def _end(tokenizer: Tokenizer, turn: str, said: str) -> int:

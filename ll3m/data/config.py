@@ -17,6 +17,7 @@ ROW_SHAPES = (
 OVERFLOWS = ("split", "truncate", "keep_end", "drop")
 PLAIN_TEXT = ("file", "paragraph", "line")
 
+DEFAULT_SEED = 42  # of the order of the data
 _MOST_LISTED = 2**20  # rows and shards are lists in memory
 
 
@@ -75,9 +76,9 @@ class SeqioDatasetConfig:
         f"`task_feature_field` {fields}, got {lengths}"
       )
     if min(lengths) < 1 or sum(lengths) < 2:
-      raise ValueError(
-        f"`task_feature_lengths` must be positive and sum to at least 2, got {lengths}"
-      )
+      what = "be at least 2" if len(lengths) == 1 else "be positive"
+      given = lengths[0] if len(lengths) == 1 else lengths
+      raise ValueError(f"`task_feature_lengths` must {what}, got {given}")
 
   @property
   def length(self) -> int:
@@ -196,6 +197,11 @@ class DatasetConfig:
     }
 
 
+def short_names(prefix: str) -> dict[str, str]:
+  """Returns the short names of a dataset's flags, with the flags' own names in a group."""
+  return {short: f"{prefix}.{name}" for short, name in _SHORT.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class StrictConfig:
   """Option of all commands that read examples."""
@@ -207,6 +213,16 @@ class StrictConfig:
   )
 
 
+_SHORT = {
+  "data": "data",
+  "data_format": "data_format",
+  "prompt_template": "prompt_template",
+  "completion": "completion",
+  "plain_text": "plain_text",
+  "batch_size": "seqio_dataset.batch_size",
+  "max_length": "seqio_dataset.task_feature_lengths",
+  "overflow": "overflow",
+}
 # Dataset options that only some types read, with those types. For `data`, the type is "mixture" or
 # "rows".
 _ROWS = ("json", "huggingface", "rows")

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ll3m.data.dataset_spec import DataSpec
+from ll3m.data.epoch_estimate import EpochEstimate
 from ll3m.data.examples import Examples, Table
 from ll3m.data.row_corpus import RowCorpus
 from ll3m.data.scanning import Counts
@@ -10,8 +11,16 @@ from ll3m.data.scanning import Counts
 _MOST_LISTED = 5  # sources
 
 
-def describe_rows(corpus: RowCorpus, spec: DataSpec) -> list[tuple[str, str]]:
-  """Returns labels and texts: the sources, their shapes, the rows and, if counted, the tokens."""
+def describe_rows(
+  corpus: RowCorpus, spec: DataSpec, estimate: EpochEstimate | None = None
+) -> list[tuple[str, str]]:
+  """Returns labels and texts: the sources, their shapes, the rows and the tokens.
+
+  Args:
+    corpus: The dataset, opened.
+    spec: The dataset.
+    estimate: Estimate of its tokens; None if they were counted, or are unknown.
+  """
   if corpus.rows is None:
     return [("data", f"{corpus.label}, streamed")]
   tables = corpus.rows.tables
@@ -24,6 +33,8 @@ def describe_rows(corpus: RowCorpus, spec: DataSpec) -> list[tuple[str, str]]:
   counts = all_counts(corpus.rows)
   if counts is not None:
     lines += describe_counts(counts, corpus.overflow, spec.config.seqio_dataset.length)
+  elif estimate is not None:
+    lines.append(("tokens", estimate.describe()))
   return lines
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ll3m.core.model_config import did_you_mean
 from ll3m.data import mixtures, sources
-from ll3m.data.config import DatasetConfig
+from ll3m.data.config import DEFAULT_SEED, DatasetConfig
 from ll3m.data.shard_files import SPLITS, list_files, text_shards
 from ll3m.data.sources import MIXTURE, ShardFolder, Source
 
@@ -90,7 +90,7 @@ def resolve(
   *,
   is_evaluation: bool = False,
   passes: int | None = None,
-  seed: int = 0,
+  seed: int = DEFAULT_SEED,
   strict: bool = False,
   data_dir: str | None = None,
   eval_fraction: float = 0.0,

@@ -4,10 +4,11 @@ The rows of batches are packed from the counts of tokens alone, in the order in 
 reads the documents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from ll3m.data.config import SeqioDatasetConfig
 from ll3m.data.dataset_spec import DataSpec
 from ll3m.data.packing import Document, Packer
 from ll3m.data.row_corpus import RowCorpus, number_order
@@ -27,8 +28,7 @@ def count_batches(corpus: RowCorpus, spec: DataSpec, passes: range, *, next_row:
   options, num_shards = spec.config.seqio_dataset, corpus.num_shards
   last = 0
   for shard in range(num_shards):
-    packer = Packer(options.length, pack=options.pack, whole=corpus.overflow != "split")
-    num_rows = sum(1 for _ in _pack(packer, _kept(corpus, spec, shard, passes)))
+    num_rows = count_rows(_kept(corpus, spec, shard, passes), options, corpus.overflow)
     first = (shard - next_row) % num_shards
     last = max(last, (num_rows - 1) * num_shards + first + 1)
   return -(-last // options.batch_size)
@@ -43,14 +43,20 @@ def _kept(corpus: RowCorpus, spec: DataSpec, shard: int, passes: range) -> Itera
     yield corpus.rows.kept_tokens(order.pass_number, number)
 
 
-def _pack(packer: Packer, counts: Iterator[int]) -> Iterator[None]:
+def count_rows(counts: Iterable[int], options: SeqioDatasetConfig, overflow: str) -> int:
+  """Returns the number of rows that documents of these numbers of tokens fill, in order."""
+  packer = Packer(options.length, pack=options.pack, whole=overflow != "split")
+  return sum(1 for _ in _pack(packer, counts))
+
+
+def _pack(packer: Packer, counts: Iterable[int]) -> Iterator[None]:
   """Yields once for every row that a packer fills with documents of these sizes."""
   blank = np.zeros(2**16, np.int32)
   for count in counts:
     if count:
       tokens = blank[:count] if count <= len(blank) else np.zeros(count, np.int32)
       packer.add(Document(tokens, tokens))
-    while packer.row() is not None:
+    while packer.segments() is not None:
       yield
-  while packer.row(last=True) is not None:
+  while packer.segments(last=True) is not None:
     yield

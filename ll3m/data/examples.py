@@ -18,6 +18,7 @@ from ll3m.data.config import DatasetConfig
 from ll3m.data.hub_rows import load_dataset
 from ll3m.data.packing import Document
 from ll3m.data.row_files import RowFile, dataset_rows, open_rows
+from ll3m.data.shape_errors import describe_lack, describe_misfit
 from ll3m.data.shapes import Shape
 from ll3m.data.shuffling import permute
 from ll3m.data.skipped_examples import Skipped, Unusable
@@ -26,7 +27,6 @@ from ll3m.data.text_processor import TextProcessor
 from ll3m.data.tokenizer import Tokenizer
 
 _MOST_TRIED = 1000  # rows in which a usable one must be found
-_NAMED = 20  # columns in a message
 
 
 class Table:
@@ -106,6 +106,7 @@ class OpenSource:
     self.shape = choose_shape(config, first.row, first.place or source.name)
     self._files, self._processor = first.files, TextProcessor(self.shape, tokenizer)
     self._first_place = first.place if is_recognised(config) else None
+    self._lack = "" if first.row is None else describe_lack(self.shape, first.row)
 
   def scan(self, skipped: Skipped, *, counting: scanning.Counting | None = None) -> Table:
     """Returns the usable rows.
@@ -126,6 +127,7 @@ class OpenSource:
       own,
       counting=counting,
       first_place=self._first_place,
+      lack=self._lack,
     )
     if scanned.num_skipped:
       logging.warning("%s: %d usable rows, %s", self.name, len(scanned.rows), own.describe())
@@ -200,7 +202,7 @@ def choose_shape(config: DatasetConfig, row: Mapping[str, Any] | None, place: st
   present = [name for name, value in row.items() if not shapes.is_missing(value)]
   shape = shapes.recognise(present) or shapes.recognise(list(row))
   if shape is None:
-    raise ValueError(f"{place}: {shapes.describe_misfit(list(row)[:_NAMED])}")
+    raise ValueError(f"{place}: {describe_misfit(row)}")
   if shape.name == "chosen":
     raise ValueError(
       f"{place}: its columns are those of preference pairs ({shape.title}): `data_format`=chosen "

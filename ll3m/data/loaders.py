@@ -9,6 +9,7 @@ from typing import Any
 
 from ll3m.data.batching import BatchIterator, open_dataset
 from ll3m.data.config import (
+  DEFAULT_SEED,
   DatasetConfig,
   HuggingFaceDatasetConfig,
   JsonDatasetConfig,
@@ -179,7 +180,7 @@ def mixture(
     module: Python module to import first.
     split: Name of the split; "train" by default.
     data_dir: Folder of the text shards; $LL3M_DATA_DIR or ./data by default.
-    **options: `shuffle` (True): visit documents in a random order. `seed` (0): seed of that order.
+    **options: `shuffle` (True): visit documents in a random order. `seed` (42): seed of that order.
       `repeat` (True): restart at the end. `pack` (True): fill rows with consecutive documents
       instead of one document each. `num_shards` (1 for `load`, else 8): number of independent
       pipelines, which determines the order. `strict` (False): raise an error for an unusable row
@@ -210,7 +211,7 @@ def _open(
   data_dir: str | None = None,
   seqio: dict[str, Any] | None = None,
   shuffle: bool = True,
-  seed: int = 0,
+  seed: int = DEFAULT_SEED,
   repeat: bool = True,
   passes: int | None = None,
   eval_fraction: float = 0.0,

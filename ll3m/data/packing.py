@@ -98,12 +98,17 @@ class Packer:
     Args:
       last: Whether no document will follow, so that a row may end in padding.
     """
+    segments = self.segments(last=last)
+    return None if segments is None else make_row(segments, self._length)
+
+  def segments(self, *, last: bool = False) -> list[Document] | None:
+    """Removes and returns the segments of the next row; see `row`."""
     enough = self._num_pending >= self._enough if self._pack else self._pending
     if not enough and not (last and self._pending):
       return None
     segments = self._take_whole() if self._pack and self._whole else self._take()
     self._num_pending -= sum(len(segment.tokens) for segment in segments)
-    return make_row(segments, self._length)
+    return segments
 
   def _take(self) -> list[Document]:
     """Removes the first T tokens of the pending documents, or those of the first document."""

@@ -23,6 +23,7 @@ from ll3m.data.examples import (
 from ll3m.data.hub_rows import StreamedRows, load_dataset
 from ll3m.data.packing import Document, fit
 from ll3m.data.scanning import Counting, default_overflow
+from ll3m.data.shape_errors import describe_lack
 from ll3m.data.shuffling import NumberOrder
 from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
@@ -324,12 +325,12 @@ def _open_stream(spec: DataSpec, tokenizer: Tokenizer) -> tuple[Any, TextProcess
   """Opens a streamed dataset and recognises the shape of its rows."""
   (source,) = spec.sources
   stream = load_dataset(*source.hub, streaming=True)
-  processor, tried = None, Skipped()
+  processor, tried, lack = None, Skipped(), ""
   started = time.monotonic()
   for number, row in enumerate(stream.take(_MOST_TRIED), start=1):
     if processor is None:
       shape = choose_shape(spec.config, row, f"{source.name}, row {number}")
-      processor = TextProcessor(shape, tokenizer)
+      processor, lack = TextProcessor(shape, tokenizer), describe_lack(shape, row)
     try:
       processor(row)
     except Unusable as error:
@@ -338,4 +339,5 @@ def _open_stream(spec: DataSpec, tokenizer: Tokenizer) -> tuple[Any, TextProcess
         continue
       break
     return stream, processor
-  raise ValueError(f"{source.name} has no usable row so far: {tried.describe() or 'it is empty'}")
+  why = f"{tried.describe() or 'it is empty'}{lack}"
+  raise ValueError(f"{source.name} has no usable row so far: {why}")

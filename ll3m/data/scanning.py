@@ -6,11 +6,15 @@ the number of workers.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+import os
+import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +29,7 @@ from ll3m.data.skipped_examples import Skipped, Unusable
 from ll3m.data.text_processor import TextProcessor
 
 _CHUNK = 1000  # rows
-# Workers take about a second to start, in which this many rows are examined.
+# Fewer rows than this are examined before workers would have started, which takes about a second.
 _FEW = 8 * _CHUNK
 # A source without usable rows is refused after this many rows or seconds.
 _MOST_TRIED, _MOST_SECONDS = 1000, 5.0
@@ -109,6 +113,7 @@ def scan(
   *,
   counting: Counting | None = None,
   first_place: str | None = None,
+  lack: str = "",
 ) -> Scan:
   """Examines all rows of a source.
 
@@ -120,6 +125,7 @@ def scan(
     counting: How tokens are counted; None to only check the rows.
     first_place: Place of the row whose columns determined the shape; None if the shape was given.
       Rows of other shapes are then an error.
+    lack: What the first row lacks, for the error of a source without a usable row.
 
   Raises:
     ValueError: No row is usable, or not one of the first 1,000 (or of those read in 5 s), rows have
@@ -146,9 +152,9 @@ def scan(
       tried = skipped.counts.total()
       late = time.monotonic() - started > _MOST_SECONDS
       if not found and tried and (tried >= _MOST_TRIED or late):
-        raise ValueError(f"{label} has no usable row so far: {skipped.describe()}")
+        raise ValueError(f"{label} has no usable row so far: {skipped.describe()}{lack}")
   if not found:
-    raise ValueError(f"{label} has no usable row: {skipped.describe() or 'it is empty'}")
+    raise ValueError(f"{label} has no usable row: {skipped.describe() or 'it is empty'}{lack}")
   columns = np.array(counts, np.int64).T
   return Scan(
     np.array(found, np.int64).reshape(-1, 3),
@@ -173,13 +179,10 @@ def _examine_all(
   """Yields chunks of rows and what was found in them, in order."""
   kinds = [file.kind for file in files]
   chunks = itertools.batched(_items(files), _CHUNK)
-  # Few rows are examined here.
   head = list(itertools.islice(chunks, _FEW // _CHUNK))
-  for chunk in head:
-    yield chunk, examine(processor, counting, _pairs(chunk, kinds))
-  if len(head) < _FEW // _CHUNK:
-    return
-  workers = 1 if counting is None else counting.workers
+  is_few = len(head) < _FEW // _CHUNK
+  workers = 1 if counting is None or is_few else counting.workers
+  chunks = itertools.chain(head, chunks)
   if workers == 1:
     for chunk in chunks:
       yield chunk, examine(processor, counting, _pairs(chunk, kinds))
@@ -191,12 +194,24 @@ def _examine_all(
   ) as pool:
     waiting: collections.deque = collections.deque()
     for chunk in chunks:
-      waiting.append((chunk, pool.submit(_examine_in_worker, _pairs(chunk, kinds))))
+      with _without_main():
+        waiting.append((chunk, pool.submit(_examine_in_worker, _pairs(chunk, kinds))))
       if len(waiting) > 2 * workers:
         chunk, future = waiting.popleft()
         yield chunk, future.result()
     for chunk, future in waiting:
       yield chunk, future.result()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+  """Hides the main module: new workers would import it, and with a command also jax."""
+  main = sys.modules["__main__"]
+  sys.modules["__main__"] = types.ModuleType("__main__")
+  try:
+    yield
+  finally:
+    sys.modules["__main__"] = main
 
 
 def _pairs(chunk: Sequence[_Item], kinds: Sequence[str]) -> list[tuple[str, Any]]:
@@ -208,8 +223,6 @@ _worker: Callable[[list[tuple[str, Any]]], list[_Finding]]
 
 def _start_worker(processor: TextProcessor, counting: Counting | None) -> None:
   global _worker
-  import os
-
   os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores
 
   def work(rows: list[tuple[str, Any]]) -> list[_Finding]:
@@ -262,14 +275,15 @@ def _count(
   """Returns a row's entry in each column of `Counts`."""
   if isinstance(document, Unusable):
     return 0, 0, 0, 0, 0
-  unknown = int(np.count_nonzero(document.tokens == processor.unknown_id))
+  unknown = processor.unknown_id
+  unknown = 0 if unknown < 0 else int(np.count_nonzero(document.tokens == unknown))
   hashed = hashlib.blake2b(document.tokens.tobytes(), digest_size=8).digest()
   extra = unknown, int.from_bytes(hashed, signed=True)
   try:
     kept = fit(document, counting.length, counting.overflow, prefix=processor.prefix)
   except Unusable:
     return len(document.tokens), 0, 0, *extra
-  return len(document.tokens), len(kept.tokens), int(kept.loss[1:].sum()), *extra
+  return len(document.tokens), len(kept.tokens), int(np.count_nonzero(kept.loss[1:])), *extra
 
 
 def default_overflow(shapes: Iterable[Shape]) -> str:

@@ -334,13 +334,3 @@ def _parse_template(option: str, template: str) -> _Template:
 def recognise(columns: Sequence[str]) -> Shape | None:
   """Returns the first shape whose columns are all present, or None."""
   return next((shape for shape in _SHAPES if not shape.lacks(columns)), None)
-
-
-def describe_misfit(columns: Sequence[str]) -> str:
-  """Returns why no shape fits, and what to do, for an error message."""
-  tried = "; ".join(f"{shape.title} lacks {', '.join(shape.lacks(columns))}" for shape in _SHAPES)
-  first, last = (columns[0], columns[-1]) if columns else ("question", "answer")
-  return (
-    f"its columns are {', '.join(columns) or 'none'}, which no known shape has ({tried}): name "
-    f"them with `prompt_template`='{{{first}}}' and `completion`='{{{last}}}'"
-  )

@@ -147,8 +147,9 @@ def permute(indices: Sequence[int], *, seed: int, last: int) -> np.ndarray:
   places = np.array(indices, np.uint64)
   if last == 0:
     return places
-  # Bits of a word, half of a block. TensorFlow uses one bit less if `last` is a power of 2, and
-  # therefore reads one example twice and another never (N = 65537, 262145, ...).
+  # Bits of a word, half of a block. If `last` is an even power of 2 (N = 65537, 262145, ...), the
+  # order is not TensorFlow's, whose words have one bit less: it has one number twice and lacks
+  # another.
   size = (max(last.bit_length(), 16) + 1) // 2
   # If N is small, a result below N takes many encryptions, so the smallest block's permutation is a
   # table.

@@ -9,7 +9,14 @@ from ll3m.core.checkpoint_manager import CheckpointerConfig
 from ll3m.core.distributed import DistributedConfig
 from ll3m.core.dtypes import DTYPES
 from ll3m.core.options import Fallback
-from ll3m.data.config import DatasetConfig, GinConfig, StrictConfig, TokenizerConfig
+from ll3m.data.config import (
+  DEFAULT_SEED,
+  DatasetConfig,
+  GinConfig,
+  StrictConfig,
+  TokenizerConfig,
+  short_names,
+)
 from ll3m.training.logger import LoggerConfig
 from ll3m.training.model_choice import TrainModelOptions
 from ll3m.training.optimizer import OptimizerConfig
@@ -112,7 +119,9 @@ class TrainOptions(LoopOptions, TrainModelOptions, GinConfig, StrictConfig):
     "Run from whose position in the training data to start: its output_dir or one of its step "
     "folders.",
   )
-  seed: int = options.option(42, "Random seed for parameter initialisation and data order.")
+  seed: int = options.option(
+    DEFAULT_SEED, "Random seed for parameter initialisation and data order."
+  )
   z_loss: float = options.option(0.0, "Weight of the z-loss, log(Z)^2.")
   data_dir: str | None = options.option(
     None, "Folder of the text shards, local or gs://; by default $LL3M_DATA_DIR or ./data."
@@ -159,17 +168,7 @@ def _require_least(config: LoopOptions, name: str, least: int) -> None:
 
 
 # Short names of flags.
-SHORT = {
-  "data": "train_dataset.data",
-  "data_format": "train_dataset.data_format",
-  "prompt_template": "train_dataset.prompt_template",
-  "completion": "train_dataset.completion",
-  "plain_text": "train_dataset.plain_text",
-  "batch_size": "train_dataset.seqio_dataset.batch_size",
-  "max_length": "train_dataset.seqio_dataset.task_feature_lengths",
-  "overflow": "train_dataset.overflow",
-  "eval_data": "eval_dataset.data",
-}
+SHORT = short_names("train_dataset") | {"eval_data": "eval_dataset.data"}
 # Options of a run, by the prefix of their flags' names.
 FLAG_GROUPS = {
   "": TrainOptions,

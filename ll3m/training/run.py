@@ -21,6 +21,7 @@ from ll3m.data.batching import BatchIterator, open_dataset
 from ll3m.data.config import DatasetConfig, TokenizerConfig
 from ll3m.data.dataset_report import describe_rows, plural
 from ll3m.data.dataset_spec import DataSpec
+from ll3m.data.epoch_estimate import EpochEstimate
 from ll3m.data.tokenizer import Tokenizer
 from ll3m.families.family import Family
 from ll3m.hf.model_source import ModelOnDisk, open_source
@@ -54,6 +55,7 @@ class Run:
     batches: The training data, opened to count its rows, at its start; None if it is not open yet.
     held_out: The evaluation data, opened in the same way.
     epochs: Number of passes through the training data; None if `total_steps` was given.
+    estimate: Estimate of an epoch's size if `total_steps` was given; None if it is unknown.
   """
 
   options: TrainOptions
@@ -77,6 +79,7 @@ class Run:
   batches: BatchIterator | None = None
   held_out: BatchIterator | None = None
   epochs: int | None = None
+  estimate: EpochEstimate | None = None
 
   @property
   def train_dataset(self) -> DatasetConfig:
@@ -113,9 +116,14 @@ class Run:
     )
 
   def _data(self) -> list[tuple[str, str]]:
-    return [] if self.batches is None else describe_rows(self.batches.corpus, self.train_data)
+    if self.batches is None:
+      return []
+    return describe_rows(self.batches.corpus, self.train_data, self.estimate)
 
   def _epochs(self) -> str:
+    if self.estimate is not None:
+      accumulate = self.optimizer.accumulate_gradient_steps
+      return f", {self.estimate.describe_steps(self.options.total_steps, accumulate)}"
     if self.epochs is None:
       return ""
     each = self.options.total_steps / self.epochs

@@ -4,6 +4,7 @@ import dataclasses
 
 from ll3m.data.batching import open_dataset
 from ll3m.data.config import DatasetConfig
+from ll3m.data.epoch_estimate import estimate_epoch
 from ll3m.training.config import DEFAULT_EPOCHS, DEFAULT_STEPS
 from ll3m.training.run import Run, open_training_data
 
@@ -20,7 +21,8 @@ def held_out_part(dataset: DatasetConfig) -> DatasetConfig:
 def with_length(run: Run) -> Run:
   """Returns a run with its number of steps, and how often it evaluates, as epochs decide them.
 
-  If the rows are known, the training data is opened: its tokens are counted for runs of epochs.
+  If the rows are known, the training data is opened: its tokens are counted for runs of epochs, and
+  else estimated.
 
   Raises:
     ValueError: The data does not match the options, or epochs cannot be counted.
@@ -39,6 +41,8 @@ def with_length(run: Run) -> Run:
     if run.dataset_state:  # a finished run that is given more epochs has padding at its old end
       run.batches.set_state(run.dataset_state)
     total_steps = run.batches.num_batches // run.optimizer.accumulate_gradient_steps
+  elif data.is_countable:
+    run = dataclasses.replace(run, estimate=estimate_epoch(run.batches.corpus, data))
   eval_data, eval_steps, eval_freq = run.eval_data, options.eval_steps, options.eval_freq
   if eval_data is not None and eval_steps is None:
     held_out = open_dataset(

@@ -106,8 +106,29 @@ def test_errors_of_a_dataclass_name_the_whole_option():
 
 
 def test_misspelt_flag_gets_a_suggestion():
-  with pytest.raises(UsageError, match="Did you mean: sample.inner.size"):
+  with pytest.raises(
+    UsageError, match=r"--sample.inner.sise \(did you mean --sample.inner.size\?\)"
+  ):
     parse("--sample.inner.sise=3")
+
+
+def test_short_names_are_suggested():
+  for name, expected in (
+    ("rat", "rate"),
+    ("sample.rat", "sample.rate"),
+    ("other.lim", "other.limit"),
+  ):
+    with pytest.raises(UsageError, match=rf"^unknown flag --{name} \(did you mean --{expected}\?"):
+      Flags(GROUPS, [f"--{name}=1"], short={"rate": "sample.rate"})
+
+
+@pytest.mark.parametrize(
+  "twice", [["--rate=1", "--sample.rate=0"], ["-sample.rate=1", "--rate", "1"]]
+)
+def test_both_names_of_a_flag_are_refused(twice):
+  with pytest.raises(UsageError, match="^--rate and --sample.rate are the same flag"):
+    Flags(GROUPS, twice, short={"rate": "sample.rate"})
+  assert Flags(GROUPS, twice[:1], short={"rate": "sample.rate"})["sample"].rate == 1
 
 
 def test_help_lists_every_flag_with_its_default():
@@ -382,7 +403,7 @@ def test_log_messages_are_printed_as_sentences_and_only_once(capsys):
     (
       ["--run.step=1"],
       2,
-      "error: Unknown command line flag 'run.step'. Did you mean: run.steps ?",
+      "error: unknown flag --run.step (did you mean --run.steps?)",
     ),
     (
       ["--run.steps=1.5"],

@@ -145,3 +145,17 @@ def test_the_default_template_of_several_is_used(train_tokenizer, tmp_path):
   assert with_template(train_tokenizer, tmp_path, named).chat_template == "D"
   (tmp_path / "chat_template.jinja").write_text("J")
   assert load_tokenizer(TokenizerConfig(path=str(tmp_path))).chat_template == "J"
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_a_conversation_is_rendered_twice_for_each_answer(tokenizer, monkeypatch, pairs):
+  """Up to the answer and with it, because scans of many rows spend much of their time here."""
+  calls, original = [], chat.apply_template
+
+  def counted(*args, **options):
+    calls.append(args)
+    return original(*args, **options)
+
+  monkeypatch.setattr(chat, "apply_template", counted)
+  chat.render(tokenizer, messages([("user", "q"), ("assistant", "a")] * pairs))
+  assert len(calls) == 2 * pairs

@@ -93,6 +93,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
     {"num_shards": 0},
     {"task_feature_lengths": (8, 8)},
     {"task_feature_lengths": (1,)},
+    {"task_feature_lengths": (0,)},
     {"task_feature_field": ()},
   ],
 )

@@ -2,6 +2,8 @@
 
 import collections
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -101,6 +103,13 @@ def test_unusable_data_is_refused_after_a_thousand_rows(tmp_path, tokenizer):
   assert skipped.counts == {"field 'text' is null": 5900}
 
 
+def test_misspelt_columns_of_a_template_get_a_suggestion(tmp_path, tokenizer):
+  path = write(tmp_path, [{"name": "a", "text": "b"}])
+  message = r"no field 'nam' \(1\); .*; its columns are name, text \(did you mean 'name'\?\)$"
+  with pytest.raises(ValueError, match=message):
+    opened(path, tokenizer, prompt_template="{nam}", completion="{text}").scan(Skipped())
+
+
 def test_empty_files_are_refused(tmp_path, tokenizer):
   for name in ("a.jsonl", "b.txt", "c.json"):
     path = tmp_path / name
@@ -157,3 +166,33 @@ def test_unusable_rows_are_reported_by_source(tmp_path, tokenizer, caplog):
   ]
   assert stream.skipped.counts == dict.fromkeys(reasons, 1)
   assert stream.skipped.describe_unreported() == ""
+
+
+_PROGRAM = """
+import sys
+from ll3m.data import scanning
+from ll3m.data.config import DatasetConfig, TokenizerConfig
+from ll3m.data.examples import OpenSource
+from ll3m.data.skipped_examples import Skipped
+from ll3m.data.sources import Source
+from ll3m.data.tokenizer import load_tokenizer
+
+print("started")
+scanning._CHUNK = scanning._FEW = 10
+rows, folder = sys.argv[1:]
+tokenizer = load_tokenizer(TokenizerConfig(path=folder))
+counting = scanning.Counting(24, "truncate", workers=2)
+source = OpenSource(Source(rows, files=(rows,)), DatasetConfig(), tokenizer)
+print(len(source.scan(Skipped(), counting=counting)), "jax" in sys.modules)
+"""
+
+
+def test_workers_do_not_import_the_program_that_starts_them(tmp_path, folder):
+  """A program is imported by spawned workers otherwise, which this one does not expect."""
+  program = tmp_path / "program.py"
+  program.write_text(_PROGRAM)
+  rows = write(tmp_path, [{"text": f"row {i}"} for i in range(40)])
+  done = subprocess.run(
+    [sys.executable, str(program), rows, str(folder)], capture_output=True, text=True, check=False
+  )
+  assert done.stdout.split() == ["started", "40", "False"], done.stderr

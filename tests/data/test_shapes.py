@@ -266,6 +266,10 @@ def test_unknown_columns_are_explained():
   assert said.startswith("q.csv, row 1: ") and "question, answer" in said
   assert "prompt/completion lacks prompt, completion" in said
   assert "`prompt_template`='{question}'" in said and "`completion`='{answer}'" in said
+  with pytest.raises(ValueError, match="known shape has .*: `completion`='{completion}' alone"):
+    choose_shape(DatasetConfig(), {"completion": "a"}, "a.jsonl:1")
+  with pytest.raises(ValueError, match="'{id}' and `completion`='{response}'"):
+    choose_shape(DatasetConfig(), {"id": 1, "response": "a", "date": "b"}, "a.jsonl:1")
   with pytest.raises(ValueError, match="preference pairs .*`data_format`=chosen"):
     choose_shape(DatasetConfig(), CHOSEN[0][0], "p.jsonl:1")
 

@@ -107,7 +107,7 @@ def test_the_permutation_equals_tensorflows(last):
     assert permute(indices, seed=seed, last=last).tolist() == expected.numpy().tolist()
 
 
-@pytest.mark.parametrize("last", [0, 1, 6, 1000, 65536, 70_000])
+@pytest.mark.parametrize("last", [0, 1, 6, 1000, 65536, 70_000, 2**18])
 def test_a_permutation_has_every_number_once(last):
   assert sorted(permute(range(last + 1), seed=3, last=last)) == list(range(last + 1))
 
