@@ -109,10 +109,10 @@ def test_only_the_data_package_imports_tensorflow():
 
 
 def test_model_config_imports_only_the_standard_library():
-  for file in ("model_config.py", "field_types.py"):
+  for file in ("model_config.py", "field_types.py", "layer_stacks.py"):
     found = imports(ROOT / "ll3m" / "core" / file)
     outside = {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
-    assert all(name.startswith("ll3m.core.field_types.") for name in outside)
+    assert all(n.startswith(("ll3m.core.field_types.", "ll3m.core.layer_stacks.")) for n in outside)
 
 
 def test_models_do_not_know_the_families():

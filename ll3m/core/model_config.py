@@ -4,10 +4,10 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ll3m.core.field_types import convert, has_type, type_name
+from ll3m.core.layer_stacks import LayerKind, Stack, shortest_cycle, stacks_of
 
 NORMS = ("rms", "layer")
 NORM_POSITIONS = ("before", "after", "both")
@@ -204,7 +204,7 @@ class ModelConfig:
     return int(self.head_dim * self.rotary_fraction)
 
   @property
-  def pattern(self) -> "tuple[LayerKind, ...]":
+  def pattern(self) -> tuple[LayerKind, ...]:
     """What layers differ in; layer i is of kind pattern[i % len(pattern)]."""
     local = "local" if self.rope_local_theta else "global"
     kinds = {
@@ -224,14 +224,14 @@ class ModelConfig:
     return tuple(self._cycle[i % len(self._cycle)] for i in range(self.num_layers))
 
   @property
-  def layer_kinds(self) -> "tuple[LayerKind, ...]":
+  def layer_kinds(self) -> tuple[LayerKind, ...]:
     """The kind of each of the L layers."""
     return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
   @property
-  def num_rest_layers(self) -> int:
-    """Number of layers after the last whole repetition of the pattern."""
-    return self.num_layers % len(self.pattern)
+  def stacks(self) -> tuple[Stack, ...]:
+    """The stacks of the layers' parameters; see `layer_stacks.stacks_of`."""
+    return stacks_of(self.pattern, self.num_layers)
 
   def replace(self, **changes: Any) -> "ModelConfig":
     """Returns a validated copy with some fields changed."""
@@ -253,26 +253,6 @@ class ModelConfig:
     if missing := sorted(required - set(fields)):
       raise ValueError(f"model config lacks {', '.join(missing)}")
     return cls(**_converted(fields))
-
-
-class LayerKind(NamedTuple):
-  """What layers of a model differ in.
-
-  Attributes:
-    window: Number of keys that a query sees, including its own; None for all up to it.
-    rope: Rotary embedding: "global", "local" (of rope_local_theta), or None.
-  """
-
-  window: int | None
-  rope: str | None
-
-
-def shortest_cycle(items: Sequence[str]) -> tuple[str, ...]:
-  """Returns the shortest sequence that, repeated and cut off, gives the items."""
-  for size in range(1, len(items)):
-    if all(item == items[i % size] for i, item in enumerate(items)):
-      return tuple(items[:size])
-  return tuple(items)
 
 
 def apply_updates(config: ModelConfig, updates: str) -> ModelConfig:

@@ -19,19 +19,19 @@ BATCH_AXES = ("dp", "fsdp")
 HEAD_AXIS = "mp"
 
 # Parameter path -> the mesh axis of each dimension. Layers are stacked along dimension 0.
-# `rest_layers` are those after the last whole repetition of a pattern.
+# Names of stacks of layers: see `ModelConfig.stacks`.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"embed/embedding", PartitionSpec("mp", "fsdp")),
-  (r"(rest_)?layers/attention/(query|key|value)/w", PartitionSpec(None, "fsdp", "mp")),
-  (r"(rest_)?layers/attention/(query|key|value)/b", PartitionSpec(None, "mp")),
-  (r"(rest_)?layers/attention/out/w", PartitionSpec(None, "mp", "fsdp")),
-  (r"(rest_)?layers/attention/out/b", PartitionSpec(None, "fsdp")),
-  (r"(rest_)?layers/mlp/(gate|up)/w", PartitionSpec(None, "fsdp", "mp")),
-  (r"(rest_)?layers/mlp/(gate|up)/b", PartitionSpec(None, "mp")),
-  (r"(rest_)?layers/mlp/down/w", PartitionSpec(None, "mp", "fsdp")),
-  (r"(rest_)?layers/mlp/down/b", PartitionSpec(None, "fsdp")),
-  (r"(rest_)?layers/(attention|mlp)(_out)?_norm/(scale|bias)", PartitionSpec()),
-  (r"(rest_)?layers/attention/(query|key)_norm/scale", PartitionSpec()),
+  (r"(rest_)?layers(_\d+)?/attention/(query|key|value)/w", PartitionSpec(None, "fsdp", "mp")),
+  (r"(rest_)?layers(_\d+)?/attention/(query|key|value)/b", PartitionSpec(None, "mp")),
+  (r"(rest_)?layers(_\d+)?/attention/out/w", PartitionSpec(None, "mp", "fsdp")),
+  (r"(rest_)?layers(_\d+)?/attention/out/b", PartitionSpec(None, "fsdp")),
+  (r"(rest_)?layers(_\d+)?/mlp/(gate|up)/w", PartitionSpec(None, "fsdp", "mp")),
+  (r"(rest_)?layers(_\d+)?/mlp/(gate|up)/b", PartitionSpec(None, "mp")),
+  (r"(rest_)?layers(_\d+)?/mlp/down/w", PartitionSpec(None, "mp", "fsdp")),
+  (r"(rest_)?layers(_\d+)?/mlp/down/b", PartitionSpec(None, "fsdp")),
+  (r"(rest_)?layers(_\d+)?/(attention|mlp)(_out)?_norm/(scale|bias)", PartitionSpec()),
+  (r"(rest_)?layers(_\d+)?/attention/(query|key)_norm/scale", PartitionSpec()),
   (r"final_norm/(scale|bias)", PartitionSpec()),
   (r"head/w", PartitionSpec("fsdp", "mp")),
   (r"head/b", PartitionSpec("mp")),

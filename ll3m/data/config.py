@@ -9,7 +9,11 @@ import re
 
 from ll3m.core import options
 
-TOKENIZER_NAMES = ("llama", "mistral", "gemma", "phi")
+# The names of the families, whose checkpoints have a tokenizer.
+TOKENIZER_NAMES = (
+  "llama", "mistral", "gemma", "phi", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3",
+  "olmo2",
+)  # fmt: skip
 # Shapes of rows, in the order in which they are tried; `shapes.py` describes them.
 ROW_SHAPES = (
   "messages", "conversations", "chosen", "prompt_completion", "instruction", "dolly", "text"

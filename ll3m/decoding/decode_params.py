@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ll3m.core.model_config import ModelConfig
 from ll3m.core.sharding import parameter_spec
 from ll3m.models.kernels import Kernels
-from ll3m.models.transformer import LAYERS, REST_LAYERS, Params, select
+from ll3m.models.transformer import Params, select
 
 # Joined matrices, and the matrices with the same input that each of them consists of.
 _JOINED = {
@@ -54,32 +54,33 @@ def unstack(config: ModelConfig, params: Params, dtype: Any, *, joined: bool = T
     dtype: The dtype of the result.
     joined: Whether to join matrices; see `joins`.
   """
-  stacks = [select(params, prefix) for prefix in (LAYERS, REST_LAYERS)]
-  stacked = stacks[0]
-  groups = {module: (module,) for module in stacked}
+  stacks = [(stack, select(params, stack.prefix)) for stack in config.stacks]
+  modules = stacks[0][1]  # all stacks have the same
+  groups = {module: (module,) for module in modules}
   for name, members in _JOINED.items() if joined else ():
-    if all(member in stacked for member in members):
+    if all(member in modules for member in members):
       groups = {k: v for k, v in groups.items() if k not in members} | {name: members}
-  rest = config.num_rest_layers
+  prefixes = tuple(stack.prefix for stack in config.stacks)
   ends = {
     module: {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
     for module, arrays in params.items()
-    if not module.startswith((LAYERS, REST_LAYERS))
+    if not module.startswith(prefixes)
   }
   # A plain (not gated) network keeps its single matrix `mlp/up`.
-  layers = [
-    {
+  layers = {
+    layer: {
       module: {
         name: jnp.concatenate(
-          [jnp.asarray(stack[member][name][layer], dtype) for member in members], axis=-1
+          [jnp.asarray(own[member][name][place], dtype) for member in members], axis=-1
         )
-        for name in stack[members[0]]
+        for name in own[members[0]]
       }
       for module, members in groups.items()
     }
-    for stack, count in zip(stacks, (config.num_layers - rest, rest), strict=True)
-    for layer in range(count)
-  ]
+    for stack, own in stacks
+    for place, layer in enumerate(stack.layers)
+  }
+  layers = [layers[layer] for layer in range(config.num_layers)]
   return Weights(layers, ends)
 
 
@@ -90,7 +91,7 @@ def shardings(weights: Weights, mesh: Mesh) -> Weights:
     placed: dict[str, dict[str, NamedSharding]] = {}
     for module, arrays in params.items():
       first = _JOINED.get(module, (module,))[0]  # a joined matrix is sharded like its first part
-      prefix = LAYERS if is_layer else ""
+      prefix = "layers/" if is_layer else ""
       placed[module] = {}
       for name, x in arrays.items():
         spec = parameter_spec(f"{prefix}{first}/{name}", (1,) * is_layer + x.shape, mesh)

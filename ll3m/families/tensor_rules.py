@@ -6,12 +6,11 @@ Conversion and export use the same rules, so each is the inverse of the other.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ll3m.core.model_config import ModelConfig
+from ll3m.core.model_config import ModelConfig, Stack
 
 _LAYER = "{layer}"
-_REST = "rest_"  # layers after the last whole repetition of the pattern; see models.transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,8 @@ def expected_tensors(rules: Sequence[Rule], config: ModelConfig) -> dict[str, Te
   """Returns the specifications of all tensors of a config's checkpoint.
 
   Returns:
-    The specifications by tensor name. Of a tensor that several parameters share, each part has an
-    entry of its own, named `tensor[first row:last row]`.
+    The specifications by tensor name. If several parameters share a tensor, each part has an entry
+    of its own, named `tensor[first row:last row]`.
   """
   specs = {}
   ends: dict[str, int] = {}  # the rows of shared tensors that have an owner
@@ -77,9 +76,7 @@ def expected_tensors(rules: Sequence[Rule], config: ModelConfig) -> dict[str, Te
       continue
     shape = rule.shape(config)
     shape = shape[::-1] if rule.transpose else shape
-    for layer in range(config.num_layers) if rule.stacked else [None]:
-      tensor = rule.hf.replace(_LAYER, str(layer))
-      ours, place = _place(rule.ours, layer, config)
+    for ours, place, tensor in _places(rule, config):
       first = ends.get(tensor, 0)
       ends[tensor] = first + shape[0]
       name = tensor if rule.part is None else f"{tensor}[{first}:{first + shape[0]}]"
@@ -99,23 +96,30 @@ def shared_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
 def parameter_shapes(rules: Sequence[Rule], config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns the shape of every LL3M parameter (stacked), by "module/name"."""
   shapes = {}
-  rest = config.num_rest_layers
   for rule in rules:
     if not rule.when(config):
       continue
-    shape = rule.shape(config)
     if not rule.stacked:
-      shapes[rule.ours] = shape
+      shapes[rule.ours] = rule.shape(config)
       continue
-    shapes[rule.ours] = (config.num_layers - rest, *shape)
-    if rest:
-      shapes[f"{_REST}{rule.ours}"] = (rest, *shape)
+    for stack in config.stacks:
+      shapes[_in_stack(rule, stack)] = (len(stack.layers), *rule.shape(config))
   return shapes
 
 
-def _place(ours: str, layer: int | None, config: ModelConfig) -> tuple[str, int | None]:
-  """Returns the parameter that contains a layer, and the layer's index in it."""
-  repeated = config.num_layers - config.num_rest_layers
-  if layer is None or layer < repeated:
-    return ours, layer
-  return f"{_REST}{ours}", layer - repeated
+def _places(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, int | None, str]]:
+  """Yields the parameter, the index along its leading axis and the tensor, in layer order."""
+  if not rule.stacked:
+    yield rule.ours, None, rule.hf
+    return
+  places = sorted(
+    (layer, _in_stack(rule, stack), place)
+    for stack in config.stacks
+    for place, layer in enumerate(stack.layers)
+  )
+  for layer, ours, place in places:
+    yield ours, place, rule.hf.replace(_LAYER, str(layer))
+
+
+def _in_stack(rule: Rule, stack: Stack) -> str:
+  return stack.prefix + rule.ours.removeprefix("layers/")

@@ -1,13 +1,14 @@
 """The decoder: embedding, a stack of blocks, a final norm and a head.
 
-Dimensions: B batch, T length, D model, V vocabulary, L layers, P layers in the pattern. The model
-uses Haiku, because its pure `init` and `apply` functions keep parameters plain pytrees, for
-kernels, sharding and checkpoints.
+Dimensions: B batch, T length, D model, V vocabulary, L layers. The model uses Haiku, because its
+pure `init` and `apply` functions keep parameters plain pytrees, for kernels, sharding and
+checkpoints.
 
 Block parameters are stacked along a leading axis, so that compile time does not depend on depth. If
-layers alternate, as in Gemma 3, one step of the loop over layers runs a whole pattern of P layers,
-so what they differ in is static. The layers after the last whole pattern have parameters of their
-own, `rest_layers/`: a slice of the stack would be copied at every step.
+layers alternate, as in Gemma 3, one step of the loop over layers runs a whole pattern, in which
+consecutive layers of one kind are a loop of their own: what layers differ in is static, and each
+kind is compiled once. Each kind has a stack of its own, and so have the layers after the last whole
+pattern, because a slice of a stack would be copied at every step.
 """
 
 import functools
@@ -27,9 +28,6 @@ from ll3m.models.layers import INIT_STDDEV, FeedForward, Norm
 from ll3m_kernels import ATTENTION_RESIDUALS
 
 Params = dict[str, dict[str, Array]]
-
-# Prefixes of the modules of stacked layers, and of the layers after the last whole pattern.
-LAYERS, REST_LAYERS = "layers/", "rest_layers/"
 
 # Checkpoint policies of a layer, by the name of what the backward pass recomputes.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -214,22 +212,41 @@ def make_model(
   def hidden(params, tokens, positions=None, segment_ids=None):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    pattern = config.pattern
-    stacked, rest = (select(params, prefix) for prefix in (LAYERS, REST_LAYERS))
 
-    def step(x, group):
-      for i, kind in enumerate(pattern):
-        own = group if len(pattern) == 1 else jax.tree.map(operator.itemgetter(i), group)
-        x = layer(own, x, positions, segment_ids, kind)
-      return x, None
+    def run(x, stack, own):
+      """Runs consecutive layers of one kind, with parameters stacked over them."""
 
+      def step(x, own):
+        return layer(own, x, positions, segment_ids, stack.kind), None
+
+      if stack.run == 1 and not is_uniform:
+        return step(x, jax.tree.map(operator.itemgetter(0), own))[0]
+      return jax.lax.scan(step, x, own)[0]
+
+    repeated = [stack for stack in config.stacks if not stack.is_rest]
+    is_uniform = len(repeated) == 1
     x = kernels.constrain(apply(lambda x: Embed(config, dtype, kernels=kernels)(x), params, tokens))
-    if len(pattern) > 1:  # [L, ...] -> [L / P, P, ...]
-      stacked = jax.tree.map(lambda w: w.reshape(-1, len(pattern), *w.shape[1:]), stacked)
-    x, _ = jax.lax.scan(step, x, stacked)
-    for i, kind in enumerate(pattern[: config.num_rest_layers]):
-      own = jax.tree.map(operator.itemgetter(i), rest)
-      x = layer(own, x, positions, segment_ids, kind)
+    if is_uniform:
+      x = run(x, repeated[0], select(params, repeated[0].prefix))
+    else:
+      # One step runs all runs of the pattern. [L, ...] -> [repetitions, run, ...]
+      groups = [
+        jax.tree.map(
+          lambda w, stack=stack: w.reshape(-1, stack.run, *w.shape[1:]),
+          select(params, stack.prefix),
+        )
+        for stack in repeated
+      ]
+
+      def pattern(x, groups):
+        for stack, own in zip(repeated, groups, strict=True):
+          x = run(x, stack, own)
+        return x, None
+
+      x, _ = jax.lax.scan(pattern, x, groups)
+    for stack in config.stacks:
+      if stack.is_rest:
+        x = run(x, stack, select(params, stack.prefix))
     return apply(lambda x: final_norm(config, kernels)(x), params, x)
 
   return Model(config, init, hidden, lambda params, x: logits(config, params, x), kernels)
@@ -263,10 +280,8 @@ def _create(config: ModelConfig, kernels: Kernels, tokens: Int[Array, "B T"]) ->
     return block(config, kind, x, jnp.zeros_like(tokens), attend, kernels=kernels)[0]
 
   x = Embed(config, jnp.float32, kernels=kernels)(tokens)
-  rest = config.num_rest_layers
-  for count, prefix in ((config.num_layers - rest, LAYERS), (rest, REST_LAYERS)):
-    if count:
-      x = hk.layer_stack(count, name=prefix.rstrip("/"))(layer)(x)
+  for stack in config.stacks:
+    x = hk.layer_stack(len(stack.layers), name=stack.prefix.rstrip("/"))(layer)(x)
   _HeadParameters(config)()
   final_norm(config, kernels)(x)
 

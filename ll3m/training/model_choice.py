@@ -84,7 +84,11 @@ def choose_model(options: ModelOptions, source: Any = None) -> families.Preset:
 
 
 # Fields that may differ for the same set of weights.
-_FREE = ("max_positions", "sliding_window", "rope_theta", "rope_scaling_factor", "norm_epsilon")
+_FREE = (
+  "max_positions", "sliding_window", "norm_epsilon", "rope_theta", "rope_local_theta",
+  "rope_scaling", "rope_scaling_factor", "rope_original_positions", "rope_frequency_factors",
+  "rope_short_factors", "rope_long_factors", "rope_magnitude",
+)  # fmt: skip
 
 
 def check_same_model(

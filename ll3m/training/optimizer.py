@@ -20,7 +20,7 @@ from ll3m.training.rounding import (
 )
 
 # Modules whose parameters have a leading axis of layers.
-_STACKED = ("layers/", "rest_layers/")
+_STACKED = ("layers", "rest_layers")
 # Weight decay does not apply to norm weights, biases and the embedding.
 _NOT_DECAYED = re.compile(r"(.*norm/.*)|(.*/(b|bias|scale))|(embed/.*)")
 

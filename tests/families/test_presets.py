@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from ll3m import families
+from ll3m.data.config import TOKENIZER_NAMES
 from ll3m.families import tensor_rules
 from ll3m.models.transformer import make_model
 
@@ -151,6 +152,10 @@ def abstract_shapes(config):
     for module, leaves in shapes.items()
     for name, leaf in leaves.items()
   }
+
+
+def test_every_family_is_the_name_of_a_tokenizer():
+  assert set(TOKENIZER_NAMES) == set(families.FAMILIES)
 
 
 def test_every_preset_is_in_the_tables():

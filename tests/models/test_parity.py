@@ -5,6 +5,7 @@ conversion, loading, logits, the training loss and its gradient.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -148,8 +149,8 @@ def test_every_family_and_switch_has_a_fixture(load):
     lambda c: c.query_pre_attn_scalar not in (None, c.head_dim),
     lambda c: c.rope_local_theta and c.rope_scaling_factor != 1,
     lambda c: c.rope_scaling == "longrope" and c.rotary_dim < c.head_dim,
-    lambda c: {"full", "sliding"} == set(c.layer_types) and c.num_rest_layers,
-    lambda c: "no_rope" in c.layer_types and c.num_rest_layers,
+    lambda c: {"full", "sliding"} == set(c.layer_types) and c.stacks[-1].is_rest,
+    lambda c: "no_rope" in c.layer_types and c.stacks[-1].is_rest,
   ):
     assert any(map(switched, configs.values()))
   assert {c.rope_scaling for c in configs.values()} == set(ROPE_SCALINGS)
@@ -234,7 +235,13 @@ def test_packed_rows_give_the_same_logits(load, name):
 )
 def test_a_wrong_switch_changes_the_logits(load, name, changes):
   fixture = load(name)
-  logits = logits_of(fixture.config.replace(**changes), fixture.params, fixture.tokens)
+  config, params = fixture.config.replace(**changes), fixture.params
+  if "layer_types" in changes:  # it decides in which stack each layer is
+    published = open_model(FIXTURES / name)
+    specs = tensor_rules.expected_tensors(fixture.rules, config)
+    params = dataclasses.replace(published, config=config, specs=specs).load_params()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+  logits = logits_of(config, params, fixture.tokens)
   assert relative_error(logits, fixture.logits) > VISIBLE
 
 
