@@ -18,6 +18,29 @@ TINY = ModelConfig(
   norm_epsilon=1e-5,
 )
 
+LLAMA3 = {
+  "rope_scaling": "llama3",
+  "rope_scaling_factor": 8.0,
+  "rope_original_positions": 8,
+  "rope_frequency_factors": (1.0, 4.0),
+}
+
+
+def test_equal_patterns_of_layers_are_equal_configs():
+  long = TINY.replace(num_layers=6, sliding_window=4, layer_types=("sliding", "full") * 3)
+  assert long == TINY.replace(num_layers=6, sliding_window=4, layer_types=("sliding", "full"))
+  assert TINY.replace(sliding_window=4, layer_types=("full",) * 2) == TINY
+  assert TINY.replace(sliding_window=4, layer_types=["sliding"]) == TINY.replace(sliding_window=4)
+  restored = ModelConfig.from_dict(json.loads(json.dumps(long.to_dict())))
+  assert restored == long and hash(restored) == hash(long)
+
+
+def test_updates_may_hold_tuples():
+  updates = "layer_types=('sliding', 'full'),sliding_window=3, num_layers=4"
+  config = apply_updates(TINY, updates)
+  assert config.all_layer_types == ("sliding", "full", "sliding", "full")
+  assert [kind.window for kind in config.layer_kinds] == [3, None, 3, None]
+
 
 def test_defaults_are_those_of_llama():
   assert (TINY.norm, TINY.activation, TINY.gated_mlp) == ("rms", "silu", True)
@@ -75,6 +98,31 @@ def test_dict_round_trip_through_json():
     ({"rotary_fraction": 0.0}, "rotary_fraction must rotate an even number"),
     ({"sliding_window": 0}, "sliding_window must be positive, got 0"),
     ({"sliding_window": 4.0}, "sliding_window must be int | None, got 4.0"),
+    ({"norm_position": "first"}, "norm_position must be one of before, after, both, got 'first'"),
+    ({"qk_norm": "all"}, "qk_norm must be one of None, per_head, all_heads, got 'all'"),
+    ({"parallel_block": True, "norm_position": "both"}, "a parallel_block has one norm before it"),
+    ({"rope_scaling": "ntk"}, "rope_scaling must be one of linear, llama3, yarn, longrope"),
+    ({"rope_scaling": "llama3"}, "rope_original_positions must be given for llama3 scaling"),
+    ({"rope_original_positions": 8}, "rope_original_positions must be None for linear scaling"),
+    (
+      {"rope_scaling": "llama3", "rope_original_positions": 8},
+      "rope_frequency_factors must have 2 numbers for llama3 scaling",
+    ),
+    (
+      LLAMA3 | {"rope_frequency_factors": (4.0, 1.0)},
+      "rope_frequency_factors must be increasing, got (4.0, 1.0)",
+    ),
+    (LLAMA3 | {"rope_frequency_factors": (0.0, 4.0)}, "rope_frequency_factors must be positive"),
+    (LLAMA3 | {"rope_original_positions": 1}, "rope_original_positions must be at least 2"),
+    (LLAMA3 | {"rope_magnitude": 1.1}, "rope_magnitude must be None for llama3 scaling"),
+    (
+      {"rope_scaling": "longrope", "rope_original_positions": 8, "rope_short_factors": (1.0,)},
+      "rope_short_factors must have ",
+    ),
+    ({"layer_types": ("full", "odd")}, "layer_types must be of full, sliding, no_rope, got odd"),
+    ({"layer_types": "full"}, "layer_types must be a list of str, got 'full'"),
+    ({"layer_types": ("full", "sliding")}, "sliding_window must be given for layers of type"),
+    ({"attention_soft_cap": 0.0}, "attention_soft_cap must be positive, got 0.0"),
   ],
 )
 def test_invalid_values_are_refused(changes, message):

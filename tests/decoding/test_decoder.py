@@ -133,3 +133,20 @@ def test_a_ring_shorter_than_the_prompt_keeps_the_last_columns():
   found = np.asarray(decoder.logits(weights.ends, hidden))[0]
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found / scale, expected / scale, **TOLERANCE)
+
+
+def test_memory_of_a_long_prompt_is_the_sum_over_both_kinds_of_layers():
+  """Gemma 3 4B: 29 layers with a window of 1,024 keys, and 5 that keep all 32,768."""
+  config = get_preset("gemma3_4b").config
+
+  def prefill(tokens, starts):
+    params = make_model(config).init(jax.random.key(0))
+    weights = unstack(config, params, jnp.bfloat16)
+    return make_decoder(config, dtype=jnp.bfloat16).prefill(weights, tokens, starts, 32_768)[1]
+
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 32_768), (1,))]
+  cache = jax.eval_shape(prefill, *shapes)
+  found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  bytes_per_column = 2 * 4 * 256 * 2  # keys and values of 4 heads, in bfloat16
+  assert found == bytes_per_column * (29 * 1024 + 5 * 32_768)
+  assert found < 0.18 * bytes_per_column * 34 * 32_768
