@@ -286,7 +286,7 @@ def _tokenizer_config(get: Get) -> dict[str, Any]:
     "add_bos_token": _adds(get, "bos"),
     "add_eos_token": _adds(get, "eos"),
     "clean_up_tokenization_spaces": False,
-    "model_max_length": get("llama.context_length"),
+    "model_max_length": get("{arch}.context_length"),
   } | _special_tokens(get)
   named = {n: get(f"tokenizer.chat_template.{n}") for n in get("tokenizer.chat_templates") or ()}
   template = get("tokenizer.chat_template")
