@@ -194,8 +194,8 @@ def test_dequantised_values_are_close_to_the_originals(path, read_all):
     ({"skip": ("llama.block_count",)}, ValueError, "lacks .* llama.block_count"),
     ({"skip": ("token_embd.weight",)}, ValueError, "lacks the tensor token_embd.weight"),
     ({"tokenizer__ggml__model": "bert"}, NotImplementedError, "tokenizer of kind 'bert'"),
-    ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "tekken"},
-     NotImplementedError, "pre='tekken', expected one of gpt-2"),
+    ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "qwen35"},
+     NotImplementedError, "pre='qwen35' .did you mean 'qwen2'.., expected one of gpt-2"),
     ({"tokenizer__ggml__model": "llama"}, ValueError, "lacks parts of its tokenizer"),
   ],
 )  # fmt: skip
