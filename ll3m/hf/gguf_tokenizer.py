@@ -28,6 +28,9 @@ _KINDS = range(1, 7)  # unknown is 2, a byte 6
 # The score that llama.cpp's converter assigns to tokens added to a SentencePiece model.
 _ADDED = -1000.0
 
+# Phi-3's added tokens take the white space after them, except these; no key says so.
+_NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+
 # Names of special tokens in transformers and in GGUF.
 _SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
 
@@ -197,8 +200,14 @@ def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
   """Adds the special tokens and the template that puts BOS and EOS around a text."""
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
   own = _own_symbols(get)
+  is_phi3 = get("general.architecture") == "phi3" and get("tokenizer.ggml.model") == "llama"
   added = [
-    AddedToken(piece, special=kind == _CONTROL, normalized=piece in own)
+    AddedToken(
+      piece,
+      special=kind == _CONTROL,
+      normalized=piece in own,
+      rstrip=is_phi3 and piece not in _NOT_STRIPPED,
+    )
     for piece, kind in zip(pieces, kinds, strict=True)
     if kind in (_CONTROL, _USER_DEFINED)
   ]

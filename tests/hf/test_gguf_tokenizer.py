@@ -210,6 +210,30 @@ def test_added_tokens_split_the_text_before_normalisation():
     assert encode(text) == expected
 
 
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_added_tokens_of_phi_3_take_the_white_space_after_them(arch):
+  """Expects the result of transformers with Phi-3's `rstrip`; the ids are SentencePiece's."""
+  model, metadata = sentencepiece_model()
+  metadata["general.architecture"] = arch
+  for token, kind in (("<|user|>", USER), ("<|end|>", CONTROL), ("<|endoftext|>", CONTROL)):
+    for name, value in (("tokens", token), ("scores", ADDED), ("token_type", kind)):
+      metadata[f"tokenizer.ggml.{name}"].append(value)
+  encoder = Tokenizer.from_str(
+    tokenizer_files(metadata.get, Path("m"))["tokenizer.json"]().decode()
+  )
+  ids = encoder.encode("<|user|>\nHi<|end|>\n  x<|endoftext|>\ny", add_special_tokens=False).ids
+  first, second = ("Hi", "x") if arch == "phi3" else ("\nHi", "\n  x")
+  expected = [
+    32000,
+    *model.encode(first),
+    32001,
+    *model.encode(second),
+    32002,
+    *model.encode("\ny"),
+  ]
+  assert ids == expected
+
+
 def test_the_space_prefix_can_be_disabled(mistral):
   model, metadata = mistral
   encode = plain_encoder(metadata | {"tokenizer.ggml.add_space_prefix": False})

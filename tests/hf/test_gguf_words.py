@@ -15,8 +15,10 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer
 
+from ll3m.data.config import TokenizerConfig
+from ll3m.data.tokenizer import load_tokenizer
 from ll3m.hf.gguf_tokenizer import tokenizer_files
-from tests.hf.test_gguf_tokenizer import HARD, NORMAL, TEXTS
+from tests.hf.test_gguf_tokenizer import CONTROL, HARD, NORMAL, TEXTS
 
 TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 CASED = (
@@ -77,24 +79,60 @@ def test_the_pattern_of_nemo_is_that_of_its_file(nemo):
   assert nemo[0] == PATTERNS["tekken"]
 
 
-@pytest.mark.parametrize("pre", PATTERNS)
-def test_ids_are_those_of_tiktoken(nemo, pre):
-  _, ranks, pieces, merges = nemo
-  metadata = {
+def metadata(nemo, pre):
+  """Returns the metadata of a GGUF file with Nemo's vocabulary."""
+  _, _, pieces, merges = nemo
+  return {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": pre,
-    "tokenizer.ggml.tokens": pieces,
-    "tokenizer.ggml.token_type": [NORMAL] * len(pieces),
+    "tokenizer.ggml.tokens": [*pieces, "<|eos|>"],
+    "tokenizer.ggml.token_type": [NORMAL] * len(pieces) + [CONTROL],
     "tokenizer.ggml.merges": merges,
+    "tokenizer.ggml.eos_token_id": len(pieces),
+    "tokenizer.ggml.add_bos_token": False,
   }
-  files = tokenizer_files(metadata.get, Path("model.gguf"))
-  encoder = Tokenizer.from_str(files["tokenizer.json"]().decode())
+
+
+def texts_and_ids(nemo, pre, count):
+  """Returns texts and their ids according to tiktoken."""
   oracle = tiktoken.Encoding(
-    "oracle", pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens={}
+    "oracle", pat_str=PATTERNS[pre], mergeable_ranks=nemo[1], special_tokens={}
   )
   random = np.random.default_rng(0)
-  texts = ["".join(random.choice(PARTS, n)) for n in random.integers(2, 20, 500)]
+  texts = ["".join(random.choice(PARTS, n)) for n in random.integers(2, 20, count)]
   for text in (*TEXTS, *HARD, *texts):
-    given = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
-    assert encoder.encode(text).ids == oracle.encode(given), repr(text)
-    assert encoder.decode(encoder.encode(text).ids) == given
+    # Qwen's tokenizer normalises the text first.
+    yield text, oracle.encode(unicodedata.normalize("NFC", text) if pre == "qwen2" else text)
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_ids_are_those_of_tiktoken(nemo, pre):
+  files = tokenizer_files(metadata(nemo, pre).get, Path("model.gguf"))
+  encoder = Tokenizer.from_str(files["tokenizer.json"]().decode())
+  for text, ids in texts_and_ids(nemo, pre, 500):
+    assert encoder.encode(text).ids == ids, repr(text)
+  assert encoder.decode(encoder.encode(TEXTS[1]).ids) == TEXTS[1]
+
+
+@pytest.mark.parametrize(
+  ("pre", "tokenizer_class", "model_type"),
+  [
+    ("llama-bpe", "PreTrainedTokenizerFast", "llama"),
+    ("tekken", "PreTrainedTokenizerFast", "mistral"),
+    ("qwen2", "Qwen2Tokenizer", "qwen2"),
+    ("qwen2", "Qwen2Tokenizer", "qwen3"),
+    ("dbrx", "GPT2Tokenizer", "olmo2"),
+    ("dbrx", "GPT2Tokenizer", "phi3"),
+    ("gpt-4o", "GPT2Tokenizer", "phi3"),
+  ],
+)
+def test_published_folders_keep_their_words(nemo, tmp_path, pre, tokenizer_class, model_type):
+  """The published class is not always that of the encoder: OLMo 2 and Phi-4 name GPT-2's."""
+  content = tokenizer_files(metadata(nemo, pre).get, Path("model.gguf"))["tokenizer.json"]()
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  settings = {"tokenizer_class": tokenizer_class, "eos_token": "<|eos|>", "add_prefix_space": False}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+  ours = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
+  for text, ids in texts_and_ids(nemo, pre, 100):
+    assert list(ours.encode(text)) == ids, repr(text)
