@@ -103,7 +103,8 @@ def _hf_config(
     raise ValueError(f"{metadata.path} lacks the tensor token_embd.weight")
   num_heads = _one_for_all_layers(metadata, "{arch}.attention.head_count")
   d_model = metadata.require("{arch}.embedding_length")
-  head_dim = metadata.get("{arch}.attention.key_length", d_model // num_heads)
+  head_dim = _one_for_all_layers(metadata, "{arch}.attention.key_length", d_model // num_heads)
+  rotary_dim = _one_for_all_layers(metadata, "{arch}.rope.dimension_count", head_dim)
   config = {
     "architectures": [family.architecture],
     "model_type": family.model_type,
@@ -121,9 +122,8 @@ def _hf_config(
     "hidden_act": next(iter(family.activations)),
     "tie_word_embeddings": "output.weight" not in tensors,
   }
-  config |= gguf_rope.read_rope(metadata, tensors, head_dim)
+  config |= gguf_rope.read_rope(metadata, tensors, rotary_dim)
   if "rotary_fraction" in family.switches:
-    rotary_dim = metadata.get("{arch}.rope.dimension_count", head_dim)
     config["partial_rotary_factor"] = rotary_dim / head_dim
   for key in architecture.keys:
     value = metadata.get(f"{{arch}}.{key.gguf}", key.default)

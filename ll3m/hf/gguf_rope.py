@@ -20,13 +20,13 @@ TENSORS = (_LLAMA3, *_LONGROPE)
 _LOW, _HIGH = 1.0, 4.0
 
 
-def read_rope(metadata: Metadata, tensors: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+def read_rope(metadata: Metadata, tensors: Mapping[str, Any], rotary_dim: int) -> dict[str, Any]:
   """Returns the rotary parameters by their keys in config.json, except the rotated fraction.
 
   Args:
     metadata: The metadata of the file.
     tensors: The tensors of the file, by name.
-    head_dim: H, the size of a head.
+    rotary_dim: R, the number of rotated dimensions of a head.
 
   Raises:
     ValueError: Keys contradict each other, or a tensor is missing.
@@ -43,10 +43,13 @@ def read_rope(metadata: Metadata, tensors: Mapping[str, Any], head_dim: int) -> 
   if (factor := _linear_factor(metadata, ("longrope",) if given else ())) != 1:
     scalings.append({"rope_type": "linear", "factor": factor})
   if _LLAMA3 in factors and (factors[_LLAMA3] != 1).any():
-    rotary_dim = metadata.get("{arch}.rope.dimension_count", head_dim)
     scalings.append(_llama3(metadata, factors[_LLAMA3].astype(np.float64), theta, rotary_dim))
   if given:
-    original = metadata.require("{arch}.rope.scaling.original_context_length")
+    original_key = "{arch}.rope.scaling.original_context_length"
+    if (original := metadata.require(original_key)) < 2:
+      raise ValueError(
+        f"{metadata.path} has {metadata.full(original_key)}={original}, expected at least 2"
+      )
     config["original_max_position_embeddings"] = original
     scalings.append(_longrope(metadata, original, *(factors[name] for name in _LONGROPE)))
   if len(scalings) > 1:
@@ -96,7 +99,7 @@ def _llama3(
   frequencies = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
   factor = factors.max()
   between = (factors > 1) & (factors < factor)
-  if factors.shape == frequencies.shape and between.any():
+  if factors.shape == frequencies.shape and np.isfinite(factor) and between.any():
     smooth = (factor / factors[between] - 1) / (factor - 1)
     turns = smooth * (_HIGH - _LOW) + _LOW
     original = round(float(np.median(turns * 2 * math.pi / frequencies[between])))

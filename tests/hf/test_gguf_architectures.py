@@ -65,7 +65,7 @@ def llama3_factors(hf):
       yield 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
-def write(path, fixture, arch, metadata=None, **changes):
+def write(path, fixture, arch, metadata=None, factors=None, **changes):
   """Writes a fixture's model as GGUF.
 
   Args:
@@ -73,6 +73,7 @@ def write(path, fixture, arch, metadata=None, **changes):
     fixture: The name of the fixture.
     arch: The architecture in GGUF.
     metadata: Further metadata, which replace those of the converter.
+    factors: The tensor rope_freqs.weight; None for that of the scaling in config.json, if any.
     **changes: Values of config.json to replace.
   """
   hf = json.loads((FIXTURES / fixture / "config.json").read_text()) | changes
@@ -107,7 +108,9 @@ def write(path, fixture, arch, metadata=None, **changes):
     writer.add_rope_scaling_type(gguf_format.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(scaling["factor"])
   elif kind == "llama3":
-    writer.add_tensor("rope_freqs.weight", np.float32(list(llama3_factors(hf))))
+    factors = list(llama3_factors(hf))
+  if factors:
+    writer.add_tensor("rope_freqs.weight", np.float32(factors))
   if arch == "phi3":
     original = hf["original_max_position_embeddings"]
     writer.add_rope_scaling_orig_ctx_len(original)
@@ -261,4 +264,25 @@ def test_reads_another_magnitude_of_longrope(tmp_path):
 def test_names_the_key_that_is_not_supported(tmp_path, arch, metadata, message):
   write(tmp_path / "model.gguf", arch, arch, metadata=metadata)
   with pytest.raises(NotImplementedError, match=message):
+    gguf.open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+  ("key", "message"),
+  [
+    ("attention.key_length", "phi3.attention.key_length=0, expected a positive"),
+    ("rope.dimension_count", "phi3.rope.dimension_count=0, expected a positive"),
+    ("rope.scaling.original_context_length", "original_context_length=0, expected at least 2"),
+  ],
+)
+def test_rejects_sizes_of_zero(tmp_path, key, message):
+  write(tmp_path / "model.gguf", "phi3_long", "phi3", metadata={f"phi3.{key}": 0})
+  with pytest.raises(ValueError, match=message):
+    gguf.open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, np.inf, np.nan])
+def test_rejects_strange_factors(tmp_path, factor):
+  write(tmp_path / "model.gguf", "llama2", "llama", factors=[1.0, 2.0, factor, 8.0])
+  with pytest.raises(NotImplementedError, match="has rope_freqs.weight"):
     gguf.open_gguf(tmp_path / "model.gguf")
