@@ -183,8 +183,8 @@ class ModelConfig:
       )
     if kind != "linear" and (self.rope_original_positions < 2 or self.rope_theta <= 1):
       raise ValueError(
-        f"rope_original_positions must be at least 2 and rope_theta above 1 for {kind} scaling, got "
-        f"{self.rope_original_positions} and {self.rope_theta}"
+        f"rope_original_positions must be at least 2 and rope_theta above 1 for {kind} scaling, "
+        f"got {self.rope_original_positions} and {self.rope_theta}"
       )
     if self.rope_magnitude is not None and kind not in ("yarn", "longrope"):
       raise ValueError(f"rope_magnitude must be None for {kind} scaling")

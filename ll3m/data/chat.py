@@ -32,9 +32,11 @@ def render(tokenizer: Tokenizer, messages: Any, tools: Any = None) -> Rendered:
 
   If the template marks the turns with `{% generation %}`, its marks are used. Otherwise, a turn is
   the text that appears when its message is added to the messages before it, without the header
-  with which the template starts an answer. The turn includes the token that ends it: EOS, or else
-  the template's last control token after the content. Without either, it ends at its last visible
-  character.
+  with which the template starts an answer. The turn includes the token that ends it: the one that
+  the template writes right after an answer, or else EOS, or else the template's last control token
+  after the content. Without any, it ends at its last visible character.
+
+  A template may omit the beginning of earlier answers, such as reasoning; the rest is trained.
 
   A turn whose message has `"weight": 0` is not trained.
 
@@ -115,19 +117,30 @@ def _find_turn(
   upto = apply(messages[: i + 1]) if i + 1 < len(messages) else whole
   heads = (apply(messages[:i], add_generation_prompt=p) for p in (True, False))
   head = next((h for h in heads if upto.startswith(h)), None)
-  if head is None or not whole.startswith(upto):
-    raise ValueError("the chat template rewrites earlier turns and has no {% generation %}")
-  turn = upto[len(head) :]
-  return len(head), len(head) + _end(tokenizer, turn, messages[i].get("content") or "")
+  if head is not None and whole.startswith(head):
+    said = messages[i].get("content") or ""
+    answer, is_ended = _answer(tokenizer, upto[len(head) :], said)
+    for omitted in range(len(answer) if is_ended else 1):
+      if whole.startswith(answer[omitted:], len(head)):
+        return len(head), len(head) + len(answer) - omitted
+  raise ValueError("the chat template rewrites earlier turns and has no {% generation %}")
 
 
-def _end(tokenizer: Tokenizer, turn: str, said: str) -> int:
-  """Returns where a turn ends. What follows, such as a line break, belongs to the template."""
-  eos = tokenizer.special_tokens["eos_token"]
-  ends = [eos] if eos in turn else tokenizer.control_tokens
-  end = max((turn.rfind(token) + len(token) for token in ends if token in turn), default=0)
-  # A control token before the content is part of a header.
-  return end if end and said.strip() in turn[:end] else len(turn.rstrip())
+def _answer(tokenizer: Tokenizer, turn: str, said: str) -> tuple[str, bool]:
+  """Returns a turn without what follows its end, and whether a control token ends it.
+
+  What follows, such as a line break, belongs to the template.
+  """
+  for ends in (
+    tokenizer.turn_ends,
+    [tokenizer.special_tokens["eos_token"]],
+    tokenizer.control_tokens,
+  ):
+    end = max((turn.rfind(token) + len(token) for token in ends if token in turn), default=0)
+    # A control token before the content is part of a header.
+    if end and said.strip() in turn[:end]:
+      return turn[:end], True
+  return turn.rstrip(), False
 
 
 def _checked(messages: Any) -> list[dict]:

@@ -52,6 +52,7 @@ class Tokenizer:
       ...).
     control_tokens: Texts of the tokens that user text never yields, longest first: special tokens,
       and those with which the chat template begins and ends turns.
+    turn_ends: Those of them that chat templates write right after an assistant's answer.
     chat_templates: Jinja sources by name.
     control_ids: Ids of `control_tokens`.
     byte_ids: Ids of tokens that stand for one byte each, whose text depends on adjacent bytes.
@@ -88,7 +89,7 @@ class Tokenizer:
       chat_template.find_turn_tokens(template, self.special_tokens, added)
       for template in self.chat_templates.values()
     ]
-    ends = {token for turn in turns for token in turn.ends}
+    self.turn_ends = frozenset(token for turn in turns for token in turn.ends)
     controls = {content for content, token in added.items() if token.get("special")}
     controls |= {token for turn in turns for token in turn.structure}
     controls |= added.keys() & set(self.special_tokens.values())
@@ -108,7 +109,7 @@ class Tokenizer:
     # Only the post-processor determines the ids before a text, as in transformers 5.
     self.prefix: list[int] = ids_before_text(self._encoder)
     self.bos_id: int | None = self.prefix[0] if self.prefix else None
-    self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in ends)})
+    self.stop_ids = frozenset({eos, *end_ids, *(ids[token] for token in self.turn_ends)})
     vocab = self._encoder.get_vocab(with_added_tokens=True)
     self.vocab_size: int = 1 + max(vocab.values())
     self.silent_ids = frozenset(

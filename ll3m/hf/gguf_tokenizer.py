@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import (
   AddedToken,
@@ -13,11 +13,12 @@ from tokenizers import (
   decoders,
   models,
   normalizers,
-  pre_tokenizers,
   processors,
 )
 
+from ll3m.core.model_config import did_you_mean
 from ll3m.data.spm_conversion import find_overlap, merges_from_scores
+from ll3m.hf.gguf_words import PRE_TOKENIZERS
 
 Get = Callable[..., Any]
 
@@ -27,56 +28,11 @@ _KINDS = range(1, 7)  # unknown is 2, a byte 6
 # The score that llama.cpp's converter assigns to tokens added to a SentencePiece model.
 _ADDED = -1000.0
 
+# Phi-3's added tokens take the white space after them, except these; no key says so.
+_NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+
 # Names of special tokens in transformers and in GGUF.
 _SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-
-_LLAMA3_WORDS = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _gpt2_words() -> pre_tokenizers.PreTokenizer:
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-  return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
-
-
-def _llama3_words() -> pre_tokenizers.PreTokenizer:
-  return pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-
-
-class _Words(NamedTuple):
-  """How text is split into words before BPE, with llama.cpp's settings for that splitting.
-
-  Attributes:
-    make: Function that returns the pre-tokenizer.
-    ignore_merges: Whether a word that is a token becomes that token regardless of the merges.
-    add_bos: Whether BOS is added if the file does not say so explicitly.
-  """
-
-  make: Callable[[], pre_tokenizers.PreTokenizer]
-  ignore_merges: bool = False
-  add_bos: bool = False
-
-
-# By llama.cpp's name for them, the value of `tokenizer.ggml.pre`.
-_PRE_TOKENIZERS = {
-  **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), _Words(_gpt2_words)),
-  **dict.fromkeys(
-    ("smollm", "starcoder", "refact", "command-r", "codeshell"), _Words(_single_digits)
-  ),
-  **dict.fromkeys(
-    ("llama-bpe", "llama3", "llama-v3"), _Words(_llama3_words, ignore_merges=True, add_bos=True)
-  ),
-}
 
 
 def token_ids(get: Get) -> dict[str, int]:
@@ -125,9 +81,10 @@ def tokenizer_files(get: Get, path: Path) -> dict[str, Callable[[], bytes]]:
   if kind not in ("gpt2", "llama"):
     raise NotImplementedError(f"{path} has a tokenizer of kind {kind!r}, expected gpt2 or llama")
   pre = get("tokenizer.ggml.pre", "default")
-  if kind == "gpt2" and pre not in _PRE_TOKENIZERS:
+  if kind == "gpt2" and pre not in PRE_TOKENIZERS:
     raise NotImplementedError(
-      f"{path} has tokenizer.ggml.pre={pre!r}, expected one of {', '.join(_PRE_TOKENIZERS)}"
+      f"{path} has tokenizer.ggml.pre={pre!r}{did_you_mean(str(pre), PRE_TOKENIZERS)}, expected "
+      f"one of {', '.join(PRE_TOKENIZERS)}"
     )
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
   partner = get("tokenizer.ggml.merges" if kind == "gpt2" else "tokenizer.ggml.scores")
@@ -159,9 +116,11 @@ def _byte_level(get: Get) -> Tokenizer:
   """Builds a byte-level BPE tokenizer, as in GPT-2 (`tokenizer.ggml.model` = gpt2)."""
   vocab = {piece: i for i, piece in enumerate(get("tokenizer.ggml.tokens"))}
   merges = [_merge(text, vocab) for text in get("tokenizer.ggml.merges")]
-  words = _PRE_TOKENIZERS[get("tokenizer.ggml.pre", "default")]
+  words = PRE_TOKENIZERS[get("tokenizer.ggml.pre", "default")]
   tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words.ignore_merges))
-  tokenizer.pre_tokenizer = words.make()
+  tokenizer.pre_tokenizer = words.pre_tokenizer()
+  if (normalizer := words.normalizer()) is not None:
+    tokenizer.normalizer = normalizer
   tokenizer.decoder = decoders.ByteLevel()
   return _finish(tokenizer, get)
 
@@ -241,8 +200,14 @@ def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
   """Adds the special tokens and the template that puts BOS and EOS around a text."""
   pieces, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
   own = _own_symbols(get)
+  is_phi3 = get("general.architecture") == "phi3" and get("tokenizer.ggml.model") == "llama"
   added = [
-    AddedToken(piece, special=kind == _CONTROL, normalized=piece in own)
+    AddedToken(
+      piece,
+      special=kind == _CONTROL,
+      normalized=piece in own,
+      rstrip=is_phi3 and piece not in _NOT_STRIPPED,
+    )
     for piece, kind in zip(pieces, kinds, strict=True)
     if kind in (_CONTROL, _USER_DEFINED)
   ]
@@ -269,7 +234,7 @@ def _finish(tokenizer: Tokenizer, get: Get) -> Tokenizer:
 def _adds(get: Get, name: str) -> bool:
   """Returns whether BOS or EOS (`name`) is added to a text; the defaults are llama.cpp's."""
   is_default = name == "bos" and (
-    get("tokenizer.ggml.model") == "llama" or _PRE_TOKENIZERS[get("tokenizer.ggml.pre")].add_bos
+    get("tokenizer.ggml.model") == "llama" or PRE_TOKENIZERS[get("tokenizer.ggml.pre")].add_bos
   )
   return get(f"tokenizer.ggml.add_{name}_token", is_default)
 
@@ -286,7 +251,7 @@ def _tokenizer_config(get: Get) -> dict[str, Any]:
     "add_bos_token": _adds(get, "bos"),
     "add_eos_token": _adds(get, "eos"),
     "clean_up_tokenization_spaces": False,
-    "model_max_length": get("llama.context_length"),
+    "model_max_length": get("{arch}.context_length"),
   } | _special_tokens(get)
   named = {n: get(f"tokenizer.chat_template.{n}") for n in get("tokenizer.chat_templates") or ()}
   template = get("tokenizer.chat_template")

@@ -186,15 +186,16 @@ def test_dequantised_values_are_close_to_the_originals(path, read_all):
 @pytest.mark.parametrize(
   ("arguments", "error", "message"),
   [
-    ({"arch": "qwen2"}, NotImplementedError, "architecture 'qwen2', expected 'llama'"),
+    ({"arch": "qwen2moe"}, NotImplementedError,
+     "architecture 'qwen2moe' .did you mean 'qwen2'.*; supported are llama, gemma, .*, olmo2"),
     ({"llama__expert_count": 8}, NotImplementedError, "mixture of experts"),
     ({"llama__attention__head_count": 0}, ValueError, "head_count=0, expected a positive number"),
     ({"split__count": 2}, NotImplementedError, "part of a split model"),
     ({"skip": ("llama.block_count",)}, ValueError, "lacks .* llama.block_count"),
     ({"skip": ("token_embd.weight",)}, ValueError, "lacks the tensor token_embd.weight"),
     ({"tokenizer__ggml__model": "bert"}, NotImplementedError, "tokenizer of kind 'bert'"),
-    ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "tekken"},
-     NotImplementedError, "pre='tekken', expected one of gpt-2"),
+    ({"tokenizer__ggml__model": "gpt2", "tokenizer__ggml__pre": "qwen35"},
+     NotImplementedError, "pre='qwen35' .did you mean 'qwen2'.., expected one of gpt-2"),
     ({"tokenizer__ggml__model": "llama"}, ValueError, "lacks parts of its tokenizer"),
   ],
 )  # fmt: skip
@@ -242,13 +243,20 @@ def test_rejects_other_and_contradictory_scaling(path, metadata, error, message)
     gguf.open_gguf(write(path, **metadata))
 
 
-@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
-def test_rejects_frequency_factors_unless_they_are_one(path, name):
-  ones, others = np.ones(64, np.float32), np.linspace(1, 8, 64, dtype=np.float32)
+def test_rejects_frequency_factors_that_are_neither_one_nor_those_of_llama_3(path):
+  name, ones = "rope_freqs.weight", np.ones(64, np.float32)
   file = gguf.open_gguf(write(path, {name: (ones, Kind.F32)}))
   assert name not in file.tensors
-  with pytest.raises(NotImplementedError, match=f"has {name}, which scales each rotary frequency"):
-    gguf.open_gguf(write(path, {name: (others, Kind.F32)}))
+  assert "rope_scaling" not in file.config
+  for factors in (np.linspace(1, 8, 64, dtype=np.float32), 2 * ones):
+    with pytest.raises(NotImplementedError, match=f"has {name}, .* not as Llama 3.1 and 3.2 do"):
+      gguf.open_gguf(write(path, {name: (factors, Kind.F32)}))
+
+
+def test_rejects_half_of_longrope(path):
+  factors = {"rope_factors_long.weight": (np.ones(64, np.float32), Kind.F32)}
+  with pytest.raises(ValueError, match="has rope_factors_long.weight but lacks rope_factors_short"):
+    gguf.open_gguf(write(path, factors))
 
 
 NEUTRAL = {

@@ -66,7 +66,7 @@ def sentencepiece_model(symbols=()):
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.unknown_token_id": 0,
     "tokenizer.chat_template": "{{ bos_token }}{{ messages[0]['content'] }}",
-    "llama.context_length": 128,
+    "{arch}.context_length": 128,
   }
 
 
@@ -130,8 +130,11 @@ def test_unused_pieces_are_padding_or_rejected(mistral):
     plain_encoder(metadata | changed)
 
 
-def tied_model(words):
-  """Returns a SentencePiece model whose pieces all have the same score, as hand-made ones do."""
+def tied_model(words, ranked=False):
+  """Returns a SentencePiece model whose pieces all have the same score, as hand-made ones do.
+
+  If `ranked`, the score falls from piece to piece.
+  """
   characters = sorted(set("▁unhappyingthe"))
   proto = sentencepiece_model_pb2.ModelProto()
   proto.trainer_spec.model_type = proto.trainer_spec.BPE
@@ -142,7 +145,8 @@ def tied_model(words):
     *((f"<0x{i:02X}>", BYTE) for i in range(256)),
     *((piece, NORMAL) for piece in (*words, *characters)),
   ):  # fmt: skip
-    proto.pieces.add(piece=piece, score=0.0, type=kind)
+    score = -float(len(proto.pieces)) if ranked else 0.0
+    proto.pieces.add(piece=piece, score=score, type=kind)
   return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
@@ -169,6 +173,18 @@ def test_pieces_with_equal_scores_are_merged_like_sentencepiece_or_rejected():
   assert 0 < refused < 40
 
 
+def test_pieces_that_overlap_themselves_are_merged_like_sentencepiece():
+  """Gemma 3 has such pieces: `ahaha`, `|.|.|` and `../../../`."""
+  random = np.random.default_rng(0)
+  texts = ["aha" * 5, "ah" * 9, *("".join(random.choice(["a", "ha"], 12)) for _ in range(9))]
+  for _ in range(100):
+    parts = random.permutation(["ah", "ha", "aha", "hah", "haha", "ahah"])
+    model, metadata = tied_model([*parts, "ahaha"], ranked=True)
+    encode = plain_encoder(metadata)
+    for text in texts:
+      assert encode(text) == model.encode(text), (parts, text)
+
+
 def test_rejects_a_vocabulary_without_scores(mistral):
   """llama.cpp's converter writes such a file from a tokenizer.json."""
   metadata = mistral[1] | {"tokenizer.ggml.scores": [ADDED] * 32000}
@@ -192,6 +208,30 @@ def test_added_tokens_split_the_text_before_normalisation():
     for other in others:
       expected += [32000, *model.encode(other)]
     assert encode(text) == expected
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_added_tokens_of_phi_3_take_the_white_space_after_them(arch):
+  """Expects the result of transformers with Phi-3's `rstrip`; the ids are SentencePiece's."""
+  model, metadata = sentencepiece_model()
+  metadata["general.architecture"] = arch
+  for token, kind in (("<|user|>", USER), ("<|end|>", CONTROL), ("<|endoftext|>", CONTROL)):
+    for name, value in (("tokens", token), ("scores", ADDED), ("token_type", kind)):
+      metadata[f"tokenizer.ggml.{name}"].append(value)
+  encoder = Tokenizer.from_str(
+    tokenizer_files(metadata.get, Path("m"))["tokenizer.json"]().decode()
+  )
+  ids = encoder.encode("<|user|>\nHi<|end|>\n  x<|endoftext|>\ny", add_special_tokens=False).ids
+  first, second = ("Hi", "x") if arch == "phi3" else ("\nHi", "\n  x")
+  expected = [
+    32000,
+    *model.encode(first),
+    32001,
+    *model.encode(second),
+    32002,
+    *model.encode("\ny"),
+  ]
+  assert ids == expected
 
 
 def test_the_space_prefix_can_be_disabled(mistral):
@@ -246,7 +286,7 @@ def test_rebuilds_a_byte_level_model(tmp_path, pre, digits):
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.padding_token_id": 2,
-    "llama.context_length": 128,
+    "{arch}.context_length": 128,
   }
   tokenizer = load(metadata, tmp_path)
   for text in (*TEXTS, "a<|im_start|>b 1234567"):
@@ -271,7 +311,7 @@ def byte_level(pre, *, merges=("Ġ V",), tokens=("ĠV", "ĠViá»ĩt"), **others
     "tokenizer.ggml.merges": list(merges),
     "tokenizer.ggml.bos_token_id": len(pieces) - 2,
     "tokenizer.ggml.eos_token_id": len(pieces) - 1,
-    "llama.context_length": 128,
+    "{arch}.context_length": 128,
   } | others
 
 
