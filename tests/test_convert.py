@@ -21,7 +21,7 @@ def test_converts_and_reports_ignored_tensors(tmp_path):
   done = convert(f"--checkpoint_dir={FIXTURES / 'open_llama_sharded'}", f"--output_file={output}")
   assert done.returncode == 0, done.stderr
   assert "convert: 100%" in done.stderr and "B/s" in done.stderr
-  assert "ignored 2 tensors" in done.stdout
+  assert "omitted 2 tensors" in done.stdout
   assert "  model.layers.1.self_attn.rotary_emb.inv_freq\n" in done.stdout
   assert "llama, 30,680 parameters" in done.stdout
   assert json.loads((output / "ll3m.json").read_text())["family"] == "llama"

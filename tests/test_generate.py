@@ -120,7 +120,7 @@ def test_generates_in_bfloat16(generate):
       ["--prompt=" + "a" * 80, "--max_new_tokens=20"],
       "prompt 1 has 80 tokens; with 20 new tokens this exceeds the 96 positions",
     ),
-    (["--prompt=a", "--max_new_token=3"], "Did you mean: max_new_tokens"),
+    (["--prompt=a", "--max_new_token=3"], "did you mean --max_new_tokens?"),
     (
       ["--prompt=a", "--max_new_tokens=1", "--mesh_dim=3,1,1"],
       "error: --mesh_dim=3,1,1 needs 3 devices, there are",
@@ -130,7 +130,7 @@ def test_generates_in_bfloat16(generate):
 )
 def test_invalid_input_gives_an_error_of_one_sentence(generate, folder, arguments, sentence):
   done = generate(*arguments)
-  about_a_flag = "--" in sentence or "must be" in sentence or "Did you mean" in sentence
+  about_a_flag = "--" in sentence or "must be" in sentence
   assert done.returncode == (2 if about_a_flag else 1)
   assert not done.stdout
   assert "Traceback" not in done.stderr

@@ -20,7 +20,7 @@ JSON = {
   "train_dataset.seqio_dataset.mixture_or_task_name": None,
 }
 CASES = {
-  "preset": ({"load_model_config": "llama2_8b"}, "did you mean 'llama2_7b'"),
+  "preset": ({"load_model_config": "llama2_7bb"}, "did you mean 'llama2_7b'"),
   "another preset": ({"load_model_config": "smollm_135m"}, "did you mean 'smollm2_135m'"),
   "steps with an exponent": ({"total_steps": "1e3"}, "--total_steps=1e3: invalid literal"),
   "too many steps": ({"total_steps": "99999999999"}, "--total_steps=99999999999: "),

@@ -31,8 +31,8 @@ _REQUIRED = {
   "yarn": ("factor",),
   "longrope": ("short_factor", "long_factor"),
 }
-# Objects of parameters by the type of layer, as files of models with several types have them.
-_NESTED = {"full_attention": "full", "sliding_attention": "sliding"}
+# The objects within `rope_parameters` in files of models with several types of layers.
+_NESTED = {"full_attention", "sliding_attention"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,12 @@ def read_rope(
       raise ValueError(f"{name} of config.json must be an object or null, got {value!r}")
     if not value:
       continue
-    if value.keys() <= _NESTED.keys():
+    if has_local and name == "rope_parameters" and not value.keys() <= _NESTED:
+      raise ValueError(
+        f"rope_parameters of config.json must be an object for each type of layer "
+        f"({', '.join(sorted(_NESTED))}), got {value!r}"
+      )
+    if value.keys() <= _NESTED:
       full = value.get("full_attention") or {}
       local = value.get("sliding_attention") or (local if has_local else full)
       value = full

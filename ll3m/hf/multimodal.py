@@ -35,7 +35,7 @@ def check_text_only(hf: Mapping[str, Any] | None, path: str, *, text_only: bool)
     NotImplementedError: The model is multimodal, and its text model was not asked for.
     ValueError: `text_only` was given for a text model.
   """
-  is_multimodal = hf is not None and hf.get("model_type") in _TEXT_FAMILIES
+  is_multimodal = hf is not None and hf.get("model_type") in [*_TEXT_FAMILIES]
   if is_multimodal and not text_only:
     raise NotImplementedError(
       f"{path} holds a multimodal model ({hf['model_type']}), of which only the text model is "

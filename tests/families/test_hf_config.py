@@ -215,6 +215,7 @@ def test_a_llama_may_tie_its_embeddings():
       "rope_short_factors must have 4 numbers for longrope scaling of 4 frequencies, got 1",
     ),
     (GEMMA3 | {"layer_types": ["full_attention"]}, "layer_types of config.json must list 2 layers"),
+    (GEMMA3 | {"rope_parameters": {"rope_theta": 5e5}}, "must be an object for each type of layer"),
     (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern of config.json must be posit"),
     (QWEN | {"max_window_layers": "all"}, "max_window_layers of config.json must be a whole numb"),
     (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers of config.json must list 0 or 1 for 2 la"),

@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize(
   ("changes", "status", "part"),
   [
-    (["--optimizer.typ=adamw"], 2, "Did you mean: optimizer.type"),
+    (["--optimizer.typ=adamw"], 2, "did you mean --optimizer.type?"),
     (["--mesh_dim=3,1,1"], 2, "needs 3 devices, there are 1"),
     (["--load_checkpoint=params::gs-bucket/none"], 1, "there is no such folder"),
   ],
