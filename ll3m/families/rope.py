@@ -80,6 +80,11 @@ def read_rope(
         f"({', '.join(sorted(_NESTED))}), got {value!r}"
       )
     if value.keys() <= _NESTED:
+      for key, parameters in value.items():
+        if parameters is not None and not isinstance(parameters, Mapping):
+          raise ValueError(
+            f"{key} in {name} of config.json must be an object or null, got {parameters!r}"
+          )
       full = value.get("full_attention") or {}
       local = value.get("sliding_attention") or (local if has_local else full)
       value = full
@@ -97,12 +102,13 @@ def read_rope(
     )
   if not has_local:
     return found[0]
-  within = _read_object("rope_parameters.sliding_attention", local, {}, local_theta)
-  if within.fields["rope_scaling_factor"] != 1:
+  within_name = "rope_parameters.sliding_attention"
+  if _kind(within_name, local) != "default":
     raise NotImplementedError(
       f"config.json scales the rotary embedding of layers with a window ({local!r}), which is not "
       f"supported"
     )
+  within = _read_object(within_name, local, {}, local_theta)
   return Rope(
     {**found[0].fields, "rope_local_theta": within.fields["rope_theta"]}, found[0].fraction
   )

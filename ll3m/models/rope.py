@@ -31,7 +31,7 @@ def rotate(
 
   Args:
     config: The architecture.
-    rope: The layer's rotary embedding; see `ll3m.core.model_config.LayerKind`.
+    rope: The layer's rotary embedding; see `ll3m.core.layer_stacks.LayerKind`.
     query: Queries.
     key: Keys.
     positions: Positions of the tokens.

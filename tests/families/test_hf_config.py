@@ -216,6 +216,14 @@ def test_a_llama_may_tie_its_embeddings():
     ),
     (GEMMA3 | {"layer_types": ["full_attention"]}, "layer_types of config.json must list 2 layers"),
     (GEMMA3 | {"rope_parameters": {"rope_theta": 5e5}}, "must be an object for each type of layer"),
+    (
+      GEMMA3 | {"rope_parameters": {"full_attention": 5}},
+      "full_attention in rope_parameters of co",
+    ),
+    (
+      GEMMA3 | {"rope_parameters": {"sliding_attention": [1]}},
+      "must be an object or null, got [1]",
+    ),
     (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern of config.json must be posit"),
     (QWEN | {"max_window_layers": "all"}, "max_window_layers of config.json must be a whole numb"),
     (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers of config.json must list 0 or 1 for 2 la"),
@@ -283,6 +291,19 @@ def test_rejects_invalid_configs(hf, message):
     ),
     (
       GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+      "scales the rotary embedding of layers with a window",
+    ),
+    (
+      GEMMA3
+      | {
+        "rope_parameters": {
+          "sliding_attention": {
+            "rope_type": "longrope",
+            "short_factor": [1.0],
+            "long_factor": [1.0],
+          }
+        }
+      },
       "scales the rotary embedding of layers with a window",
     ),
     (GEMMA3 | {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
